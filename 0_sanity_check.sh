@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Does the pipeline still draw? Full precision and 8, 4, 2 and 1.58 bits (0) side by side, without any training.
+#
+#   bash 0_sanity_check.sh                                  # the embedded tiny-flux, on a laptop
+#   bash 0_sanity_check.sh black-forest-labs/FLUX.1-dev     # a folder or a hub id, on a GPU
+#   bash 0_sanity_check.sh --w_bits 4 3                     # any further flag of sanity.py; the last one counts
+#
+# Paths in further flags are relative to the repository root.
+set -euo pipefail
+
+MODEL=assets/tiny-flux
+if [ $# -gt 0 ] && [[ $1 != -* ]]; then
+    MODEL=$1
+    if [ -d "$PWD/$MODEL" ]; then MODEL=$PWD/$MODEL; fi  # relative to where the user is, not to the repository
+    shift
+fi
+
+source "$(dirname -- "${BASH_SOURCE[0]}")/utils/setup.sh"
+
+exec "$PYTHON" sanity.py --local_dir output/sanity --output_dir output/sanity \
+    --input_model_filename "$MODEL" --qat True --w_bits 8 4 2 0 "$@"
