@@ -1,0 +1,1 @@
+"""What a quantized FLUX is: quantizers, quantized linears and the transformer built from them."""

@@ -1,0 +1,218 @@
+"""FLUX transformer with quantized linears, saved and loaded the diffusers way.
+
+FluxTransformer2DModel is diffusers' class with every nn.Linear inside its blocks swapped for a QuantizeLinear that
+shares the parameters (99.5 % of FLUX.1-dev's weights); embedders, norm_out and the last proj_out stay as they are. What
+the swap needs stands in config.json, so from_pretrained can tell what a folder or hub repository holds:
+
+    full precision  (no w_bits in its config, or 16 and no LoRA)  any settings can be asked for; α starts from weights
+    quantized       (w_bits < 16, or LoRA)                        loaded as it is; contradicting settings are an error
+
+    teacher = FluxTransformer2DModel.from_pretrained(path, subfolder="transformer")  # diffusers' model, bit for bit
+    student = FluxTransformer2DModel.from_pretrained(path, subfolder="transformer", w_bits=0)
+    student.save_pretrained("student")
+    pipe = FluxPipeline.from_pretrained(path, transformer=FluxTransformer2DModel.from_pretrained("student"))
+"""
+
+import contextlib
+import logging
+import os
+
+import diffusers
+from diffusers import ModelMixin  # found here by FluxPipeline.from_pretrained when a saved pipeline holds our class
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from models.utils_quant import (
+    FULL_PRECISION_BITS,
+    LoRAQuantizeLinear,
+    QuantizeLinear,
+    check_bits,
+    check_clip_init,
+    check_lora_r,
+)
+
+__all__ = ["FluxTransformer2DModel", "ModelMixin", "QuantizeLinear"]
+
+DEFAULT_SETTINGS = {
+    "w_bits": 16,
+    "lora_r": 0,
+    "lora_alpha": 1.0,
+    "clip_init": "mse",
+    "weight_layerwise": False,
+    "quantize_modulation": True,
+}
+MODULATION = ("norm1.linear", "norm1_context.linear", "norm.linear")  # AdaLN, inside a block
+
+
+def is_quantized(settings: dict) -> bool:
+    """Whether these settings (or a config that holds them) ask for any layer other than nn.Linear."""
+    return settings.get("w_bits", 16) < FULL_PRECISION_BITS or settings.get("lora_r", 0) > 0
+
+
+def check_settings(settings: dict) -> None:
+    """ValueError on a bit width, rank or initialisation that does not exist."""
+    check_bits(settings["w_bits"])
+    check_lora_r(settings["lora_r"])
+    check_clip_init(settings["clip_init"])
+
+
+class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
+    """diffusers' FluxTransformer2DModel with quantized linears; its arguments, and after them
+
+    w_bits: 0 (1.58 bit), 1 … 8; 16 and above is full precision.
+    lora_r, lora_alpha: rank (0: none) and numerator of the scaling lora_alpha/lora_r of a LoRA inside the quantizer.
+    clip_init: how step sizes start, "mse" or "max" (see utils_quant.init_clip_val).
+    weight_layerwise: one step size a matrix instead of one a row.
+    quantize_modulation: False leaves the AdaLN modulation linears (27 % of FLUX.1-dev) in full precision.
+
+    Step sizes and LoRA stay fp32 under `torch_dtype` and `.to(dtype)`; `model.dtype` is that of the other parameters.
+    """
+
+    # Read by from_pretrained (which is told a torch_dtype) and by `dtype`; QuantizeLinear sees to `.to(dtype)`.
+    _keep_in_fp32_modules = list(LoRAQuantizeLinear._fp32_parameters)
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: int = 1,
+        in_channels: int = 64,
+        out_channels: int | None = None,
+        num_layers: int = 19,
+        num_single_layers: int = 38,
+        attention_head_dim: int = 128,
+        num_attention_heads: int = 24,
+        joint_attention_dim: int = 4096,
+        pooled_projection_dim: int = 768,
+        guidance_embeds: bool = False,
+        axes_dims_rope: tuple[int, int, int] = (16, 56, 56),
+        w_bits: int = 16,
+        lora_r: int = 0,
+        lora_alpha: float = 1.0,
+        clip_init: str = "mse",
+        weight_layerwise: bool = False,
+        quantize_modulation: bool = True,
+    ):
+        check_settings(self.config)
+        super().__init__(
+            patch_size=patch_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_layers=num_layers,
+            num_single_layers=num_single_layers,
+            attention_head_dim=attention_head_dim,
+            num_attention_heads=num_attention_heads,
+            joint_attention_dim=joint_attention_dim,
+            pooled_projection_dim=pooled_projection_dim,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=axes_dims_rope,
+        )
+        self._swap_linears()
+
+    def _swap_linears(self) -> None:
+        """Replace the linears inside the blocks as the config says, each sharing its parameters with the old one."""
+        config = self.config
+        if not is_quantized(config):
+            return
+        layer_class, settings = QuantizeLinear, {k: config[k] for k in ("w_bits", "clip_init", "weight_layerwise")}
+        if config.lora_r:
+            layer_class = LoRAQuantizeLinear
+            settings |= {"lora_r": config.lora_r, "lora_alpha": config.lora_alpha}
+        for name, module in list(self.named_modules()):
+            group, _, path = name.partition(".")  # e.g. transformer_blocks, 0.attn.to_q
+            if group not in ("transformer_blocks", "single_transformer_blocks") or not isinstance(module, nn.Linear):
+                continue
+            if config.quantize_modulation or path.partition(".")[2] not in MODULATION:
+                self.set_submodule(name, layer_class.from_linear(module, name, **settings))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "FluxTransformer2DModel":
+        """Load a full-precision or a quantized FLUX transformer from a folder or the hub; safetensors only.
+
+        kwargs: those of diffusers' from_pretrained (subfolder, variant, torch_dtype, …) and this class's settings
+        (w_bits, lora_r, …). Weights are mapped from disk where their dtype allows and α is found layer by layer on the
+        device that `device_map` puts them on (default: CPU).
+        ValueError on settings that do not exist or contradict a quantized checkpoint's config, on missing, unexpected
+        or wrongly shaped tensors, and on NaN or inf in a weight; OSError on a missing or truncated file.
+        """
+        path = pretrained_model_name_or_path
+        wants_info = kwargs.pop("output_loading_info", False)
+        asked = {key: kwargs.pop(key) for key in DEFAULT_SETTINGS if key in kwargs}
+        _check_device_map(kwargs.get("device_map"))
+        config, _ = cls.load_config(path, return_unused_kwargs=True, **kwargs)
+        if config.get("_class_name") != cls.__name__:
+            raise ValueError(f"{path}: config.json describes a {config.get('_class_name')}, expected a {cls.__name__}")
+        stored = {key: config.get(key, default) for key, default in DEFAULT_SETTINGS.items()}
+        settings = stored | asked
+        check_settings(settings)
+        if is_quantized(stored):
+            _check_agreement(path, asked, stored)
+            kwargs |= settings
+        else:  # the linears are swapped after loading, so that nothing is missing while diffusers reads
+            kwargs |= settings | {"w_bits": 16, "lora_r": 0}
+
+        kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        try:
+            with _without_loading_warnings():
+                model, info = super().from_pretrained(path, **kwargs)
+        except OSError as error:
+            if not os.path.isdir(path):  # the hub's own errors say what to do
+                raise
+            raise OSError(f"{' '.join(str(error).split())} Save or download {path} again.") from error
+        _check_loading_info(path, model, info)
+        if is_quantized(settings) and not is_quantized(stored):
+            model.register_to_config(w_bits=settings["w_bits"], lora_r=settings["lora_r"])
+            model._swap_linears()
+        return (model, info) if wants_info else model
+
+    def fuse_qkv_projections(self) -> None:
+        """As in diffusers; ValueError on a quantized model, whose fused weights would be the unquantized ones."""
+        if is_quantized(self.config):
+            raise ValueError("fuse_qkv_projections() would drop the quantizers: use it with w_bits=16, lora_r=0 only")
+        super().fuse_qkv_projections()
+
+
+def _check_device_map(device_map) -> None:
+    """ValueError unless it is one device: the hooks that spread a model over several would not survive the swap."""
+    devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+    if len(devices) > 1 or devices & {"auto", "balanced", "balanced_low_0", "sequential", "disk"}:
+        raise ValueError(f"device_map={device_map!r} is not supported: name one device, such as 'cuda'")
+
+
+def _check_agreement(path: str | os.PathLike, asked: dict, stored: dict) -> None:
+    """ValueError if a setting asked for is not that of the quantized checkpoint."""
+    for key, value in asked.items():
+        if value != stored[key]:
+            raise ValueError(
+                f"{path}: asked for {key}={value} but the checkpoint was quantized with {key}={stored[key]}; "
+                f"leave {key} out or start from a full-precision checkpoint"
+            )
+
+
+@contextlib.contextmanager
+def _without_loading_warnings():
+    """What diffusers warns of while loading, missing or superfluous or misshapen tensors, is an error here."""
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _check_loading_info(path: str | os.PathLike, model: nn.Module, info: dict) -> None:
+    """ValueError, naming the first tensor concerned, unless checkpoint and model hold the same tensors."""
+
+    def refuse(names, problem):
+        more = f" (and {len(names) - 1} more tensors)" if len(names) > 1 else ""
+        raise ValueError(f"{path}: {problem}{more}; config.json and weights do not belong together or are incomplete")
+
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, found, expected = mismatched[0]
+        refuse(mismatched, f"{name} has shape {list(found)}, expected {list(expected)}")
+    # A tensor that the shard index promises and the shard lacks is not in missing_keys: it just stays on meta.
+    on_meta = {name for name, parameter in model.named_parameters() if parameter.is_meta}
+    if missing := sorted(on_meta.union(info["missing_keys"])):
+        refuse(missing, f"{missing[0]} is missing")
+    if unexpected := sorted(info["unexpected_keys"]):
+        refuse(unexpected, f"{unexpected[0]} is not expected by a model with w_bits={model.config.w_bits}")
