@@ -1,0 +1,274 @@
+"""What every script needs: pipelines and prompts, pictures and grids, devices and one-line errors."""
+
+import logging
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import FluxPipeline
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
+
+from models.modeling_flux_quant import FluxTransformer2DModel
+from utils import prompt_list, scenes
+
+# ---------------------------------------------------------------------------------------------------- scripts
+
+
+def get_logger(name: str) -> logging.Logger:
+    """A logger that prints "[name] message" lines."""
+    logger = logging.getLogger(name)
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("[%(name)s] %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    return logger
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Call `main`; ValueError and OSError, which name their cause, end in one line and status 1.
+
+    With TRACEBACK=1 in the environment they are raised as usual.
+    """
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device called `name`, else cuda if there is one, else mps, else cpu.
+
+    Raises ValueError if this machine has no such device.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    here = [kind for kind, present in available.items() if present]
+    if name is None:
+        return torch.device(here[0])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in here:
+        raise ValueError(f"--device {name} is not available here: use one of {', '.join(here)}")
+    return device
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give memory that nothing uses any more back to the device."""
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).empty_cache()
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that takes the place of `folder` when the block is through, and not before."""
+    partial = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def check_disk(folder: Path, needed: int, what: str) -> None:
+    """ValueError unless the disk that will hold `folder` has `needed` bytes free."""
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ValueError(
+            f"{folder}: {what} takes {needed / 1e9:.1f} GB but only {free / 1e9:.1f} GB are free; "
+            "make room or choose another folder"
+        )
+
+
+# ------------------------------------------------------------------------------------------ pipelines and prompts
+
+
+def load_pipeline(name: str, dtype: torch.dtype) -> FluxPipeline:
+    """The FLUX pipeline `name`, a folder or a hub id, on the CPU.
+
+    Raises ValueError, in one line that says what to do, if there is none, access is missing or it is not FLUX.
+    """
+    local = Path(name).is_dir()
+    try:
+        kind = FluxPipeline.load_config(name).get("_class_name")
+        if kind != "FluxPipeline":
+            raise ValueError(f"{name}: expected a FluxPipeline, found a {kind}")
+        return FluxPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    except (OSError, HFValidationError) as error:
+        if local:
+            raise ValueError(f"{name}: not a complete pipeline folder ({' '.join(str(error).split())})") from error
+        causes = _causes(error)
+        if any(isinstance(cause, GatedRepoError) for cause in causes):
+            advice = f"access is gated; accept its licence at https://huggingface.co/{name}, then run `hf auth login`"
+        elif any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+            advice = "no such model on the hub, or it is private; check the name, or run `hf auth login`"
+        elif any(isinstance(cause, HFValidationError) for cause in causes) or name.count("/") != 1:
+            advice = "no such folder, and not a hub id either (owner/model); check the path"
+        else:
+            advice = "not in the local cache, and the hub cannot be reached; check the network, or give a folder"
+        raise ValueError(f"{name}: {advice}") from error
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    chain = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
+
+
+def load_quantized_model(model_args, training_args, cache_dir: Path | None = None, w_bits: int = 16):
+    """The transformer at `w_bits`: from `cache_dir` if it holds one, else made from the pipeline's own.
+
+    model_args.input_model_filename names the pipeline, training_args.bf16 and .fp16 the dtype (see `pick_dtype`).
+    Raises ValueError if `cache_dir` holds another bit width.
+    """
+    settings = {"w_bits": w_bits, "dtype": pick_dtype(training_args, pick_device(model_args.device))}
+    if cache_dir is not None and (Path(cache_dir) / "config.json").is_file():
+        return FluxTransformer2DModel.from_pretrained(cache_dir, **settings)
+    return FluxTransformer2DModel.from_pretrained(model_args.input_model_filename, subfolder="transformer", **settings)
+
+
+def pick_dtype(training_args, device: torch.device) -> torch.dtype:
+    """bfloat16 with --bf16, float16 with --fp16; with neither, bfloat16 on CUDA and float32 elsewhere."""
+    if training_args.fp16:
+        return torch.float16
+    return torch.bfloat16 if training_args.bf16 or device.type == "cuda" else torch.float32
+
+
+def native_size(pipe: FluxPipeline) -> int:
+    """The picture size in pixels that the autoencoder was made for."""
+    return pipe.vae.config.sample_size
+
+
+def pick_prompts(pipe: FluxPipeline, count: int, file: str | None = None) -> tuple[list[str], str]:
+    """`count` prompts to judge `pipe` with, and where they come from in words.
+
+    The lines of `file` if given (all of them if there are fewer), else the evaluation set that suits the model: drawn
+    scenes for a model made for 128 pixels such as tiny-flux, the prompts of prompt_list.py for FLUX.
+    Raises ValueError if there are too few or the file is empty or unreadable.
+    """
+    if file is not None:
+        try:
+            lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--prompts {file}: cannot be read as UTF-8 text ({error})") from error
+        if not lines:
+            raise ValueError(f"--prompts {file}: no prompts in it; write one a line")
+        return lines[:count], file
+    if native_size(pipe) == scenes.SIZE:
+        return scenes.eval_prompts(count), "evaluation scenes of utils/scenes.py"
+    return prompt_list.eval_prompts(count), "evaluation prompts of utils/prompt_list.py"
+
+
+# ------------------------------------------------------------------------------------------------------ pictures
+
+
+@torch.no_grad()
+def generate_images(
+    pipe: FluxPipeline,
+    prompts: Sequence[str],
+    seed: int = 42,
+    *,
+    num_inference_steps: int = 28,
+    guidance_scale: float = 3.5,
+    size: int | None = None,
+    batch_size: int = 1,
+    desc: str | None = None,
+) -> Tensor:
+    """Draw each of `prompts`: float32 pictures [N, 3, size, size] in 0…1 on the CPU.
+
+    Picture i starts from the noise of seed + i drawn on the CPU, whatever the device and the batch size.
+    `size` defaults to what the autoencoder was made for. `desc` shows a progress bar under that name.
+    """
+    size = size or native_size(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    images = []
+    with tqdm(total=len(prompts), desc=desc, unit="image", disable=desc is None) as bar:
+        for start in range(0, len(prompts), batch_size):
+            batch = list(prompts[start : start + batch_size])
+            output = pipe(
+                batch,
+                height=size,
+                width=size,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                max_sequence_length=min(512, pipe.tokenizer_2.model_max_length),
+                generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))],
+                output_type="pt",
+            )
+            images.append(output.images.float().cpu())
+            bar.update(len(batch))
+    return torch.cat(images)
+
+
+@contextmanager
+def record_velocities(transformer: torch.nn.Module) -> Iterator[list[tuple[dict, Tensor]]]:
+    """Within the block, keep every call of `transformer`: a list of (keyword arguments, velocity [B, L, C])."""
+    calls: list[tuple[dict, Tensor]] = []
+    hook = transformer.register_forward_hook(
+        lambda module, args, kwargs, output: calls.append((kwargs, output[0])), with_kwargs=True
+    )
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """A picture [3, H, W] in 0…1 as a PIL image."""
+    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
+
+
+def save_images(images: Tensor, folder: Path) -> None:
+    """Write pictures [N, 3, H, W] as folder/sample_000.png, sample_001.png, …; older samples there are removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("sample_*.png"):
+        old.unlink()
+    for index, image in enumerate(images):
+        to_pil(image).save(folder / f"sample_{index:03d}.png")
+
+
+def save_grid(rows: dict[str, Tensor], columns: Sequence[str], file: Path, cell: int = 256) -> None:
+    """One labelled picture: a row of pictures [N, 3, H, W] for each entry of `rows`, a column for each prompt.
+
+    Pictures are shown at most `cell` pixels wide.
+    """
+    height, width = next(iter(rows.values())).shape[-2:]
+    scale = min(1.0, cell / max(height, width))
+    height, width = round(height * scale), round(width * scale)
+    font = ImageFont.load_default(size=max(11, width // 11))
+    letter = font.getlength("n")
+    titles = [textwrap.fill(text, max(8, int(width / letter)), max_lines=4, placeholder=" …") for text in columns]
+    line = font.getbbox("Ag")[3] + 3
+    top = 8 + line * max(title.count("\n") + 1 for title in titles)
+    left = 16 + round(max(font.getlength(name) for name in rows))
+    grid = Image.new("RGB", (left + (width + 4) * len(columns), top + (height + 4) * len(rows)), "white")
+    draw = ImageDraw.Draw(grid)
+    for x, title in enumerate(titles):
+        draw.multiline_text((left + x * (width + 4), 4), title, fill="black", font=font, spacing=3)
+    for y, (name, images) in enumerate(rows.items()):
+        row_top = top + y * (height + 4)
+        draw.text((8, row_top + height // 2), name, fill="black", font=font, anchor="lm")
+        for x, image in enumerate(images):
+            grid.paste(to_pil(image).resize((width, height)), (left + x * (width + 4), row_top))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    grid.save(file)
