@@ -241,6 +241,15 @@ def test_detections_name_what_the_layout_put_there():
             )  # the centroid of a moon lies off its centre
 
 
+def test_things_that_touch_are_told_apart_by_colour():
+    layout = scenes.layout(scenes.parse("a yellow star and a red ring on light paper"), random.Random(0))
+    layout[6:9], layout[13:16] = [45.0, 64.0, 22.0], [86.0, 64.0, 22.0]
+    touching = scenes.rasterize(torch.tensor([layout]))
+    assert len(scenes._regions((touching.amax(1) - touching.amin(1))[0] > scenes.MIN_CHROMA)) == 1
+    assert scenes.grade(touching, ["a yellow star and a red ring"]).all()
+    assert not scenes.grade(touching, ["a red star and a yellow ring"]).any()
+
+
 def test_grade_refuses_what_it_cannot_judge():
     picture = scenes.render(["a star"], [0])
     with pytest.raises(ValueError, match="a dog"):

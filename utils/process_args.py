@@ -72,10 +72,16 @@ class TrainingArguments(transformers.TrainingArguments):
 
 
 def process_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """Parse `argv` (default: the command line). A flag or value that does not exist ends with status 2."""
+    """Parse `argv` (default: the command line). A flag or value that does not exist ends in one line and status 2."""
     parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+    # argparse's own would print all flags first, 120 lines of them.
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {' '.join(message.split())} (see --help)\n")
     try:
-        model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv)
+        model_args, data_args, training_args, unknown = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True
+        )
+        if unknown:
+            raise ValueError(f"unknown arguments: {' '.join(unknown)}")
         for bits in model_args.w_bits:
             check_bits(bits)
         pick_device(model_args.device)

@@ -279,8 +279,8 @@ def signed_distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
         return (torch.hypot(x, y) - 0.70).abs() - 0.24
     if shape == "heart":  # a square on its corner with a half disc on either upper side
         side = 0.78
-        lobe = torch.hypot(x.abs() - side / 2, y + 0.08 + side / 2) - side / math.sqrt(2)
-        corner = (x.abs() + (y + 0.08).abs() - side) / math.sqrt(2)
+        lobe = torch.hypot(x.abs() - side / 2, y - 0.08 + side / 2) - side / math.sqrt(2)
+        corner = (x.abs() + (y - 0.08).abs() - side) / math.sqrt(2)
         return torch.minimum(lobe, corner)
     if shape == "moon":
         return torch.maximum(disc(-0.05, 0.0, 0.95), -disc(0.42, -0.1, 0.72))
@@ -408,6 +408,12 @@ def _hue(rgb: Tensor) -> Tensor:
     return torch.atan2(math.sqrt(3) * (g - b), 2 * r - g - b)
 
 
+def _nearest_color(rgb: Tensor) -> Tensor:
+    """Index into COLORS of the colour nearest in hue to `rgb` [..., 3]."""
+    hues = _hue(torch.tensor(list(COLORS.values()), device=rgb.device))
+    return torch.cos(_hue(rgb).unsqueeze(-1) - hues).argmax(-1)
+
+
 def _regions(mask: Tensor) -> list[Tensor]:
     """The 8-connected regions of `mask` [H, W] that have at least MIN_AREA pixels, each as a mask [H, W].
 
@@ -445,24 +451,37 @@ def _regions(mask: Tensor) -> list[Tensor]:
     return regions
 
 
+def _recognize(image: Tensor, region: Tensor) -> Detection:
+    """What the pixels of `image` [3, H, W] in `region` [H, W] show."""
+    templates, aspects = _templates()
+    silhouette, aspect = _box_normalized(region)
+    shared = torch.minimum(templates, silhouette).sum((1, 2))
+    overlap = shared / torch.maximum(templates, silhouette).sum((1, 2))
+    best = overlap.argmax().item()
+    fitting = overlap[best] >= MIN_OVERLAP and abs(math.log(aspect / aspects[best])) < 0.3
+    color = list(COLORS)[_nearest_color(image[:, region].mean(1)).item()]
+    y, x = region.nonzero().float().mean(0).tolist()
+    return Detection(SHAPES[best] if fitting else None, color, (x, y))
+
+
 def detect(images: Tensor) -> list[list[Detection]]:
-    """The things seen in each of `images` [B, 3, SIZE, SIZE] with values in 0…1."""
+    """The things seen in each of `images` [B, 3, SIZE, SIZE] with values in 0…1.
+
+    A coloured region is a thing; one with no known silhouette is taken apart by colour, for things that touch.
+    """
     images = images.float().cpu()
     masks = (images.amax(1) - images.amin(1)) > MIN_CHROMA
-    templates, aspects = _templates()
-    hues = _hue(torch.tensor(list(COLORS.values())))
     found = []
     for image, mask in zip(images, masks, strict=True):
         things = []
         for region in _regions(mask):
-            silhouette, aspect = _box_normalized(region)
-            shared = torch.minimum(templates, silhouette).sum((1, 2))
-            overlap = shared / torch.maximum(templates, silhouette).sum((1, 2))
-            best = overlap.argmax().item()
-            fitting = overlap[best] >= MIN_OVERLAP and abs(math.log(aspect / aspects[best])) < 0.3
-            color = list(COLORS)[torch.cos(_hue(image[:, region].mean(1)) - hues).argmax().item()]
-            y, x = region.nonzero().float().mean(0).tolist()
-            things.append(Detection(SHAPES[best] if fitting else None, color, (x, y)))
+            thing = _recognize(image, region)
+            if thing.shape is None:
+                colors = _nearest_color(image.movedim(0, -1))
+                parts = [part for color in colors[region].unique() for part in _regions(region & (colors == color))]
+                things += [_recognize(image, part) for part in parts]
+            else:
+                things.append(thing)
         found.append(things)
     return found
 

@@ -77,3 +77,5 @@ if [ -z "$PYTHON" ]; then
     venv_is_current || make_venv || exit 1
     PYTHON=$PWD/.venv/bin/python
 fi
+
+export TRANSFORMERS_VERBOSITY="${TRANSFORMERS_VERBOSITY:-error}"  # or every start warns that torchvision is missing

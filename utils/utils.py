@@ -11,8 +11,19 @@ from pathlib import Path
 
 import torch
 from diffusers import FluxPipeline
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # of httpx or httpx2, whichever the hub client stands on
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,13 +46,13 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Call `main`; ValueError and OSError, which name their cause, end in one line and status 1.
+    """Call `main`; ValueError, OSError and SafetensorError, which name their cause, end in one line and status 1.
 
     With TRACEBACK=1 in the environment they are raised as usual.
     """
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         if os.environ.get("TRACEBACK"):
             raise
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -53,15 +64,15 @@ def pick_device(name: str | None = None) -> torch.device:
 
     Raises ValueError if this machine has no such device.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    here = [kind for kind, present in available.items() if present]
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = ["cuda"] * (gpus > 0) + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if name is None:
         return torch.device(here[0])
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in here:
+    if device is None or device.type not in here or (device.type == "cuda" and (device.index or 0) >= gpus):
         raise ValueError(f"--device {name} is not available here: use one of {', '.join(here)}")
     return device
 
@@ -104,27 +115,59 @@ def check_disk(folder: Path, needed: int, what: str) -> None:
 def load_pipeline(name: str, dtype: torch.dtype) -> FluxPipeline:
     """The FLUX pipeline `name`, a folder or a hub id, on the CPU.
 
-    Raises ValueError, in one line that says what to do, if there is none, access is missing or it is not FLUX.
+    Raises ValueError, in one line that says what to do, if there is none, access is missing, it is not FLUX or its
+    files are incomplete.
     """
-    local = Path(name).is_dir()
+    folder = Path(name)
+    if not folder.is_dir() and (folder.is_file() or not _is_hub_id(name)):
+        raise ValueError(f"{name}: neither a folder nor a hub id (owner/model); check the path")
     try:
         kind = FluxPipeline.load_config(name).get("_class_name")
-        if kind != "FluxPipeline":
-            raise ValueError(f"{name}: expected a FluxPipeline, found a {kind}")
-        return FluxPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
-    except (OSError, HFValidationError) as error:
-        if local:
-            raise ValueError(f"{name}: not a complete pipeline folder ({' '.join(str(error).split())})") from error
-        causes = _causes(error)
-        if any(isinstance(cause, GatedRepoError) for cause in causes):
-            advice = f"access is gated; accept its licence at https://huggingface.co/{name}, then run `hf auth login`"
-        elif any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
-            advice = "no such model on the hub, or it is private; check the name, or run `hf auth login`"
-        elif any(isinstance(cause, HFValidationError) for cause in causes) or name.count("/") != 1:
-            advice = "no such folder, and not a hub id either (owner/model); check the path"
-        else:
-            advice = "not in the local cache, and the hub cannot be reached; check the network, or give a folder"
-        raise ValueError(f"{name}: {advice}") from error
+        if kind == "FluxPipeline":
+            _check_tokenizers(folder)
+            return FluxPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError, HTTPError) as error:
+        advice = None if folder.is_dir() else _hub_advice(name, error)
+        broken = f"cannot be loaded ({error}); if files are missing or cut short, save or download it again"
+        raise ValueError(f"{name}: {advice or broken}") from error
+    raise ValueError(f"{name}: expected a FluxPipeline, found a {kind}; give a FLUX text-to-image pipeline")
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
+def _check_tokenizers(folder: Path) -> None:
+    """OSError if the pipeline's `folder` lacks a vocabulary: transformers would make a tokenizer without any words."""
+    for part in ("tokenizer", "tokenizer_2"):
+        files = [folder / part / file for file in ("tokenizer.json", "vocab.json", "spiece.model")]
+        if folder.is_dir() and not any(file.is_file() for file in files):
+            raise OSError(f"no vocabulary in {part}")
+
+
+def _hub_advice(name: str, error: Exception) -> str | None:
+    """What to do about an error of the hub, or None if the hub is not to blame."""
+    causes = _causes(error)  # diffusers wraps the hub's errors in its own
+
+    def has(*kinds: type) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if has(GatedRepoError):
+        return f"access is gated; accept its licence at https://huggingface.co/{name}, then run `hf auth login`"
+    if has(RepositoryNotFoundError):
+        return "no such folder, and no such model on the hub or it is private; check the name, or run `hf auth login`"
+    if has(RemoteEntryNotFoundError):
+        return "the hub has it, but not as a diffusers pipeline; give one, such as black-forest-labs/FLUX.1-dev"
+    for cause in causes:
+        if isinstance(cause, HfHubHTTPError) and cause.response is not None:
+            return f"the hub answers {cause.response.status_code}; renew your token with `hf auth login`, or try later"
+    if has(LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError):
+        return "no such folder, not in the local cache, and the hub cannot be reached; check the network"
+    return None
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
@@ -141,7 +184,10 @@ def load_quantized_model(model_args, training_args, cache_dir: Path | None = Non
     model_args.input_model_filename names the pipeline, training_args.bf16 and .fp16 the dtype (see `pick_dtype`).
     Raises ValueError if `cache_dir` holds another bit width.
     """
-    settings = {"w_bits": w_bits, "dtype": pick_dtype(training_args, pick_device(model_args.device))}
+    device = pick_device(model_args.device)
+    settings = {"w_bits": w_bits, "dtype": pick_dtype(training_args, device)}
+    if device.type == "cuda":  # straight to the card, where finding the step sizes takes seconds, not minutes
+        settings["device_map"] = str(device)
     if cache_dir is not None and (Path(cache_dir) / "config.json").is_file():
         return FluxTransformer2DModel.from_pretrained(cache_dir, **settings)
     return FluxTransformer2DModel.from_pretrained(model_args.input_model_filename, subfolder="transformer", **settings)
@@ -168,7 +214,7 @@ def pick_prompts(pipe: FluxPipeline, count: int, file: str | None = None) -> tup
     """
     if file is not None:
         try:
-            lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--prompts {file}: cannot be read as UTF-8 text ({error})") from error
         if not lines:

@@ -1,0 +1,100 @@
+"""What several test files share: a FLUX pipeline of random weights that draws in a second, and a way to run scripts."""
+
+import os
+
+# Before torch is imported, and inherited by the scripts: for tensors this small a second thread gains nothing, and on
+# a busy machine the threads wait for each other most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., subprocess.CompletedProcess]:
+    """run("sanity.py", "--w_bits", 0, NAME="value") starts a script in the repository root, without the hub.
+
+    Keywords are environment variables. The result has returncode, stdout and stderr.
+    """
+
+    def call(*command, **environment) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, *map(str, command)],
+            cwd=ROOT,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory) -> Path:
+    """A FluxPipeline of stock classes in the layout of FLUX.1-dev, made for 128 pixels, its weights random."""
+    import torch
+    import transformers
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    from utils import scenes
+    from utils.make_tiny_flux import TEXT_LENGTH, make_tokenizers
+
+    torch.manual_seed(0)
+    tokenizer, tokenizer_2 = make_tokenizers(scenes.train_prompts(200))
+    text_encoder = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, max_position_embeddings=TEXT_LENGTH, projection_dim=32,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    text_encoder_2 = transformers.T5EncoderModel(
+        transformers.T5Config(
+            vocab_size=len(tokenizer_2), d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2,
+            feed_forward_proj="gated-gelu", is_encoder_decoder=False, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=scenes.SIZE,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.1,
+    )
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+    for parameter in transformer.parameters():
+        parameter.data *= 2  # blocks that matter, so that quantizing them is seen
+    folder = tmp_path_factory.mktemp("models") / "random-flux"
+    FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        transformer=transformer,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+    ).save_pretrained(folder)
+    return folder

@@ -1,0 +1,146 @@
+"""Flags: the published command lines keep their meaning; whatever is wrong ends in one line and status 2."""
+
+import os
+import re
+import shlex
+
+import pytest
+import torch
+import transformers
+
+from utils.process_args import process_args
+
+PUBLISHED_SANITY = """
+--local_dir "/tmp/flux/" --input_model_filename "black-forest-labs/FLUX.1-dev" --output_model_filename "flux-dev"
+--do_train True --do_eval True --fp16 False --bf16 True --log_on_each_node False
+--logging_dir /tmp/output/runs/current --num_train_epochs 1 --per_device_train_batch_size 4
+--per_device_eval_batch_size 1 --gradient_accumulation_steps 1 --evaluation_strategy "steps" --eval_steps 100
+--save_strategy "steps" --save_steps 400 --report_to "tensorboard" --save_total_limit 1 --learning_rate 2e-5
+--weight_decay 0. --warmup_ratio 0. --lr_scheduler_type "cosine" --logging_steps 1 --tf32 False
+--gradient_checkpointing False --qat True --w_bits 0
+"""
+PUBLISHED_README = (
+    PUBLISHED_SANITY.replace("--do_eval True", "--do_eval False")
+    .replace('--evaluation_strategy "steps"', '--evaluation_strategy "no"')
+    .replace("--save_steps 400", "--save_steps 2000")
+    .replace("--per_device_train_batch_size 4", "--per_device_train_batch_size 2")
+)
+PUBLISHED_TRAIN = (
+    PUBLISHED_SANITY.replace("--eval_steps 100", "--eval_steps 500")
+    .replace("--save_steps 400", "--save_steps 500")
+    .replace("--save_total_limit 1", "--save_total_limit 5")
+    .replace("--gradient_checkpointing False", "--gradient_checkpointing True")
+    + '--ddp_find_unused_parameters True --optim "adamw_bnb_8bit"'
+)
+
+
+@pytest.fixture(autouse=True)
+def tensorboard_folder(monkeypatch):
+    """--logging_dir goes into the environment; this takes it out again."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "before")
+
+
+@pytest.mark.parametrize(
+    "line", [PUBLISHED_SANITY, PUBLISHED_README, PUBLISHED_TRAIN], ids=["sanity", "readme", "train"]
+)
+def test_published_command_lines(line):
+    model_args, data_args, training_args = process_args(shlex.split(line))
+
+    assert model_args.local_dir == "/tmp/flux/"
+    assert model_args.input_model_filename == "black-forest-labs/FLUX.1-dev"
+    assert model_args.output_model_filename == "flux-dev"
+    assert model_args.output_model_local_path == "/tmp/flux/models/flux-dev"
+    assert model_args.w_bits == [0]
+    assert training_args.qat is True
+    assert training_args.do_train is True
+    assert training_args.bf16 is True and training_args.fp16 is False and training_args.tf32 is False
+    assert training_args.per_device_eval_batch_size == training_args.gradient_accumulation_steps == 1
+    assert training_args.learning_rate == 2e-5 and training_args.weight_decay == 0.0
+    assert training_args.lr_scheduler_type == "cosine"
+    assert training_args.save_strategy == "steps" and training_args.logging_steps == 1
+    assert list(training_args.report_to) == ["tensorboard"]
+    assert training_args.num_train_epochs == 1 and training_args.log_on_each_node is False
+    assert data_args.prompts is None and data_args.resolution is None
+
+
+def test_what_the_published_command_lines_differ_in():
+    sanity, readme, train = (
+        process_args(shlex.split(line))[2] for line in (PUBLISHED_SANITY, PUBLISHED_README, PUBLISHED_TRAIN)
+    )
+    assert [args.do_eval for args in (sanity, readme, train)] == [True, False, True]
+    assert [args.eval_strategy for args in (sanity, readme, train)] == ["steps", "no", "steps"]
+    assert [args.eval_steps for args in (sanity, readme, train)] == [100, 100, 500]
+    assert [args.save_steps for args in (sanity, readme, train)] == [400, 2000, 500]
+    assert [args.save_total_limit for args in (sanity, readme, train)] == [1, 1, 5]
+    assert [args.per_device_train_batch_size for args in (sanity, readme, train)] == [4, 2, 4]
+    assert [args.gradient_checkpointing for args in (sanity, readme, train)] == [False, False, True]
+    assert sanity.optim == "adamw_torch" and train.optim == "adamw_bnb_8bit"
+    assert train.ddp_find_unused_parameters is True
+
+
+@pytest.mark.parametrize(("flags", "warmup"), [(["--warmup_ratio", "0."], 0), (["--warmup_ratio", "0.1"], 20), ([], 0)])
+def test_warmup_ratio_reaches_the_schedule(flags, warmup):
+    """Against the definition: a share of all steps, here 200."""
+    assert process_args(flags)[2].get_warmup_steps(200) == warmup
+
+
+def test_old_names_reach_transformers():
+    """As the new names do, by transformers' own TrainingArguments."""
+    new = transformers.TrainingArguments(output_dir="output", eval_strategy="epoch", use_cpu=True)
+    assert process_args(["--evaluation_strategy", "epoch"])[2].eval_strategy is new.eval_strategy
+    assert process_args(["--eval_strategy", "epoch"])[2].eval_strategy is new.eval_strategy
+
+    process_args(["--logging_dir", "/tmp/runs"])
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == "/tmp/runs"
+    process_args(["--overwrite_output_dir", "True", "--contain_weight_clip_val", "True"])
+
+
+def test_defaults_are_the_embedded_model():
+    model_args, data_args, training_args = process_args([])
+    assert model_args.input_model_filename == "assets/tiny-flux"
+    assert model_args.w_bits == [0] and model_args.device is None
+    assert (data_args.num_images, data_args.num_inference_steps) == (6, 28)
+    assert (data_args.guidance_scale, training_args.seed) == (3.5, 42)
+
+
+def test_several_bit_widths():
+    assert process_args(["--w_bits", "8", "4", "2", "0"])[0].w_bits == [8, 4, 2, 0]
+    assert process_args(["--w_bits", "8", "4", "--w_bits", "3"])[0].w_bits == [3]  # the last one counts
+    assert process_args(["--w_bits", "16"])[0].w_bits == [16]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--w_bits", "9"], "w_bits=9 .* use 0 .*1 to 8.*16"),
+        (["--w_bits", "4", "-1"], "w_bits=-1"),
+        (["--w_bits", "1.58"], "--w_bits.*: invalid int value: '1.58'"),
+        (["--w_bits"], "--w_bits.*: expected at least one argument"),
+        (["--num_images", "0"], "--num_images must be at least 1, got 0"),
+        (["--num_images", "many"], "--num_images.*: invalid int value"),
+        (["--num_inference_steps", "0"], "--num_inference_steps must be at least 1, got 0"),
+        (["--resolution", "-16"], "--resolution must be at least 1, got -16"),
+        (["--resolution", "100"], "--resolution must be a multiple of 16, got 100"),
+        (["--device", "toaster"], "--device toaster is not available here: use one of .*cpu"),
+        (["--device", "meta"], "--device meta is not available here"),
+        (["--nonsense", "3"], "unknown arguments: --nonsense 3"),
+        (["stray"], "unknown arguments: stray"),
+        (["--qat", "perhaps"], "--qat.*perhaps"),
+        (["--bf16", "True", "--fp16", "True"], "fp16.*bf16"),
+        (["--evaluation_strategy", "sometimes"], "sometimes is not a valid IntervalStrategy"),
+    ],
+)
+def test_usage_errors(flags, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        process_args(flags)
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert re.search(message, error), error
+
+
+def test_a_device_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        process_args(["--device", "cuda"])
+    assert "--device cuda is not available here" in capsys.readouterr().err
