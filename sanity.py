@@ -1,0 +1,166 @@
+"""Does the pipeline still draw? The same prompts and seeds at full precision and at lower bit widths, untrained.
+
+    python sanity.py --w_bits 8 4 2 0                                            # the embedded tiny-flux
+    python sanity.py --input_model_filename black-forest-labs/FLUX.1-dev --bf16 True --w_bits 4 0
+    python sanity.py --prompts my_prompts.txt --num_images 4 --num_inference_steps 8
+
+Every linear inside the transformer's blocks is quantized with error-minimal step sizes and nothing is trained, so
+this is where quantization-aware training starts from. It writes
+
+    OUTPUT_DIR/samples/{full,bits_W}/sample_000.png …    the pictures
+    OUTPUT_DIR/samples/grid.png                          all of them, rows = bit widths, columns = prompts
+    OUTPUT_DIR/samples/metrics.json                      the table that it prints
+    OUTPUT_DIR/cache/bits_W/                             each quantized transformer, for from_pretrained
+"""
+
+import gc
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.modeling_flux_quant import QuantizeLinear
+from utils import scenes
+from utils.metrics import nmse, psnr, scene_score
+from utils.process_args import process_args
+from utils.utils import (
+    check_disk,
+    empty_cache,
+    generate_images,
+    get_logger,
+    load_pipeline,
+    load_quantized_model,
+    native_size,
+    pick_device,
+    pick_dtype,
+    pick_prompts,
+    record_velocities,
+    run_script,
+    save_grid,
+    save_images,
+    whole_folder,
+)
+
+log = get_logger("sanity")
+NMSE_STRIDE = 4  # the velocity error is measured at every fourth step of the teacher's trajectories
+BITS_STORED = {0: 1.6}  # five trits a byte; the other widths are stored as they are
+
+
+def bits_name(w_bits: int) -> str:
+    """ "full", "8 bit", "1.58 bit"."""
+    return "full" if w_bits >= 16 else f"{1.58 if w_bits == 0 else w_bits} bit"
+
+
+def count_parameters(transformer: nn.Module) -> tuple[int, int]:
+    """Parameters without step sizes, and how many of them are quantized weights."""
+    step_sizes = sum(p.numel() for name, p in transformer.named_parameters() if name.endswith("weight_clip_val"))
+    quantized = sum(m.weight.numel() for m in transformer.modules() if isinstance(m, QuantizeLinear))
+    return sum(p.numel() for p in transformer.parameters()) - step_sizes, quantized
+
+
+def packed_bytes(transformer: nn.Module, w_bits: int) -> float:
+    """Bytes of the transformer with its quantized weights packed, fp32 step sizes, and the rest in 16 bits."""
+    total, quantized = count_parameters(transformer)
+    step_sizes = sum(p.numel() for name, p in transformer.named_parameters() if name.endswith("weight_clip_val"))
+    return quantized * BITS_STORED.get(w_bits, w_bits) / 8 + step_sizes * 4 + (total - quantized) * 2
+
+
+@torch.no_grad()
+def velocity_error(transformer: nn.Module, teacher_calls: list[tuple[dict, Tensor]]) -> float:
+    """NMSE of the velocity at the teacher's own states (see record_velocities)."""
+    calls = teacher_calls[::NMSE_STRIDE]
+    predictions = [transformer(**inputs)[0].float().cpu() for inputs, _ in calls]
+    return nmse(torch.stack(predictions), torch.stack([velocity.float().cpu() for _, velocity in calls]))
+
+
+def print_table(rows: list[dict], with_scores: bool) -> None:
+    """The result of each bit width as a line of text."""
+    print(f"\n{'transformer':<12}{'velocity NMSE':>14}{'PSNR dB':>9}{'scene score':>13}{'packed MB':>11}")
+    for row in rows:
+        teacher = row["w_bits"] == 16 and "nmse" not in row
+        error = "-" if teacher else f"{row['nmse']:.5f}"
+        ratio = "-" if teacher else f"{row['psnr']:.1f}"
+        score = f"{row['scene_score']['mean']:.2f}" if with_scores else "-"
+        print(f"{row['name']:<12}{error:>14}{ratio:>9}{score:>13}{row['packed_bytes'] / 1e6:>11,.1f}")
+    print("NMSE, PSNR: against full precision, same prompts and seeds. packed: bits of the blocks' weights as stored")
+    print("(1.58 bit: 1.6), fp32 step sizes, 16 bits for the rest.")
+    if not with_scores:
+        print("No scene score: it is defined for the drawn scenes of utils/scenes.py at 128 pixels.")
+
+
+def main() -> None:
+    model_args, data_args, training_args = process_args()
+    device = pick_device(model_args.device)
+    dtype = pick_dtype(training_args, device)
+    samples, cache = Path(training_args.output_dir) / "samples", Path(training_args.output_dir) / "cache"
+
+    pipe = load_pipeline(model_args.input_model_filename, dtype)
+    pipe.to(device)
+    prompts, source = pick_prompts(pipe, data_args.num_images, data_args.prompts)
+    size = data_args.resolution or native_size(pipe)
+    with_scores = size == scenes.SIZE and all(scenes.parse(prompt) for prompt in prompts)
+    total, _ = count_parameters(pipe.transformer)
+    log.info(
+        "%s: transformer with %s parameters, %s on %s", model_args.input_model_filename, f"{total:,}", dtype, device
+    )
+    log.info("%d prompts: %s; %d pixels, seed %d", len(prompts), source, size, training_args.seed)
+
+    def sample(name: str, folder: str) -> Tensor:
+        images = generate_images(
+            pipe,
+            prompts,
+            training_args.seed,
+            num_inference_steps=data_args.num_inference_steps,
+            guidance_scale=data_args.guidance_scale,
+            size=size,
+            desc=name,
+        )
+        save_images(images, samples / folder)
+        return images
+
+    with record_velocities(pipe.transformer) as teacher_calls:
+        teacher_images = sample("full", "full")
+    grid = {"full": teacher_images}
+    rows = [{"name": "full", "w_bits": 16, "packed_bytes": packed_bytes(pipe.transformer, 16)}]
+    if with_scores:
+        rows[0]["scene_score"] = scene_score(teacher_images, prompts)
+
+    for w_bits in model_args.w_bits:
+        pipe.transformer = None  # two transformers at once would not fit beside each other on every card
+        gc.collect()
+        empty_cache(device)
+        transformer = load_quantized_model(model_args, training_args, w_bits=w_bits).to(device)
+        pipe.register_modules(transformer=transformer)
+        total, quantized = count_parameters(transformer)
+        name = bits_name(w_bits) if w_bits < 16 else f"{w_bits} bit"
+        log.info(
+            "%s: %s of %s parameters quantized (%.1f %%)", name, f"{quantized:,}", f"{total:,}", 100 * quantized / total
+        )
+        images = sample(name, f"bits_{w_bits}")
+        row = {
+            "name": name,
+            "w_bits": w_bits,
+            "nmse": velocity_error(transformer, teacher_calls),
+            "psnr": psnr(images, teacher_images),
+            "packed_bytes": packed_bytes(transformer, w_bits),
+        }
+        if with_scores:
+            row["scene_score"] = scene_score(images, prompts)
+        grid[name] = images
+        rows.append(row)
+
+        folder = cache / f"bits_{w_bits}"
+        check_disk(folder, sum(p.numel() * p.element_size() for p in transformer.parameters()), "the transformer")
+        with whole_folder(folder) as partial:
+            transformer.save_pretrained(partial)
+        del transformer
+
+    save_grid(grid, prompts, samples / "grid.png")
+    (samples / "metrics.json").write_text(json.dumps({"prompts": prompts, "rows": rows}, indent=2) + "\n")
+    print_table(rows, with_scores)
+    log.info("pictures: %s; quantized transformers: %s", samples / "grid.png", cache)
+
+
+if __name__ == "__main__":
+    run_script(main)

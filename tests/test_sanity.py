@@ -1,0 +1,322 @@
+"""sanity.py from end to end, on a pipeline of random weights: what it writes, what it prints, how it fails."""
+
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sanity
+from models.modeling_flux_quant import FluxTransformer2DModel
+from utils import scenes
+from utils.utils import run_script
+
+ROOT = Path(__file__).parents[1]
+SEED, IMAGES, STEPS, GUIDANCE = 7, 3, 3, 3.5
+FLAGS = ["--num_images", IMAGES, "--num_inference_steps", STEPS, "--seed", SEED]
+PUBLISHED = """
+--local_dir "/tmp/flux/" --output_model_filename "flux-dev" --do_train True --do_eval False --fp16 False --bf16 True
+--log_on_each_node False --logging_dir /tmp/output/runs/current --num_train_epochs 1 --per_device_train_batch_size 2
+--per_device_eval_batch_size 1 --gradient_accumulation_steps 1 --evaluation_strategy "no" --save_strategy "steps"
+--save_steps 2000 --report_to "tensorboard" --save_total_limit 1 --learning_rate 2e-5 --weight_decay 0.
+--warmup_ratio 0. --lr_scheduler_type "cosine" --logging_steps 1 --tf32 False --gradient_checkpointing False
+--qat True --w_bits 0
+"""
+
+
+def pixels(file: Path) -> np.ndarray:
+    """A picture [H, W, 3] as integers that can be subtracted."""
+    return np.asarray(Image.open(file).convert("RGB")).astype(int)
+
+
+def files(folder: Path) -> set[str]:
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(run, pipeline_folder, tmp_path_factory):
+    """A run at 8, 1.58 and 16 bits: what it printed, its output folder and its table."""
+    folder = tmp_path_factory.mktemp("sanity") / "out"
+    flags = ["--input_model_filename", pipeline_folder, "--w_bits", 8, 0, 16, "--output_dir", folder, *FLAGS]
+    result = run("sanity.py", *flags)
+    assert result.returncode == 0, result.stderr
+    table = json.loads((folder / "samples" / "metrics.json").read_text())
+    rows = {row["name"]: row for row in table["rows"]}
+    return SimpleNamespace(stdout=result.stdout, folder=folder, prompts=table["prompts"], rows=rows)
+
+
+@pytest.fixture(scope="module")
+def teacher(pipeline_folder):
+    """diffusers' own pipeline: its pictures [N, 128, 128, 3], and inputs and velocity of every call."""
+    pipe = diffusers.FluxPipeline.from_pretrained(pipeline_folder)
+    pipe.set_progress_bar_config(disable=True)
+    calls = []
+    hook = pipe.transformer.register_forward_hook(
+        lambda module, args, kwargs, output: calls.append((kwargs, output[0])), with_kwargs=True
+    )
+    pictures = draw(pipe)
+    hook.remove()
+    return SimpleNamespace(pipe=pipe, pictures=pictures, calls=calls)
+
+
+def draw(pipe) -> np.ndarray:
+    return np.concatenate(
+        [
+            pipe(
+                prompt, height=128, width=128, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
+                max_sequence_length=24, generator=torch.Generator().manual_seed(SEED + i), output_type="np",
+            ).images
+            for i, prompt in enumerate(scenes.eval_prompts(IMAGES))
+        ]
+    )  # fmt: skip
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call("--w_bits", 9) runs the script in this process; the result has returncode, stdout and stderr."""
+
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["sanity.py", *map(str, flags)])
+        capsys.readouterr()
+        try:
+            run_script(sanity.main)
+            code = 0
+        except SystemExit as exit:
+            code = exit.code
+        output = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=output.out, stderr=output.err)
+
+    return call
+
+
+# ------------------------------------------------------------------------------------------------ what it writes
+
+
+def test_files(finished):
+    samples = {
+        f"samples/{name}/sample_00{i}.png" for name in ("full", "bits_8", "bits_0", "bits_16") for i in range(IMAGES)
+    }
+    weights = "diffusion_pytorch_model.safetensors"
+    cache = {f"cache/bits_{bits}/{file}" for bits in (8, 0, 16) for file in ("config.json", weights)}
+    assert files(finished.folder) == samples | cache | {"samples/grid.png", "samples/metrics.json"}
+
+
+def test_prompts_are_the_evaluation_scenes(finished):
+    assert finished.prompts == scenes.eval_prompts(IMAGES)
+    assert "3 prompts: evaluation scenes of utils/scenes.py; 128 pixels, seed 7" in finished.stdout
+
+
+def test_full_precision_pictures_are_those_of_diffusers(finished, teacher):
+    for i, picture in enumerate(teacher.pictures):
+        sample = pixels(finished.folder / f"samples/full/sample_00{i}.png")
+        assert sample.shape == (128, 128, 3)
+        assert abs(sample - 255 * picture).max() <= 0.6  # half a level, and float noise
+
+
+def test_16_bits_are_full_precision(finished):
+    assert finished.rows["16 bit"]["nmse"] == 0
+    assert finished.rows["16 bit"]["psnr"] == 100
+    for i in range(IMAGES):
+        full, same = (pixels(finished.folder / f"samples/{name}/sample_00{i}.png") for name in ("full", "bits_16"))
+        assert (full == same).all()
+
+
+def test_fewer_bits_are_worse(finished):
+    rows = finished.rows
+    assert 0 < 100 * rows["8 bit"]["nmse"] < rows["1.58 bit"]["nmse"]
+    assert 100 > rows["8 bit"]["psnr"] > 10 + rows["1.58 bit"]["psnr"]
+
+
+@torch.no_grad()
+def test_cache_loads_back_and_has_the_velocities_of_the_table(finished, teacher):
+    for bits, name in ((8, "8 bit"), (0, "1.58 bit"), (16, "16 bit")):
+        student = FluxTransformer2DModel.from_pretrained(finished.folder / f"cache/bits_{bits}")
+        assert student.config.w_bits == bits
+        error = energy = 0.0
+        for inputs, velocity in teacher.calls[:: sanity.NMSE_STRIDE]:
+            error += (student(**inputs)[0].double() - velocity.double()).square().sum().item()
+            energy += velocity.double().square().sum().item()
+        assert finished.rows[name]["nmse"] == pytest.approx(error / energy, rel=1e-3, abs=1e-12)
+
+
+def test_psnr_of_the_table(finished, pipeline_folder, teacher):
+    student = FluxTransformer2DModel.from_pretrained(finished.folder / "cache/bits_0")
+    pipe = diffusers.FluxPipeline.from_pretrained(pipeline_folder, transformer=student)
+    pipe.set_progress_bar_config(disable=True)
+    errors = np.square(draw(pipe).astype(np.float64) - teacher.pictures).mean(axis=(1, 2, 3))
+    assert finished.rows["1.58 bit"]["psnr"] == pytest.approx(np.mean(-10 * np.log10(errors)), rel=1e-3)
+
+
+def test_sizes_of_the_table(finished, teacher):
+    """Counted on diffusers' model: matrices in the blocks are quantized, with one fp32 step size a row."""
+    parameters = dict(teacher.pipe.transformer.named_parameters())
+    matrices = [p for name, p in parameters.items() if "transformer_blocks." in name and p.ndim == 2]
+    quantized, step_sizes = sum(p.numel() for p in matrices), sum(len(p) for p in matrices)
+    total = sum(p.numel() for p in parameters.values())
+    for name, bits in (("8 bit", 8), ("1.58 bit", 1.6)):
+        expected = quantized * bits / 8 + 4 * step_sizes + 2 * (total - quantized)
+        assert finished.rows[name]["packed_bytes"] == pytest.approx(expected)
+    assert finished.rows["full"]["packed_bytes"] == finished.rows["16 bit"]["packed_bytes"] == 2 * total
+    assert f"transformer with {total:,} parameters, torch.float32 on cpu" in finished.stdout
+    share = 100 * quantized / total
+    assert f"1.58 bit: {quantized:,} of {total:,} parameters quantized ({share:.1f} %)" in finished.stdout
+
+
+def test_table_on_screen(finished):
+    for name, row in finished.rows.items():
+        cells = re.search(rf"^{re.escape(name)}  +(.*)$", finished.stdout, re.MULTILINE)[1].split()
+        error, ratio, score, size = (math.nan if cell == "-" else float(cell) for cell in cells)
+        assert error == pytest.approx(row.get("nmse", math.nan), abs=1e-5, nan_ok=True)
+        assert ratio == pytest.approx(row.get("psnr", math.nan), abs=0.06, nan_ok=True)
+        assert score == pytest.approx(row["scene_score"]["mean"], abs=0.006)
+        assert size == pytest.approx(row["packed_bytes"] / 1e6, abs=0.06)
+
+
+def test_grid(finished):
+    """Rows are full, 8, 1.58 and 16 bits, columns are prompts; cells are found from the lower right corner."""
+    grid = pixels(finished.folder / "samples/grid.png")
+    height, width = grid.shape[0] - 4 * 132, grid.shape[1] - 3 * 132
+    assert 10 < height < 150 and 10 < width < 150  # prompts above, names to the left
+    for y, name in enumerate(("full", "bits_8", "bits_0", "bits_16")):
+        for x in range(IMAGES):
+            cell = grid[height + 132 * y :, width + 132 * x :][:128, :128]
+            assert (cell == pixels(finished.folder / f"samples/{name}/sample_00{x}.png")).all()
+    rows = [grid[height + 132 * y :, width:][:128] for y in range(4)]
+    assert (rows[0] != rows[2]).any() and (rows[1] != rows[2]).any()
+
+
+# --------------------------------------------------------------------------------------------- again and otherwise
+
+
+def test_another_run_through_the_shell_script(finished, pipeline_folder, tmp_path):
+    """In the same folder and with fewer pictures: what is there is replaced, and picture 0 is the same."""
+    folder = tmp_path / "out"
+    shutil.copytree(finished.folder, folder)
+    flags = ["--w_bits", 0, "--output_dir", folder, *FLAGS, "--num_images", 1]  # the last one counts
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", ROOT / "0_sanity_check.sh", pipeline_folder, *flags]
+    environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+    for name in ("full", "bits_0"):
+        assert os.listdir(folder / "samples" / name) == ["sample_000.png"]
+        new, old = (pixels(f / "samples" / name / "sample_000.png") for f in (folder, finished.folder))
+        assert (new == old).all()
+    assert [row["name"] for row in json.loads((folder / "samples/metrics.json").read_text())["rows"]] == [
+        "full",
+        "1.58 bit",
+    ]
+    assert pixels(folder / "samples/grid.png").shape < pixels(finished.folder / "samples/grid.png").shape
+    assert FluxTransformer2DModel.from_pretrained(folder / "cache/bits_0").config.w_bits == 0
+    assert sorted(os.listdir(folder / "cache")) == ["bits_0", "bits_16", "bits_8"]
+
+
+def test_published_command_line(run, pipeline_folder, tmp_path):
+    result = run(
+        "sanity.py", *shlex.split(PUBLISHED), "--input_model_filename", pipeline_folder,
+        "--output_dir", tmp_path, "--num_images", 1, "--num_inference_steps", 1,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "torch.bfloat16" in result.stdout
+    assert re.search(r"^1\.58 bit +\d", result.stdout, re.MULTILINE)
+    saved = FluxTransformer2DModel.from_pretrained(tmp_path / "cache/bits_0", torch_dtype=torch.bfloat16)
+    assert saved.config.w_bits == 0 and saved.dtype == torch.bfloat16
+
+
+def test_prompts_of_a_file(call, pipeline_folder, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat in a hat\n\n  a dog  \n")
+    result = call(
+        "--input_model_filename", pipeline_folder, "--prompts", file, "--output_dir", tmp_path / "out",
+        "--w_bits", 4, "--num_inference_steps", 1, "--resolution", 64, "--device", "cpu",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    table = json.loads((tmp_path / "out/samples/metrics.json").read_text())
+    assert table["prompts"] == ["a cat in a hat", "a dog"]
+    assert not any("scene_score" in row for row in table["rows"])
+    assert "No scene score" in result.stdout
+    assert pixels(tmp_path / "out/samples/bits_4/sample_001.png").shape == (64, 64, 3)
+
+
+# -------------------------------------------------------------------------------------------------------- errors
+
+
+def test_unknown_model(run, tmp_path):
+    """Without network and in a process of its own: one last line, no traceback, nothing written."""
+    result = run("sanity.py", "--input_model_filename", "owner/nothing", "--output_dir", tmp_path / "out")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert re.fullmatch(
+        "sanity.py: error: owner/nothing: no such folder.* hub cannot be reached; check the network", last
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--w_bits", 9], "w_bits=9 is not supported"),
+        (["--w_bits", 4, "x"], "--w_bits.*invalid int value: 'x'"),
+        (["--num_images", 0], "--num_images must be at least 1, got 0"),
+        (["--nonsense", 1], "unknown arguments: --nonsense 1"),
+        (["--device", "nonsense"], "--device nonsense is not available here: use one of .*cpu"),
+        (["--resolution", 100], "--resolution must be a multiple of 16, got 100"),
+    ],
+)
+def test_usage_errors(flags, message, call, pipeline_folder, tmp_path):
+    result = call("--input_model_filename", pipeline_folder, "--output_dir", tmp_path / "out", *flags)
+    assert result.returncode == 2
+    assert re.fullmatch(rf"sanity\.py: error: .*{message}.*\n", result.stderr), result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_and_files_that_are_wrong(call, pipeline_folder, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    for flags, message in (
+        (["--input_model_filename", "no/such/folder"], "no/such/folder: neither a folder nor a hub id"),
+        (["--input_model_filename", pipeline_folder / "vae"], "vae: cannot be loaded .*no file named model_index.json"),
+        (["--prompts", tmp_path / "none.txt"], "--prompts .*none.txt: cannot be read"),
+        (["--prompts", empty], "--prompts .*empty.txt: no prompts in it; write one a line"),
+        (["--num_images", 5000], "5000"),
+    ):
+        result = call("--input_model_filename", pipeline_folder, "--output_dir", tmp_path / "out", *flags)
+        assert result.returncode == 1
+        assert "Traceback" not in result.stderr
+        assert re.match(rf"sanity\.py: error: .*{message}", result.stderr.splitlines()[-1]), result.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_full_disk(call, pipeline_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    result = call("--input_model_filename", pipeline_folder, "--output_dir", tmp_path, *FLAGS)
+    assert result.returncode == 1
+    assert re.search(
+        r"cache/bits_0: the transformer takes .* GB but only .* GB are free", result.stderr.splitlines()[-1]
+    )
+    assert not (tmp_path / "cache").exists()
+
+
+def test_write_that_fails_leaves_no_checkpoint(call, pipeline_folder, tmp_path, monkeypatch):
+    def save_pretrained(self, folder):
+        (Path(folder) / "config.json").write_text("{}")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(FluxTransformer2DModel, "save_pretrained", save_pretrained)
+    result = call("--input_model_filename", pipeline_folder, "--output_dir", tmp_path, *FLAGS)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "sanity.py: error: No space left on device"
+    assert os.listdir(tmp_path / "cache") == []
