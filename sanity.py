@@ -106,6 +106,8 @@ def main() -> None:
     )
     log.info("%d prompts: %s; %d pixels, seed %d", len(prompts), source, size, training_args.seed)
 
+    samples.mkdir(parents=True, exist_ok=True)  # here, and not after the first pictures, a bad folder shows
+
     def sample(name: str, folder: str) -> Tensor:
         images = generate_images(
             pipe,

@@ -369,7 +369,7 @@ LOAD_AND_MEASURE = """
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
 
     before = resident("VmRSS")
-    model = FluxTransformer2DModel.from_pretrained(sys.argv[1], w_bits=0, clip_init="max", torch_dtype=torch.bfloat16)
+    model = FluxTransformer2DModel.from_pretrained(sys.argv[1], w_bits=0, torch_dtype=torch.bfloat16)
     print(resident("VmHWM") - before, sum(p.numel() * p.element_size() for p in model.parameters()))
 """
 
