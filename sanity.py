@@ -47,22 +47,17 @@ NMSE_STRIDE = 4  # the velocity error is measured at every fourth step of the te
 BITS_STORED = {0: 1.6}  # five trits a byte; the other widths are stored as they are
 
 
-def bits_name(w_bits: int) -> str:
-    """ "full", "8 bit", "1.58 bit"."""
-    return "full" if w_bits >= 16 else f"{1.58 if w_bits == 0 else w_bits} bit"
-
-
-def count_parameters(transformer: nn.Module) -> tuple[int, int]:
-    """Parameters without step sizes, and how many of them are quantized weights."""
-    step_sizes = sum(p.numel() for name, p in transformer.named_parameters() if name.endswith("weight_clip_val"))
-    quantized = sum(m.weight.numel() for m in transformer.modules() if isinstance(m, QuantizeLinear))
-    return sum(p.numel() for p in transformer.parameters()) - step_sizes, quantized
+def count_parameters(transformer: nn.Module) -> tuple[int, int, int]:
+    """All parameters but step sizes; how many of them are quantized weights; step sizes."""
+    layers = [module for module in transformer.modules() if isinstance(module, QuantizeLinear)]
+    quantized = sum(layer.weight.numel() for layer in layers)
+    step_sizes = sum(layer.weight_clip_val.numel() for layer in layers)
+    return sum(p.numel() for p in transformer.parameters()) - step_sizes, quantized, step_sizes
 
 
 def packed_bytes(transformer: nn.Module, w_bits: int) -> float:
     """Bytes of the transformer with its quantized weights packed, fp32 step sizes, and the rest in 16 bits."""
-    total, quantized = count_parameters(transformer)
-    step_sizes = sum(p.numel() for name, p in transformer.named_parameters() if name.endswith("weight_clip_val"))
+    total, quantized, step_sizes = count_parameters(transformer)
     return quantized * BITS_STORED.get(w_bits, w_bits) / 8 + step_sizes * 4 + (total - quantized) * 2
 
 
@@ -100,7 +95,7 @@ def main() -> None:
     prompts, source = pick_prompts(pipe, data_args.num_images, data_args.prompts)
     size = data_args.resolution or native_size(pipe)
     with_scores = size == scenes.SIZE and all(scenes.parse(prompt) for prompt in prompts)
-    total, _ = count_parameters(pipe.transformer)
+    total, *_ = count_parameters(pipe.transformer)
     log.info(
         "%s: transformer with %s parameters, %s on %s", model_args.input_model_filename, f"{total:,}", dtype, device
     )
@@ -134,8 +129,8 @@ def main() -> None:
         empty_cache(device)
         transformer = load_quantized_model(model_args, training_args, w_bits=w_bits).to(device)
         pipe.register_modules(transformer=transformer)
-        total, quantized = count_parameters(transformer)
-        name = bits_name(w_bits) if w_bits < 16 else f"{w_bits} bit"
+        total, quantized, _ = count_parameters(transformer)
+        name = "1.58 bit" if w_bits == 0 else f"{w_bits} bit"
         log.info(
             "%s: %s of %s parameters quantized (%.1f %%)", name, f"{quantized:,}", f"{total:,}", 100 * quantized / total
         )
