@@ -136,7 +136,7 @@ def test_training_prompts_are_no_evaluation_prompts():
 @pytest.fixture
 def make(run, tmp_path):
     """make(flags) runs the recipe in a few steps, from tmp_path/work to tmp_path/out/tiny."""
-    small = "--examples 80 --autoencoder_pictures 8 --autoencoder_batch_size 2 --batch_size 4 --save_every 100"
+    small = "--examples 80 --autoencoder_pictures 8 --autoencoder_batch_size 2 --batch_size 4 --save_every 1"
     steps = "--text_steps 3 --autoencoder_steps 2 --flow_steps 2 --guidance_steps 2 --eval_prompts 2"
     folders = ("--work_dir", tmp_path / "work", "--output", tmp_path / "out" / "tiny")
     command = ("-m", "utils.make_tiny_flux", *folders, "--device", "cpu", *small.split(), *steps.split())
@@ -153,6 +153,8 @@ def test_a_few_steps_make_a_pipeline_that_stock_diffusers_loads(make, tmp_path):
     assert second.returncode == 0, second.stderr
     assert "text: done" not in second.stdout and "autoencoder: done" not in second.stdout
     assert "flow: done" in second.stdout and "guidance: done" in second.stdout
+    for name in ("text", "autoencoder", "flow", "guidance"):  # save_every is 1: a state was written on the way
+        assert (tmp_path / "work" / f"{name}.safetensors").is_file()
     folder = tmp_path / "out" / "tiny"
     assert [p.name for p in folder.parent.iterdir()] == ["tiny"]
 

@@ -176,7 +176,7 @@ def fit(
         tensors = {
             f"{kind}.{i}": t.detach().contiguous() for kind, group in groups.items() for i, t in enumerate(group)
         }
-        partial = state_file.with_suffix(".tmp")
+        partial = state_file.with_name(state_file.name + ".tmp")
         seconds = torch.tensor(spent + time.time() - started)
         save_file(tensors | {"step": torch.tensor(step), "seconds": seconds}, partial)
         partial.rename(state_file)
@@ -243,7 +243,7 @@ def fit(
                 report(i + 1)
                 swap_weights()
     swap_weights()
-    note(args, trained_on=device_name(device), **{f"{name}_seconds": round(spent + time.time() - started, 1)})
+    note(args, **{f"{name}_on": device_name(device), f"{name}_seconds": round(spent + time.time() - started, 1)})
 
 
 # ------------------------------------------------------------------------------------------------------ stages
@@ -604,10 +604,11 @@ mean {stderr:.3f}.
 {command}
 ```
 
-on {trained_on}: text encoders {text_seconds:.0f} s, autoencoder {autoencoder_seconds:.0f} s, rectified flow
-{flow_seconds:.0f} s, guidance distillation {guidance_seconds:.0f} s. On unseen prompts a linear probe reads the whole
-scene from CLIP's vector {clip_reads:.1%} of the time, from T5's first token {t5_reads:.1%}; the autoencoder's PSNR on
-unseen pictures is {autoencoder_psnr:.1f} dB. Figures as JSON: metrics.json.
+Text encoders {text_seconds:.0f} s on {text_on}, autoencoder {autoencoder_seconds:.0f} s on {autoencoder_on}, rectified
+flow {flow_seconds:.0f} s on {flow_on}, guidance distillation {guidance_seconds:.0f} s on {guidance_on}.
+On unseen prompts a linear probe reads the whole scene from CLIP's vector {clip_reads:.1%} of the time, from T5's first
+token {t5_reads:.1%}; the autoencoder's PSNR on unseen pictures is {autoencoder_psnr:.1f} dB. Figures as JSON:
+metrics.json.
 """
 
 
@@ -692,7 +693,8 @@ def main() -> None:
     def report(transformer: FluxTransformer2DModel, step: int, guidance_scale: float) -> None:
         plain = FluxTransformer2DModel.from_config(transformer.config)  # not compiled: other batch sizes, no gradient
         plain.load_state_dict(transformer.state_dict())
-        score = measure(make_pipeline(plain.to(device), vae, text), scenes.eval_prompts(240), guidance_scale)
+        prompts = scenes.eval_prompts(min(240, args.eval_prompts))
+        score = measure(make_pipeline(plain.to(device), vae, text), prompts, guidance_scale)
         tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in score.items()))
 
     flow = stage("flow", args, lambda folder: make_transformer(folder, args, data, report))
