@@ -74,7 +74,7 @@ def test_what_the_published_command_lines_differ_in():
     assert [args.save_total_limit for args in (sanity, readme, train)] == [1, 1, 5]
     assert [args.per_device_train_batch_size for args in (sanity, readme, train)] == [4, 2, 4]
     assert [args.gradient_checkpointing for args in (sanity, readme, train)] == [False, False, True]
-    assert sanity.optim == "adamw_torch" and train.optim == "adamw_bnb_8bit"
+    assert sanity.optim == "adamw_torch_fused" and train.optim == "adamw_bnb_8bit"
     assert train.ddp_find_unused_parameters is True
 
 

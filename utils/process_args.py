@@ -6,12 +6,13 @@ successors.
 """
 
 import os
+import sys
 from dataclasses import dataclass, field
 
 import torch
 import transformers
 
-from models.utils_quant import check_bits
+from models.utils_quant import check_bits, check_clip_init, check_lora_r
 from utils.utils import pick_device
 
 
@@ -30,6 +31,16 @@ class ModelArguments:
         default=False, metadata={"help": "accepted as published; whether a checkpoint has step sizes is seen from it"}
     )
     device: str | None = field(default=None, metadata={"help": "default: cuda if there, else mps, else cpu"})
+    clip_init: str = field(default="mse", metadata={"help": "how step sizes start: mse (least error) or max"})
+    quantize_modulation: bool = field(default=True, metadata={"help": "quantize the AdaLN modulation too"})
+    lora_r: int = field(default=0, metadata={"help": "rank of a LoRA inside the quantizer; 0: none"})
+    lora_alpha: float = field(default=1.0, metadata={"help": "numerator of the LoRA's scaling lora_alpha/lora_r"})
+    train_weights: bool | None = field(
+        default=None, metadata={"help": "train the quantized weights themselves; default: unless there is a LoRA"}
+    )
+    train_unquantized: bool = field(
+        default=True, metadata={"help": "train what is not quantized: biases, norms, embedders"}
+    )
 
     @property
     def output_model_local_path(self) -> str:
@@ -41,7 +52,23 @@ class DataArguments:
     prompts: str | None = field(
         default=None, metadata={"help": "a text file, one prompt a line; default: the evaluation set for the model"}
     )
-    num_images: int = field(default=6, metadata={"help": "pictures a bit width"})
+    train_prompts: str | None = field(
+        default=None, metadata={"help": "a text file, one prompt a line; default: the training set for the model"}
+    )
+    num_train_prompts: int = field(default=3000, metadata={"help": "training prompts, one teacher trajectory each"})
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "where teacher trajectories lie; default: LOCAL_DIR/teacher_cache; off: no files, the teacher "
+            "stays in memory"
+        },
+    )
+    num_images: int = field(
+        default=6, metadata={"help": "held-out prompts to draw (a bit width, or an evaluation) and to measure on"}
+    )
+    num_final_images: int | None = field(
+        default=None, metadata={"help": "the same for the last evaluation; default: num_images"}
+    )
     num_inference_steps: int = field(default=28, metadata={"help": "denoising steps a picture"})
     guidance_scale: float = field(default=3.5, metadata={"help": "guidance, for models that embed it"})
     resolution: int | None = field(
@@ -52,7 +79,34 @@ class DataArguments:
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     output_dir: str = field(default="output", metadata={"help": "samples, checkpoints and caches go here"})
-    optim: str = field(default="adamw_torch", metadata={"help": "the optimizer"})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "compute in bfloat16; default: on CUDA, unless --fp16 True"}
+    )
+    optim: str = field(default="adamw_torch_fused", metadata={"help": "the optimizer"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})
+    clip_learning_rate: float | None = field(
+        default=None, metadata={"help": "of the step sizes; default: learning_rate; 0 freezes them"}
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "the schedule of the learning rate"})
+    warmup_steps: float = field(default=0.03, metadata={"help": "steps of linear warm-up; below 1: share of all steps"})
+    adam_beta2: float = field(default=0.95, metadata={"help": "decay of AdamW's second moment"})
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "average the trained parameters, e.g. 0.999, and evaluate and save the average"}
+    )
+    feature_loss: float = field(
+        default=0.0, metadata={"help": "weight of the error of the blocks' outputs; keeps the teacher in memory"}
+    )
+    eval_strategy: str = field(default="steps", metadata={"help": "when to evaluate: no, steps or epoch"})
+    eval_steps: float = field(default=500, metadata={"help": "steps between evaluations; below 1: share of all"})
+    eval_on_start: bool = field(default=True, metadata={"help": "evaluate before training too"})
+    logging_steps: float = field(default=10, metadata={"help": "steps between log lines; below 1: share of all"})
+    dataloader_num_workers: int | None = field(
+        default=None, metadata={"help": "processes that read samples; default: on CUDA up to 8 a rank, else none"}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep"})
+    report_to: str | None = field(default="tensorboard", metadata={"help": "where curves go, besides metrics.jsonl"})
+    seed: int = field(default=42, metadata={"help": "of noise and data order"})
+    do_train: bool = field(default=True, metadata={"help": "False: train.py only fills the teacher cache"})
     qat: bool = field(default=False, metadata={"help": "accepted as published; whether to quantize is up to --w_bits"})
     evaluation_strategy: str | None = field(default=None, metadata={"help": "older name of --eval_strategy"})
     warmup_ratio: float | None = field(default=None, metadata={"help": "older name of a --warmup_steps below 1"})
@@ -66,9 +120,22 @@ class TrainingArguments(transformers.TrainingArguments):
             self.warmup_steps = self.warmup_ratio
         if self.logging_dir is not None:
             os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
+        # Trainer would compile the transformer whole; train.py compiles its two kinds of block once each.
+        self.compile_blocks, self.torch_compile = self.torch_compile, False
+        self.logging_nan_inf_filter = False  # our trainer stops at the first such loss
+        self.remove_unused_columns = False  # or the teacher's velocity would not reach the loss
         # Trainer wants to be told that bf16 is meant for the CPU.
         self.use_cpu = self.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        if self.bf16 is None:
+            self.bf16 = torch.cuda.is_available() and not (self.use_cpu or self.fp16)
+        if self.dataloader_num_workers is None:
+            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            cpu = self.use_cpu or not torch.cuda.is_available()
+            self.dataloader_num_workers = 0 if cpu else min(8, (os.cpu_count() or 1) // ranks)
+        self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         super().__post_init__()
+        if self.n_gpu > 1:  # started without torchrun on a machine of several GPUs: one of them, not DataParallel
+            self._n_gpu = 1
 
 
 def process_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
@@ -82,13 +149,18 @@ def process_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArg
         )
         if unknown:
             raise ValueError(f"unknown arguments: {' '.join(unknown)}")
+        if pick_device(model_args.device).type == "cpu" and not training_args.use_cpu:
+            return process_args([*(sys.argv[1:] if argv is None else argv), "--use_cpu", "True"])  # Trainer's --device
         for bits in model_args.w_bits:
             check_bits(bits)
-        pick_device(model_args.device)
-        for name in ("num_images", "num_inference_steps", "resolution"):
+        check_clip_init(model_args.clip_init)
+        check_lora_r(model_args.lora_r)
+        for name in ("num_images", "num_final_images", "num_train_prompts", "num_inference_steps", "resolution"):
             value = getattr(data_args, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
+        if not 0 <= training_args.ema_decay < 1:
+            raise ValueError(f"--ema_decay must be at least 0 and below 1, got {training_args.ema_decay}")
         if data_args.resolution and data_args.resolution % 16:
             raise ValueError(f"--resolution must be a multiple of 16, got {data_args.resolution}")
     except ValueError as error:

@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.modeling_flux_quant import FluxTransformer2DModel
+from models.utils_quant import FULL_PRECISION_BITS
 from utils import prompt_list, scenes
 
 # ---------------------------------------------------------------------------------------------------- scripts
@@ -178,14 +179,20 @@ def _causes(error: BaseException | None) -> list[BaseException]:
     return chain
 
 
-def load_quantized_model(model_args, training_args, cache_dir: Path | None = None, w_bits: int = 16):
+def load_quantized_model(
+    model_args, training_args, cache_dir: Path | None = None, w_bits: int = 16, dtype: torch.dtype | None = None
+) -> FluxTransformer2DModel:
     """The transformer at `w_bits`: from `cache_dir` if it holds one, else made from the pipeline's own.
 
-    model_args.input_model_filename names the pipeline, training_args.bf16 and .fp16 the dtype (see `pick_dtype`).
-    Raises ValueError if `cache_dir` holds another bit width.
+    model_args.input_model_filename names the pipeline; without `dtype`, training_args decides (see `pick_dtype`). From
+    16 bits on the quantizer's flags (lora_r, clip_init, …) do not count. Raises ValueError if `cache_dir` holds a
+    transformer of other settings.
     """
     device = pick_device(model_args.device)
-    settings = {"w_bits": w_bits, "dtype": pick_dtype(training_args, device)}
+    settings = {"w_bits": w_bits, "dtype": dtype or pick_dtype(training_args, device)}
+    if w_bits < FULL_PRECISION_BITS:
+        settings |= {name: getattr(model_args, name) for name in ("lora_r", "lora_alpha", "clip_init")}
+        settings["quantize_modulation"] = model_args.quantize_modulation
     if device.type == "cuda":  # straight to the card, where finding the step sizes takes seconds, not minutes
         settings["device_map"] = str(device)
     if cache_dir is not None and (Path(cache_dir) / "config.json").is_file():
@@ -205,30 +212,79 @@ def native_size(pipe: FluxPipeline) -> int:
     return pipe.vae.config.sample_size
 
 
-def pick_prompts(pipe: FluxPipeline, count: int, file: str | None = None) -> tuple[list[str], str]:
-    """`count` prompts to judge `pipe` with, and where they come from in words.
+def pick_prompts(pipe: FluxPipeline, count: int, file: str | None = None, split: str = "eval") -> tuple[list[str], str]:
+    """`count` prompts for `pipe`, and where they come from in words.
 
-    The lines of `file` if given (all of them if there are fewer), else the evaluation set that suits the model: drawn
-    scenes for a model made for 128 pixels such as tiny-flux, the prompts of prompt_list.py for FLUX.
-    Raises ValueError if there are too few or the file is empty or unreadable.
+    The lines of `file` if given (all of them if there are fewer), else the set of this split, "eval" or "train", that
+    suits the model: drawn scenes for a model made for 128 pixels such as tiny-flux, the prompts of prompt_list.py for
+    FLUX. Raises ValueError if there are too few or the file is empty or unreadable.
     """
     if file is not None:
+        flag = "--train_prompts" if split == "train" else "--prompts"
         try:
             lines = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--prompts {file}: cannot be read as UTF-8 text ({error})") from error
+            raise ValueError(f"{flag} {file}: cannot be read as UTF-8 text ({error})") from error
         if not lines:
-            raise ValueError(f"--prompts {file}: no prompts in it; write one a line")
+            raise ValueError(f"{flag} {file}: no prompts in it; write one a line")
         return lines[:count], file
-    if native_size(pipe) == scenes.SIZE:
-        return scenes.eval_prompts(count), "evaluation scenes of utils/scenes.py"
-    return prompt_list.eval_prompts(count), "evaluation prompts of utils/prompt_list.py"
+    world = scenes if native_size(pipe) == scenes.SIZE else prompt_list
+    kind = "scenes" if world is scenes else "prompts"
+    if split == "train":
+        return world.train_prompts(count), f"training {kind} of {world.__name__.replace('.', '/')}.py"
+    return world.eval_prompts(count), f"evaluation {kind} of {world.__name__.replace('.', '/')}.py"
 
 
 # ------------------------------------------------------------------------------------------------------ pictures
 
 
+def initial_noise(pipe: FluxPipeline, seeds: Sequence[int], size: int, dtype: torch.dtype) -> Tensor:
+    """What sampling starts from, packed [N, L, C] on the CPU: row i drawn on the CPU from seeds[i], whatever the device
+    and the batch size."""
+    side = 2 * (size // (pipe.vae_scale_factor * 2))
+    channels = pipe.transformer.config.in_channels // 4
+    noise = [
+        torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+        for seed in seeds
+    ]
+    return FluxPipeline._pack_latents(torch.cat(noise), len(seeds), channels, side, side)
+
+
 @torch.no_grad()
+def sample_latents(
+    pipe: FluxPipeline, noise: Tensor, *, size: int, num_inference_steps: int, guidance_scale: float, **text
+) -> Tensor:
+    """Latents [N, L, C] that the pipeline makes of `noise` [N, L, C], on its device.
+
+    text: prompt=list of N strings, or prompt_embeds=[N, S, D] and pooled_prompt_embeds=[N, D].
+    """
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        **text,
+        latents=noise.to(pipe.device),
+        height=size,
+        width=size,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        max_sequence_length=text_length(pipe),
+        output_type="latent",
+    ).images
+
+
+@torch.no_grad()
+def decode_latents(pipe: FluxPipeline, latents: Tensor, size: int) -> Tensor:
+    """The pictures [N, 3, size, size] of packed latents [N, L, C]: float32 in 0…1 on the CPU."""
+    latents = pipe._unpack_latents(latents, size, size, pipe.vae_scale_factor).to(pipe.vae.device, pipe.vae.dtype)
+    latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    decoded = pipe.vae.decode(latents, return_dict=False)[0]
+    return pipe.image_processor.postprocess(decoded, output_type="pt").float().cpu()
+
+
+def text_length(pipe: FluxPipeline) -> int:
+    """The number of T5 tokens a prompt is cut or padded to."""
+    return min(512, pipe.tokenizer_2.model_max_length) if pipe.tokenizer_2 is not None else 512
+
+
 def generate_images(
     pipe: FluxPipeline,
     prompts: Sequence[str],
@@ -242,26 +298,24 @@ def generate_images(
 ) -> Tensor:
     """Draw each of `prompts`: float32 pictures [N, 3, size, size] in 0…1 on the CPU.
 
-    Picture i starts from the noise of seed + i drawn on the CPU, whatever the device and the batch size.
-    `size` defaults to what the autoencoder was made for. `desc` shows a progress bar under that name.
+    Picture i starts from the noise of seed + i (see initial_noise). `size` defaults to what the autoencoder was made
+    for. `desc` shows a progress bar under that name.
     """
     size = size or native_size(pipe)
-    pipe.set_progress_bar_config(disable=True)
     images = []
     with tqdm(total=len(prompts), desc=desc, unit="image", disable=desc is None) as bar:
         for start in range(0, len(prompts), batch_size):
             batch = list(prompts[start : start + batch_size])
-            output = pipe(
-                batch,
-                height=size,
-                width=size,
+            seeds = range(seed + start, seed + start + len(batch))
+            latents = sample_latents(
+                pipe,
+                initial_noise(pipe, seeds, size, pipe.transformer.dtype),
+                prompt=batch,
+                size=size,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
-                max_sequence_length=min(512, pipe.tokenizer_2.model_max_length),
-                generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))],
-                output_type="pt",
             )
-            images.append(output.images.float().cpu())
+            images.append(decode_latents(pipe, latents, size))
             bar.update(len(batch))
     return torch.cat(images)
 

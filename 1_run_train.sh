@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Quantization-aware training: the teacher's trajectories are cached, then the quantized transformer learns from them.
+#
+#   bash 1_run_train.sh                               # 1 process, batch 4: the embedded tiny-flux, on a laptop
+#   bash 1_run_train.sh NPROC BATCH ACCUM [FLAGS]     # processes (one a GPU), batch a process, gradient accumulation
+#   bash 1_run_train.sh 1 4 1 --w_bits 2 --max_steps 1000            # any further flag of train.py; the last one counts
+#   MODEL=black-forest-labs/FLUX.1-dev bash 1_run_train.sh 8 1 4     # the real one, on GPUs
+#
+# Paths in further flags are relative to the repository root. Started again, it goes on where it was interrupted.
+set -euo pipefail
+
+NPROC=${1:-1} BATCH=${2:-4} ACCUM=${3:-1}
+for number in "$NPROC" "$BATCH" "$ACCUM"; do
+    if ! [[ $number =~ ^[1-9][0-9]*$ ]]; then
+        echo "1_run_train.sh: expected NPROC BATCH ACCUM, three positive numbers, then flags; got \"$number\"" >&2
+        exit 2
+    fi
+done
+shift $(($# < 3 ? $# : 3))
+
+MODEL=${MODEL:-assets/tiny-flux}
+if [ -d "$PWD/$MODEL" ]; then MODEL=$PWD/$MODEL; fi  # relative to where the user is, not to the repository
+
+source "$(dirname -- "${BASH_SOURCE[0]}")/utils/setup.sh"
+
+case $MODEL in
+    *tiny-flux)  # what a laptop can do in a few minutes
+        SIZE=(--num_train_prompts 160 --num_images 12 --max_steps 400 --eval_steps 200 --save_steps 200
+            --per_device_eval_batch_size 8)
+        ;;
+    *)
+        SIZE=(--num_train_prompts 3000 --num_images 8 --num_train_epochs 1 --eval_steps 500 --save_steps 500
+            --per_device_eval_batch_size 1 --gradient_checkpointing True)
+        ;;
+esac
+NAME=$(basename "$MODEL")-1.58bit
+
+exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NPROC" train.py \
+    --local_dir output --output_dir "output/train/$NAME" --output_model_filename "$NAME" \
+    --input_model_filename "$MODEL" --qat True --w_bits 0 "${SIZE[@]}" \
+    --per_device_train_batch_size "$BATCH" --gradient_accumulation_steps "$ACCUM" "$@"

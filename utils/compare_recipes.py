@@ -1,0 +1,123 @@
+"""Train the same student by several recipes and put them in one table.
+
+    python -m utils.compare_recipes --output output/recipes                  # one GPU; a recipe after the other
+    python -m utils.compare_recipes --parallel 3 --recipes default published # three at a time on one GPU
+    python -m utils.compare_recipes --output output/recipes --max_steps 50 --num_final_images 12 --batch_size 4
+
+Every recipe is one call of train.py, with the same teacher cache, steps, batch size and held-out prompts, and resumes
+where it was interrupted. It writes OUTPUT/NAME/ (see train.py), OUTPUT/recipes.json with every figure, and the table,
+OUTPUT/recipes.md. With --parallel the seconds per step are those of a shared machine.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from utils.scenes import CATEGORIES
+from utils.utils import get_logger, run_script
+
+log = get_logger("recipes")
+ROOT = Path(__file__).parents[1]
+RECIPES = {  # name: (what it is, flags of train.py that differ from the default recipe)
+    "default": ("full weights, error-minimal α", []),
+    "published": (
+        "published port, literally: LoRA r 32 inside, scaling 1/32, α = max, lr 2e-5",
+        "--lora_r 32 --lora_alpha 1 --clip_init max --learning_rate 2e-5 --ema_decay 0".split(),
+    ),
+    "lora": (
+        "LoRA r 32 inside, scaling 1, error-minimal α, lr 1e-3",
+        "--lora_r 32 --lora_alpha 32 --learning_rate 1e-3 --clip_learning_rate 5e-4".split(),
+    ),
+    "max": ("full weights, α = max", ["--clip_init", "max"]),
+    "no_average": ("full weights, no averaging", ["--ema_decay", "0"]),
+    "frozen_alpha": ("full weights, α frozen", ["--clip_learning_rate", "0"]),
+    "features": ("full weights, with feature loss 0.1", ["--feature_loss", "0.1"]),
+}
+
+
+def call(folder: Path, args: argparse.Namespace, *flags) -> None:
+    """Run train.py with the shared flags and `flags`, its output in folder/log.txt; ValueError if it fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shared = {
+        "input_model_filename": args.model,
+        "local_dir": args.output.absolute(),
+        "output_dir": folder.absolute(),
+        "output_model_filename": folder.name,
+        "w_bits": args.w_bits,
+        "max_steps": args.max_steps,
+        "per_device_train_batch_size": args.batch_size,
+        "per_device_eval_batch_size": args.eval_batch_size,
+        "num_train_prompts": args.num_train_prompts,
+        "num_images": 12,
+        "num_final_images": args.num_final_images,
+        "eval_steps": max(1, args.max_steps // 4),
+        "save_steps": args.max_steps,
+        "save_total_limit": 1,
+        "disable_tqdm": True,
+    }
+    words = [sys.executable, "train.py", *(word for name, value in shared.items() for word in (f"--{name}", value))]
+    with (folder / "log.txt").open("a") as output:
+        command = [str(word) for word in (*words, *flags, *args.flags)]
+        status = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT).returncode
+    if status:
+        lines = (folder / "log.txt").read_text().splitlines()
+        raise ValueError(f"{folder.name} failed, see {folder / 'log.txt'}: {lines[-1] if lines else 'no output'}")
+
+
+def train(name: str, args: argparse.Namespace) -> dict:
+    """The summary of train.py with one recipe."""
+    started = time.time()
+    call(args.output / name, args, *RECIPES[name][1])
+    log.info("%s: done in %.0f s", name, time.time() - started)
+    return json.loads((args.output / name / "summary.json").read_text())
+
+
+def table(results: dict[str, dict]) -> str:
+    """Markdown: a line for each recipe."""
+    columns = ["NMSE", "scene score", "of teacher", *CATEGORIES, "PSNR dB", "s a step"]
+    lines = [f"| recipe | {' | '.join(columns)} |", "|" + " --- |" * (len(columns) + 1)]
+    for name, result in results.items():
+        final = result["final"]
+        score, teacher = final["eval_scene_score"], final["eval_scene_score_teacher"]
+        cells = [f"{final['eval_nmse']:.5f}", f"{score:.3f}", f"{score / teacher:.1%}"]
+        cells += [f"{final.get(f'eval_scene_{category}', float('nan')):.3f}" for category in CATEGORIES]
+        cells += [f"{final['eval_psnr']:.1f}", f"{result['seconds_per_step']:.3f}"]
+        lines.append(f"| {RECIPES[name][0]} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("output/recipes"))
+    parser.add_argument("--model", default="assets/tiny-flux", help="the teacher")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME",
+                        help=f"default: all of {', '.join(RECIPES)}")  # fmt: skip
+    parser.add_argument("--parallel", type=int, default=1, help="recipes trained at a time")
+    parser.add_argument("--w_bits", type=int, default=0)
+    parser.add_argument("--max_steps", type=int, default=6000)
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--eval_batch_size", type=int, default=200)
+    parser.add_argument("--num_train_prompts", type=int, default=6000)
+    parser.add_argument("--num_final_images", type=int, default=1200)
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of train.py, last")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    log.info("filling the teacher cache")
+    call(args.output / "teacher", args, "--do_train", "False")
+    with ThreadPoolExecutor(args.parallel) as pool:
+        results = dict(zip(args.recipes, pool.map(lambda name: train(name, args), args.recipes), strict=True))
+    figures = {"parallel": args.parallel, "recipes": results}
+    (args.output / "recipes.json").write_text(json.dumps(figures, indent=2) + "\n")
+    (args.output / "recipes.md").write_text(table(results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,409 @@
+"""The teacher's trajectories: written once, then read in any order while the student trains.
+
+A trajectory is what the full-precision pipeline does with one prompt: noise z_0, then at every step a velocity v_t and
+z_{t+1} = z_t + (σ_{t+1} − σ_t)·v_t. Only the noise, the velocities, σ and the text embeddings are kept, 18.5 MiB for
+FLUX.1-dev at 1024 pixels and 28 steps in bfloat16; every z_t is rebuilt from them bit for bit. A sample of the
+training set is one step of one trajectory: z_t, its conditions and v_t.
+
+    folder/manifest.json           what was asked of the teacher, and the prompts
+    folder/000000.safetensors      one trajectory: noise [L, C], velocities [T, L, C], sigmas [T + 1], timesteps [T],
+                                   prompt_embeds [S, D], pooled_prompt_embeds [P]; metadata: a SHA-256 of all of it
+
+Files are written beside and renamed, so whatever carries its final name is whole. Prompts are run in fixed batches,
+whoever runs them, so that an interrupted and resumed cache is the same to the last byte as an undisturbed one.
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from diffusers import FluxPipeline
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
+
+from utils.utils import check_disk, get_logger, initial_noise, record_velocities, sample_latents, text_length
+
+log = get_logger("cache")
+FORMAT = 1
+Trajectory = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """What is asked of the teacher. `seed`: prompt i starts from the noise of seed + i."""
+
+    resolution: int
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+
+
+# ------------------------------------------------------------------------------------------- recording, rebuilding
+
+
+def advance(latents: Tensor, velocity: Tensor, sigma: Tensor, following: Tensor) -> Tensor:
+    """One step of FlowMatchEulerDiscreteScheduler, from sigma to following (both 0-d), in its own precision."""
+    return (latents.float() + (following - sigma) * velocity).to(velocity.dtype)
+
+
+def rebuild_latents(noise: Tensor, velocities: Sequence[Tensor], sigmas: Tensor) -> Iterator[Tensor]:
+    """z_0, z_1 …: the noise [..., L, C], then one more for each of `velocities`; sigmas [T + 1] belong to the z_t."""
+    latents = noise
+    yield latents
+    for step, velocity in enumerate(velocities):
+        latents = advance(latents, velocity, sigmas[step], sigmas[step + 1])
+        yield latents
+
+
+@torch.no_grad()
+def record_trajectories(pipe: FluxPipeline, prompts: Sequence[str], seed: int, settings: TeacherSettings) -> list[dict]:
+    """The teacher's trajectories for `prompts`, on the CPU; prompt i starts from the noise of seed + i.
+
+    Raises ValueError if the scheduler does more than the deterministic Euler step, so that z_t cannot be rebuilt.
+    """
+    noise = initial_noise(pipe, range(seed, seed + len(prompts)), settings.resolution, pipe.transformer.dtype)
+    with record_velocities(pipe.transformer) as calls:
+        final = sample_latents(
+            pipe,
+            noise,
+            prompt=list(prompts),
+            size=settings.resolution,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+        ).cpu()
+    velocities = torch.stack([velocity for _, velocity in calls]).cpu()
+    sigmas, timesteps = pipe.scheduler.sigmas.cpu(), pipe.scheduler.timesteps.cpu()
+    states = [inputs["hidden_states"].cpu() for inputs, _ in calls] + [final]
+    for state, rebuilt in zip(states, rebuild_latents(noise, velocities, sigmas), strict=True):
+        if not torch.equal(state, rebuilt):
+            kind = type(pipe.scheduler).__name__
+            raise ValueError(
+                f"the {kind} of this pipeline takes other steps than z + (σ' − σ)·v (stochastic_sampling?), which the "
+                "teacher cache cannot rebuild; use FlowMatchEulerDiscreteScheduler without stochastic_sampling"
+            )
+    embeds, pooled = (calls[0][0][name].cpu() for name in ("encoder_hidden_states", "pooled_projections"))
+    return [
+        {
+            "noise": noise[i].clone(),
+            "velocities": velocities[:, i].clone(),
+            "sigmas": sigmas,
+            "timesteps": timesteps,
+            "prompt_embeds": embeds[i].clone(),
+            "pooled_prompt_embeds": pooled[i].clone(),
+        }
+        for i in range(len(prompts))
+    ]
+
+
+class Trajectories(Dataset):
+    """Samples (one step of one trajectory) and whole trajectories; where they come from is up to a subclass.
+
+    Sample number i is step i % T of trajectory i // T. `description` is what a manifest holds.
+    """
+
+    def __init__(self, description: dict):
+        self.description = description
+        self.prompts: list[str] = description["prompts"]
+        self.steps: int = description["num_inference_steps"]
+
+    def __len__(self) -> int:
+        return len(self.prompts) * self.steps
+
+    def trajectory(self, index: int) -> Trajectory:
+        """Everything that is kept of trajectory `index` (see the head of this file)."""
+        raise NotImplementedError
+
+    def until(self, index: int, step: int) -> Trajectory:
+        """trajectory(index), its velocities cut off after `step`."""
+        trajectory = self.trajectory(index)
+        return trajectory | {"velocities": trajectory["velocities"][: step + 1]}
+
+    def __getitem__(self, index: int) -> Trajectory:
+        """The transformer's inputs at one step, without the batch dimension, and the teacher's "velocity" [L, C].
+
+        hidden_states [L, C], encoder_hidden_states [S, D], pooled_projections [P], timestep [] (1 is pure noise),
+        guidance [] where the model embeds it, img_ids [L, 3], txt_ids [S, 3].
+        """
+        number, step = divmod(index, self.steps)
+        kept = self.until(number, step)
+        *earlier, velocity = kept["velocities"]
+        for latents in rebuild_latents(kept["noise"], earlier, kept["sigmas"]):  # noqa: B007 (the last one is wanted)
+            pass
+        side = math.isqrt(latents.shape[0])
+        sample = {
+            "hidden_states": latents,
+            "encoder_hidden_states": kept["prompt_embeds"],
+            "pooled_projections": kept["pooled_prompt_embeds"],
+            "timestep": kept["timesteps"][step].to(latents.dtype) / 1000,  # rounded as the pipeline does
+            "img_ids": FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", latents.dtype),
+            "txt_ids": torch.zeros(len(kept["prompt_embeds"]), 3, dtype=latents.dtype),
+            "velocity": velocity,
+        }
+        if self.description["guidance_embeds"]:
+            sample["guidance"] = torch.tensor(self.description["guidance_scale"], dtype=torch.float32)
+        return sample
+
+
+def collate(samples: list[Trajectory]) -> Trajectory:
+    """Samples stacked to a batch; the position ids, equal in all of them, stay as they are."""
+    return {
+        name: first if name.endswith("_ids") else torch.stack([sample[name] for sample in samples])
+        for name, first in samples[0].items()
+    }
+
+
+class ShuffledSamples(Sampler[int]):
+    """Every sample once an epoch, in an order that depends on seed and epoch alone.
+
+    With `window`, prompts are shuffled and taken `window` at a time, their steps mixed: of trajectories that are made
+    while training, no more than these are needed at once.
+    """
+
+    def __init__(self, prompts: int, steps: int, seed: int, window: int | None = None):
+        self.prompts, self.steps, self.seed, self.window = prompts, steps, seed, window or prompts
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.prompts * self.steps
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        for group in torch.randperm(self.prompts, generator=generator).split(self.window):
+            samples = (group.view(-1, 1) * self.steps + torch.arange(self.steps)).flatten()
+            yield from samples[torch.randperm(len(samples), generator=generator)].tolist()
+
+
+# --------------------------------------------------------------------------------------------------- description
+
+
+def fingerprint(pipe: FluxPipeline) -> str:
+    """SHA-256 over names, shapes and eight values of every tensor of the transformer and the text encoders."""
+    digest = hashlib.sha256()
+    for part in ("transformer", "text_encoder", "text_encoder_2"):
+        for name, tensor in sorted(getattr(pipe, part).state_dict().items()):
+            flat = tensor.detach().flatten()
+            picked = flat[:: max(1, len(flat) // 8)][:8].cpu().double()
+            digest.update(f"{part}.{name} {list(tensor.shape)}".encode() + picked.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def describe_cache(pipe: FluxPipeline, model: str, prompts: list[str], settings: TeacherSettings) -> dict:
+    """What a manifest holds: all that the trajectories depend on."""
+    return {
+        "format": FORMAT,
+        "model": model,
+        "weights": fingerprint(pipe),
+        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+        "guidance_embeds": pipe.transformer.config.guidance_embeds,
+        "text_length": text_length(pipe),
+        # Names that open with an underscore say where the scheduler came from, not what it does.
+        "scheduler": {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")},
+        **vars(settings),
+        "prompts": prompts,
+    }
+
+
+def check_manifest(folder: Path, description: dict) -> None:
+    """ValueError, naming the field, unless the cache in `folder` was made with the same settings and prompts.
+
+    The model may have another name, as long as its weights are the same.
+    """
+    file = folder / "manifest.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{file}: cannot be read ({error}); delete the folder or choose another --teacher_cache"
+        ) from None
+    for field, wanted in description.items():
+        have = found.get(field)
+        if field == "model" or have == wanted:
+            continue
+        if field == "weights":
+            have, wanted = f"those of {found.get('model')}", f"those of {description['model']}, which are others"
+        if field == "prompts":
+            have, wanted = _first_difference(have or [], wanted)
+        raise ValueError(
+            f"{folder}: the teacher cache was made with another {field}: found {have}, asked for {wanted}; "
+            "delete the folder or choose another --teacher_cache"
+        )
+
+
+def _first_difference(have: list[str], wanted: list[str]) -> tuple[str, str]:
+    for i, (first, second) in enumerate(zip(have, wanted, strict=False)):
+        if first != second:
+            return f"{first[:60]!r} as number {i}", f"{second[:60]!r}"
+    return f"{len(have)} prompts", f"{len(wanted)}"
+
+
+# --------------------------------------------------------------------------------------------------------- cache
+
+
+class TeacherCache(Trajectories):
+    """The trajectories in a folder that `fill_cache` has filled; each access opens, reads and closes one file."""
+
+    def __init__(self, folder: Path):
+        super().__init__(json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+        self.folder = folder
+
+    def file(self, index: int) -> Path:
+        return self.folder / f"{index:06d}.safetensors"
+
+    def trajectory(self, index: int) -> Trajectory:
+        return self.until(index, self.steps - 1)
+
+    def until(self, index: int, step: int) -> Trajectory:
+        with safe_open(self.file(index), framework="pt") as file:
+            kept = {name: file.get_tensor(name) for name in file.keys() if name != "velocities"}  # noqa: SIM118
+            return kept | {"velocities": file.get_slice("velocities")[: step + 1]}
+
+    def digest(self, index: int, tensors: Trajectory) -> str:
+        """SHA-256 of the settings, the prompt and every tensor."""
+        settings = self.description | {"prompts": self.prompts[index], "model": None}
+        digest = hashlib.sha256(json.dumps([index, settings], sort_keys=True).encode())
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def holds(self, index: int) -> bool:
+        """Whether the file of this trajectory is there and unaltered."""
+        try:
+            with safe_open(self.file(index), framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return (file.metadata() or {}).get("sha256") == self.digest(index, tensors)
+        except (OSError, SafetensorError):
+            return False
+
+    def store(self, index: int, tensors: Trajectory) -> None:
+        """Write the file of one trajectory, whole or not at all."""
+        partial = self.file(index).with_suffix(f".{os.getpid()}.tmp")  # another run may fill the same cache
+        partial.write_bytes(save(tensors, metadata={"sha256": self.digest(index, tensors)}))
+        os.replace(partial, self.file(index))
+
+
+def fill_cache(
+    folder: Path, pipe: FluxPipeline, model: str, prompts: list[str], settings: TeacherSettings, batch_size: int,
+    device: torch.device,
+) -> TeacherCache:  # fmt: skip
+    """The teacher cache of `prompts` in `folder`; what is missing in it or damaged is made now, shared by all ranks.
+
+    pipe, called `model` in messages, moves to `device` if there is anything to do. Raises ValueError if the folder
+    holds a cache of other settings, cannot be written to, or the disk is too small.
+    """
+    state = PartialState()
+    description = describe_cache(pipe, model, prompts, settings)
+    if state.is_main_process:
+        _open_folder(folder, description)
+    state.wait_for_everyone()
+    check_manifest(folder, description)
+    cache = TeacherCache(folder)
+
+    mine = range(state.process_index, len(prompts), state.num_processes)
+    bad = [i for i in tqdm(mine, desc="check", leave=False, disable=not state.is_main_process) if not cache.holds(i)]
+    missing = sorted(gather_object(bad))
+    if missing:
+        pipe.to(device)
+        batches = sorted({i // batch_size for i in missing})
+        _announce(cache, pipe, settings, len(missing), batch_size, state)
+        started = time.time()
+        share = batches[state.process_index :: state.num_processes]
+        with tqdm(total=len(share) * batch_size, desc=f"teacher, rank {state.process_index}", unit="prompt") as bar:
+            for batch in share:
+                numbers = range(batch * batch_size, min((batch + 1) * batch_size, len(prompts)))
+                made = record_trajectories(pipe, [prompts[i] for i in numbers], settings.seed + numbers[0], settings)
+                for i, trajectory in zip(numbers, made, strict=True):
+                    if i in missing:
+                        cache.store(i, trajectory)
+                bar.update(batch_size)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            size = sum(cache.file(i).stat().st_size for i in range(len(prompts)))
+            log.info("%s: %d prompts, %.2f GB, made in %.0f s", folder, len(prompts), size / 1e9, time.time() - started)
+    elif state.is_main_process:
+        log.info("%s: complete, %d prompts", folder, len(prompts))
+    return cache
+
+
+def _open_folder(folder: Path, description: dict) -> None:
+    """Make the folder and its manifest, or check the manifest that is there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "manifest.json").exists():
+            if any(folder.glob("*.safetensors")):
+                raise ValueError(
+                    f"{folder}: holds safetensors files but no manifest.json; choose another --teacher_cache"
+                )
+            partial = folder / "manifest.tmp"
+            partial.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+            os.replace(partial, folder / "manifest.json")
+        elif not os.access(folder, os.W_OK):
+            raise PermissionError(13, "no permission to write")
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: the teacher cache cannot be written ({error.strerror}); choose another --teacher_cache"
+        ) from None
+    check_manifest(folder, description)
+
+
+@torch.no_grad()
+def _announce(
+    cache: TeacherCache,
+    pipe: FluxPipeline,
+    settings: TeacherSettings,
+    missing: int,
+    batch_size: int,
+    state: PartialState,
+) -> None:
+    """Say what the missing trajectories will cost, and stop if the disk cannot hold them."""
+    quick = TeacherSettings(settings.resolution, 1, settings.guidance_scale, settings.seed)
+    probe = cache.prompts[:1] * batch_size
+    for _ in range(2):  # the first call warms up
+        started = time.time()
+        one = record_trajectories(pipe, probe, 0, quick)[0]
+        seconds = (time.time() - started) * settings.num_inference_steps / batch_size
+    size = sum(t.numel() * t.element_size() for t in one.values()) + 1024  # and the header
+    size += (settings.num_inference_steps - 1) * (one["velocities"].numel() * one["velocities"].element_size() + 8)
+    if state.is_main_process:
+        log.info(
+            "%s: %d of %d prompts to do, %.2f MiB and about %.2f s each: %.2f GB, %.0f min on %d ranks",
+            cache.folder, missing, len(cache.prompts), size / 2**20, seconds, missing * size / 1e9,
+            missing * seconds / 60 / state.num_processes, state.num_processes,
+        )  # fmt: skip
+        check_disk(cache.folder, missing * size, "the teacher cache")
+
+
+class OnlineTeacher(Trajectories):
+    """Trajectories made when they are first asked for, of which the last `keep` stay in memory; no files.
+
+    The teacher `pipe` stays on its device. For --teacher_cache off, with `keep` no smaller than the window of
+    ShuffledSamples.
+    """
+
+    def __init__(self, pipe: FluxPipeline, model: str, prompts: list[str], settings: TeacherSettings, keep: int):
+        super().__init__(describe_cache(pipe, model, prompts, settings))
+        self.pipe, self.settings, self.keep = pipe, settings, keep
+        self.made: OrderedDict[int, Trajectory] = OrderedDict()
+
+    def trajectory(self, index: int) -> Trajectory:
+        if index not in self.made:
+            seed = self.settings.seed + index
+            self.made[index] = record_trajectories(self.pipe, [self.prompts[index]], seed, self.settings)[0]
+            while len(self.made) > self.keep:
+                self.made.popitem(last=False)
+        return self.made[index]

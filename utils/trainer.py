@@ -1,0 +1,516 @@
+"""FluxQATTrainer: Hugging Face's Trainer with the velocity as the target.
+
+loss = mean (v_student(z_t, prompt, t, guidance) − v_teacher)², z_t and v_teacher from the teacher's own trajectories
+(utils/datautils.py). Trainer keeps the loop, DDP, gradient accumulation, schedules and logging; here stand the loss,
+what is trained, evaluation against the teacher, and checkpoints that hold safetensors and JSON only:
+
+    checkpoint-N/config.json, *.safetensors    the transformer, for FluxTransformer2DModel.from_pretrained
+    checkpoint-N/training_state.safetensors    the optimizer's moments; with --ema_decay also the weights not averaged
+    checkpoint-N/trainer_state.json            Trainer's log and counters
+    checkpoint-N/settings.json                 what a resumed run must agree with
+
+No random number is drawn while training (data order follows from seed and epoch), so there is no generator to save.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+import transformers
+from diffusers import FluxPipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
+from utils import scenes
+from utils.datautils import ShuffledSamples, Trajectories, collate, rebuild_latents
+from utils.metrics import psnr, scene_score
+from utils.utils import check_disk, decode_latents, get_logger, sample_latents, save_grid, save_images, whole_folder
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402 (the backend is to be chosen first)
+
+log = get_logger("train")
+THIRDS = ("early", "middle", "late")  # of the denoising steps: noise first, details last
+ONLINE_WINDOW = 16  # trajectories kept at a time when there is no teacher cache
+
+
+def choose_parameters(
+    model: FluxTransformer2DModel, model_args, clip_learning_rate: float | None, frozen_dtype: torch.dtype
+) -> None:
+    """Set requires_grad as the flags say; what is trained becomes fp32, the rest but α and LoRA `frozen_dtype`.
+
+    (In bf16 a step below half an ulp of the weight rounds away: at learning rate 2e-5 nothing would move.)
+    Raises ValueError if nothing is left to train.
+    """
+    train_weights = model_args.train_weights
+    if train_weights is None:
+        train_weights = model_args.lora_r == 0
+    for module in model.modules():
+        quantized = isinstance(module, QuantizeLinear)
+        for name, parameter in module.named_parameters(recurse=False):
+            if quantized and name == "weight":
+                wanted = train_weights
+            elif name == "weight_clip_val":
+                wanted = clip_learning_rate != 0
+            elif name in ("lora_A", "lora_B"):
+                wanted = True
+            else:
+                wanted = model_args.train_unquantized
+            parameter.requires_grad_(wanted)
+            kept = quantized and name in module._fp32_parameters
+            parameter.data = parameter.data.to(torch.float32 if wanted or kept else frozen_dtype)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "nothing to train: allow --train_weights, --lora_r, --train_unquantized or --clip_learning_rate"
+        )
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, clip_learning_rate: float | None) -> list[dict]:
+    """The trained parameters for an optimizer: matrices with weight decay, the rest without, step sizes at their own
+    learning rate."""
+    trained = [(name.rpartition(".")[2], p) for name, p in model.named_parameters() if p.requires_grad]
+    clip = {} if clip_learning_rate is None else {"lr": clip_learning_rate}
+    groups = [
+        {"params": [p for name, p in trained if name == "weight_clip_val"], "weight_decay": 0.0} | clip,
+        {
+            "params": [p for name, p in trained if name != "weight_clip_val" and p.ndim > 1],
+            "weight_decay": weight_decay,
+        },
+        {"params": [p for name, p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class FluxQATTrainer(transformers.Trainer):
+    """Trains `model` on the samples of `train_data` and judges it on the trajectories of `eval_data`.
+
+    model       the student, its parameters chosen (see choose_parameters)
+    eval_pipe   a pipeline whose transformer is the student; its autoencoder and scheduler draw the pictures
+    eval_data   held-out prompts; the first num_images are used, in the last evaluation the first num_final_images
+    settings    what a resumed run must agree with, JSON-able
+    teacher     the full-precision transformer, for feature_loss
+    """
+
+    def __init__(
+        self,
+        model: FluxTransformer2DModel,
+        args,
+        train_data: Trajectories,
+        eval_data: Trajectories,
+        eval_pipe: FluxPipeline,
+        settings: dict,
+        num_images: int,
+        num_final_images: int,
+        window: int | None = None,
+        teacher: nn.Module | None = None,
+    ):
+        if args.feature_loss and teacher is None:
+            raise ValueError("feature_loss needs the teacher")
+        self.eval_pipe, self.settings, self.teacher = eval_pipe, settings, teacher
+        self.num_images, self.num_final_images = num_images, num_final_images
+        self.sampler = ShuffledSamples(len(train_data.prompts), train_data.steps, args.seed, window)
+        self.folder = Path(args.output_dir)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_data,
+            eval_dataset=eval_data,
+            data_collator=collate,
+            optimizers=(None, None),
+            callbacks=[_Hooks(self)],
+        )
+        if stock := self.pop_callback(TensorBoardCallback):
+            self.add_callback(_TensorBoard(stock.tb_writer))
+        self.loss_is_scaled_for_ga = False  # a mean over the batch
+        self.aside = 0.0  # seconds spent on evaluation and checkpoints
+        self.average = None
+        if args.ema_decay:
+            self.average = [p.detach().clone() for p in self.trained()]
+        if teacher is not None:
+            teacher.to(args.device).requires_grad_(False)
+            self.features, self.teacher_features = record_features(model), record_features(teacher)
+
+    def trained(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    # ----------------------------------------------------------------------------------------------------- training
+
+    def _get_train_sampler(self, train_dataset=None) -> ShuffledSamples:
+        return self.sampler
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = parameter_groups(self.model, self.args.weight_decay, self.args.clip_learning_rate)
+            self.optimizer = kind(groups, **settings)
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean squared error of the velocity [B, L, C], in float32; plus feature_loss times that of the blocks."""
+        inputs = dict(inputs)
+        target = inputs.pop("velocity").float()
+        velocity = model(**inputs, return_dict=False)[0]
+        loss = F.mse_loss(velocity.float(), target)
+        if self.args.feature_loss:
+            with torch.no_grad(), torch.autocast(self.args.device.type, self.teacher.dtype):
+                self.teacher(**inputs)
+            loss = loss + self.args.feature_loss * feature_error(self.features, self.teacher_features)
+        return (loss, velocity) if return_outputs else loss
+
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """On the device and in float32, as the trained parameters are; autocast takes it from there."""
+        return {name: tensor.float() for name, tensor in super()._prepare_inputs(inputs).items()}
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not loss.isfinite():
+            self._stop(f"the loss is {loss.item()}", first_non_finite(self.model, self._prepare_inputs(inputs)))
+        return loss
+
+    def _clip_grad_norm(self, model) -> Tensor:
+        norm = super()._clip_grad_norm(model)
+        if not norm.isfinite():
+            bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            self._stop(f"the gradient's norm is {norm.item()}", bad[0] if bad else None)
+        return norm
+
+    def _stop(self, what: str, where: str | None) -> None:
+        kept = sorted(self.folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        raise ValueError(
+            f"step {self.state.global_step + 1}: {what}; first non-finite value in {where or 'the loss itself'}; try a "
+            f"lower --learning_rate; the last good checkpoint is {kept[-1] if kept else 'none yet'}"
+        )
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Exponential moving average of the trained parameters that forgets its first steps soon."""
+        if self.average is not None:
+            step = self.state.global_step
+            fresh = max(1 - self.args.ema_decay, 9 / (10 + step))
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.trained()], fresh)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within the block the model holds the averaged parameters, if they are averaged."""
+        if self.average is None:
+            yield
+            return
+        self._swap_average()
+        try:
+            yield
+        finally:
+            self._swap_average()
+
+    @torch.no_grad()
+    def _swap_average(self) -> None:
+        for parameter, average in zip(self.trained(), self.average, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)
+
+    # ---------------------------------------------------------------------------------------------------- evaluation
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Velocity and pictures of held-out prompts against the teacher's, logged under eval_….
+
+        loss: mean squared error; nmse: normalized, over all steps and by thirds of them; psnr: of the pictures drawn
+        from the same noise, in dB; scene_score: share of pictures that fit their prompt, where these are scenes.
+        """
+        last = self.state.global_step >= self.state.max_steps > 0
+        count = self.num_final_images if last else self.num_images
+        started = time.time()
+        training = self.model.training
+        self.model.eval()
+        with self.averaged_weights(), torch.compiler.set_stance("force_eager"):
+            metrics = self._velocity_error(count)
+            if self.is_world_process_zero():
+                metrics |= self._draw(count)
+        self.model.train(training)
+        self.accelerator.wait_for_everyone()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.time() - started, 1)
+        self.aside += time.time() - started
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _velocity_error(self, count: int) -> dict[str, float]:
+        """Over every step of `count` trajectories, shared by all ranks."""
+        data, size = self.eval_dataset, self.args.per_device_eval_batch_size
+        mine = list(range(count * data.steps))[self.args.process_index :: self.args.world_size]
+        sums = torch.zeros(3, data.steps, dtype=torch.float64)  # squared error, squared target, elements
+        for start in tqdm(range(0, len(mine), size), desc="velocity", leave=False, disable=self.args.disable_tqdm):
+            numbers = mine[start : start + size]
+            inputs = self._prepare_inputs(collate([data[number] for number in numbers]))
+            target = inputs.pop("velocity").float()
+            with self.accelerator.autocast():
+                velocity = self.model(**inputs, return_dict=False)[0].float()
+            rows = [(velocity - target).square().flatten(1).sum(1), target.square().flatten(1).sum(1)]
+            rows.append(torch.full_like(rows[0], target[0].numel()))
+            steps = torch.tensor([number % data.steps for number in numbers])
+            sums.index_add_(1, steps, torch.stack(rows).double().cpu())
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums.float().to(self.args.device), "sum").double().cpu()
+        error, energy, elements = sums
+        metrics = {"loss": error.sum() / elements.sum(), "nmse": error.sum() / energy.sum()}
+        for third, part, whole in zip(THIRDS, error.tensor_split(3), energy.tensor_split(3), strict=True):
+            metrics[f"nmse_{third}"] = part.sum() / whole.sum()
+        return {name: value.item() for name, value in metrics.items()}
+
+    def _draw(self, count: int) -> dict[str, float]:
+        """Draw `count` held-out prompts; keep the first num_images of them as OUTPUT_DIR/eval/step_N/sample_….png."""
+        asked = self.eval_dataset.description
+        size = asked["resolution"]
+        teacher_images, images = [], []
+        starts = range(0, count, self.args.per_device_eval_batch_size)
+        for start in tqdm(starts, desc="pictures", leave=False, disable=self.args.disable_tqdm):
+            numbers = range(start, min(start + self.args.per_device_eval_batch_size, count))
+            kept = [self.eval_dataset.trajectory(number) for number in numbers]
+            noise, embeds, pooled = (
+                torch.stack([t[name] for t in kept]).to(self.args.device).float()
+                for name in ("noise", "prompt_embeds", "pooled_prompt_embeds")
+            )
+            with self.accelerator.autocast():
+                latents = sample_latents(
+                    self.eval_pipe,
+                    noise,
+                    size=size,
+                    num_inference_steps=asked["num_inference_steps"],
+                    guidance_scale=asked["guidance_scale"],
+                    prompt_embeds=embeds,
+                    pooled_prompt_embeds=pooled,
+                )
+            images.append(decode_latents(self.eval_pipe, latents, size))
+            final = torch.stack([last_latents(trajectory) for trajectory in kept])
+            teacher_images.append(decode_latents(self.eval_pipe, final, size))
+        images, teacher_images = torch.cat(images), torch.cat(teacher_images)
+        prompts = self.eval_dataset.prompts[:count]
+        save_images(teacher_images[: self.num_images], self.folder / "eval" / "teacher")
+        save_images(images[: self.num_images], self.folder / "eval" / f"step_{self.state.global_step}")
+        save_strip(self.folder / "eval", prompts[: min(self.num_images, 8)])
+        metrics = {"psnr": psnr(images, teacher_images)}
+        if size == scenes.SIZE and all(scenes.parse(prompt) for prompt in prompts):
+            score, teacher = scene_score(images, prompts), scene_score(teacher_images, prompts)
+            metrics |= {"scene_score": score.pop("mean"), "scene_score_teacher": teacher["mean"]}
+            metrics |= {f"scene_{name}": value for name, value in score.items()}
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if self.is_world_process_zero():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": self.state.global_step} | logs) + "\n")
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder, started = self.folder / f"checkpoint-{self.state.global_step}", time.time()
+        if self.args.should_save:
+            tensors, others = optimizer_state(getattr(self.optimizer, "optimizer", self.optimizer))
+            if self.average is not None:
+                tensors |= {f"weights.{i}": p.detach().clone() for i, p in enumerate(self.trained())}
+            schedule = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
+            size = sum(t.numel() * t.element_size() for t in [*self.model.state_dict().values(), *tensors.values()])
+            check_disk(folder, size, "the checkpoint")
+            with whole_folder(folder) as partial, self.averaged_weights():
+                self.save_transformer(partial)
+                metadata = {"optimizer": json.dumps(others), "scheduler": json.dumps(schedule)}
+                save_file(tensors, partial / "training_state.safetensors", metadata)
+                (partial / "settings.json").write_text(json.dumps(self.settings, indent=2) + "\n")
+                self.state.save_to_json(str(partial / "trainer_state.json"))
+            rotate_checkpoints(str(self.folder), self.args.save_total_limit, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+        self.aside += time.time() - started
+
+    def save_transformer(self, folder: Path) -> None:
+        """The transformer as it stands, for from_pretrained."""
+        self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        """The transformer was made from the checkpoint already; here come its parameters before averaging."""
+        if self.average is not None:
+            with safe_open(Path(resume_from_checkpoint) / "training_state.safetensors", "pt") as file, torch.no_grad():
+                for i, (parameter, average) in enumerate(zip(self.trained(), self.average, strict=True)):
+                    average.copy_(parameter)
+                    parameter.copy_(file.get_tensor(f"weights.{i}"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        with safe_open(Path(checkpoint) / "training_state.safetensors", "pt") as file:
+            metadata = file.metadata()
+            names = [name for name in file.keys() if name.startswith("optimizer.")]  # noqa: SIM118
+            load_optimizer(optimizer, {n: file.get_tensor(n) for n in names}, json.loads(metadata["optimizer"]))
+        schedule = json.loads(metadata["scheduler"])
+        if "lr_lambdas" in self.lr_scheduler.state_dict():
+            schedule["lr_lambdas"] = [None] * len(optimizer.param_groups)
+        self.lr_scheduler.load_state_dict(schedule)
+
+    def _load_rng_state(self, checkpoint) -> None:
+        """Nothing to load: no random number is drawn while training."""
+
+
+class _Hooks(transformers.TrainerCallback):
+    """What Trainer calls on its way."""
+
+    def __init__(self, trainer: FluxQATTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer.sampler.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.update_average()
+
+
+class _TensorBoard(TensorBoardCallback):
+    """transformers' own would write down the model's config, which in diffusers is of another kind."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs | {"model": None})
+
+
+# ------------------------------------------------------------------------------------------------ parts of the trainer
+
+
+def last_latents(trajectory: dict[str, Tensor]) -> Tensor:
+    """z [L, C] at the end of a trajectory: what the autoencoder decodes."""
+    *_, last = rebuild_latents(trajectory["noise"], trajectory["velocities"], trajectory["sigmas"])
+    return last
+
+
+def record_features(transformer: FluxTransformer2DModel) -> dict[int, Tensor]:
+    """A dict that, after every forward pass, holds the image tokens [B, L, D] that each block put out."""
+    features: dict[int, Tensor] = {}
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    for i, block in enumerate(blocks):
+        block.register_forward_hook(lambda _, __, output, i=i: features.__setitem__(i, output[1]))
+    return features
+
+
+def feature_error(student: dict[int, Tensor], teacher: dict[int, Tensor]) -> Tensor:
+    """Normalized mean squared error of the blocks' outputs, averaged over the blocks."""
+    errors = [
+        F.mse_loss(student[i].float(), target.float()) / target.float().square().mean() for i, target in teacher.items()
+    ]
+    return torch.stack(errors).mean()
+
+
+@torch.no_grad()
+def first_non_finite(model: nn.Module, inputs: dict[str, Tensor]) -> str | None:
+    """The first input, parameter or module output, in the order of computation, that holds NaN or inf."""
+    for name, tensor in inputs.items():
+        if not tensor.isfinite().all():
+            return f"the input {name}"
+    found: list[str] = []
+
+    def look(name: str) -> Callable:
+        def hook(module, args, output):
+            tensors = [*module.parameters(recurse=False)]
+            tensors += [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor)]
+            if not found and not all(t.isfinite().all() for t in tensors):
+                found.append(name)
+
+        return hook
+
+    leaves = [(name, m) for name, m in model.named_modules() if not any(True for _ in m.children())]
+    hooks = [module.register_forward_hook(look(name)) for name, module in leaves]
+    try:
+        model(**{name: tensor for name, tensor in inputs.items() if name != "velocity"})
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
+    """Its state as tensors "optimizer.INDEX.NAME" and the rest, JSON-able."""
+    state = optimizer.state_dict()
+    tensors, numbers = {}, {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value.contiguous()
+            else:
+                numbers[f"{index}.{name}"] = value
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
+    return tensors, {"numbers": numbers, "groups": groups}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], others: dict) -> None:
+    """Put back what optimizer_state took out."""
+    state: dict[int, dict] = {}
+    entries = {name.removeprefix("optimizer."): tensor for name, tensor in tensors.items()} | others["numbers"]
+    for key, value in entries.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": [new | old for new, old in zip(groups, others["groups"], strict=True)]}
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- pictures
+
+
+def save_strip(folder: Path, prompts: Sequence[str]) -> None:
+    """folder/steps.png: the teacher and every snapshot in `folder`, one row each, a column for each prompt."""
+
+    def read(snapshot: Path) -> Tensor:
+        files = [snapshot / f"sample_{i:03d}.png" for i in range(len(prompts))]
+        pictures = [torch.frombuffer(bytearray(Image.open(f).tobytes()), dtype=torch.uint8) for f in files]
+        width, height = Image.open(files[0]).size
+        return torch.stack([p.view(height, width, 3).permute(2, 0, 1).float() / 255 for p in pictures])
+
+    snapshots = sorted(folder.glob("step_*/"), key=lambda path: int(path.name.removeprefix("step_")))
+    snapshots = [s for s in snapshots if len(list(s.glob("sample_*.png"))) >= len(prompts)]
+    rows = {"teacher": read(folder / "teacher")}
+    rows |= {f"step {snapshot.name.removeprefix('step_')}": read(snapshot) for snapshot in snapshots}
+    save_grid(rows, prompts, folder / "steps.png", cell=128)
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of folder/metrics.jsonl."""
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Drop what metrics.jsonl holds beyond `step`, where a resumed run goes on."""
+    lines = [json.dumps(line) for line in read_metrics(folder) if line["step"] <= step]
+    (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+
+
+def save_curves(folder: Path) -> None:
+    """folder/curves.png: training loss, held-out NMSE, PSNR and scene score over the steps."""
+    lines = read_metrics(folder)
+    panels = [("loss", "loss", True), ("eval_nmse", "held-out velocity NMSE", True), ("eval_psnr", "PSNR, dB", False)]
+    if any("eval_scene_score" in line for line in lines):
+        panels.append(("eval_scene_score", "scene score", False))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), layout="constrained")
+    for axis, (name, title, logarithmic) in zip(axes, panels, strict=True):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        axis.plot(*zip(*points, strict=True) if points else ([], []), marker="" if name == "loss" else "o")
+        if name == "eval_nmse":
+            for third in THIRDS:
+                points = [(line["step"], line[f"eval_nmse_{third}"]) for line in lines if name in line]
+                axis.plot(*zip(*points, strict=True), label=third, linewidth=0.8)
+            axis.legend(title="third of the steps", fontsize="small")
+        if name == "eval_scene_score" and points:
+            axis.axhline(lines[0].get("eval_scene_score_teacher", float("nan")), color="gray", linestyle=":")
+        axis.set(title=title, xlabel="step", yscale="log" if logarithmic else "linear")
+        axis.grid(alpha=0.3)
+    figure.savefig(folder / "curves.png", dpi=110)
+    pyplot.close(figure)
