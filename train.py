@@ -232,6 +232,7 @@ def main() -> None:
     eval_pipe.vae.to(device)
 
     # 3. Training.
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails for tiny-flux's shapes (torch 2.11, H100)
     trainer = FluxQATTrainer(
         student, training_args, train_data, eval_data, eval_pipe, settings,
         num_images=min(data_args.num_images, len(eval_data.prompts)),
