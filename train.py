@@ -223,7 +223,7 @@ def main() -> None:
     load_dtype = dtype if checkpoint is None else torch.float32
     student = load_quantized_model(model_args, training_args, checkpoint, model_args.w_bits[0], load_dtype)
     choose_parameters(student, model_args, training_args.clip_learning_rate, frozen_dtype=dtype)
-    if training_args.gradient_checkpointing or training_args.activation_checkpointing:
+    if training_args.gradient_checkpointing or getattr(training_args, "activation_checkpointing", False):
         student.enable_gradient_checkpointing()  # diffusers' own; Trainer would look for transformers'
         training_args.gradient_checkpointing = training_args.activation_checkpointing = False
     if training_args.compile_blocks:

@@ -6,22 +6,27 @@ the swap needs stands in config.json, so from_pretrained can tell what a folder 
 
     full precision  (no w_bits in its config, or 16 and no LoRA)  any settings can be asked for; α starts from weights
     quantized       (w_bits < 16, or LoRA)                        loaded as it is; contradicting settings are an error
+    packed          (the same, and packed)                        likewise; as small in memory as its codes
 
     teacher = FluxTransformer2DModel.from_pretrained(path, subfolder="transformer")  # diffusers' model, bit for bit
     student = FluxTransformer2DModel.from_pretrained(path, subfolder="transformer", w_bits=0)
-    student.save_pretrained("student")
+    student.pack().save_pretrained("student")  # without pack(): the weights, to train on
     pipe = FluxPipeline.from_pretrained(path, transformer=FluxTransformer2DModel.from_pretrained("student"))
 """
 
 import contextlib
 import logging
 import os
+from pathlib import Path
 
 import diffusers
+import torch
 from diffusers import ModelMixin  # found here by FluxPipeline.from_pretrained when a saved pipeline holds our class
 from diffusers.configuration_utils import register_to_config
+from huggingface_hub import snapshot_download
 from torch import nn
 
+from models.packing import FORMAT, PackedLinear, PackedWriter, load_packed, read_index, stored_tensors
 from models.utils_quant import (
     FULL_PRECISION_BITS,
     LoRAQuantizeLinear,
@@ -40,6 +45,7 @@ DEFAULT_SETTINGS = {
     "clip_init": "mse",
     "weight_layerwise": False,
     "quantize_modulation": True,
+    "packed": 0,
 }
 MODULATION = ("norm1.linear", "norm1_context.linear", "norm.linear")  # AdaLN, inside a block
 
@@ -50,10 +56,15 @@ def is_quantized(settings: dict) -> bool:
 
 
 def check_settings(settings: dict) -> None:
-    """ValueError on a bit width, rank or initialisation that does not exist."""
+    """ValueError on a bit width, rank, initialisation or packed format that does not exist."""
     check_bits(settings["w_bits"])
     check_lora_r(settings["lora_r"])
     check_clip_init(settings["clip_init"])
+    if settings["packed"] and (settings["packed"] != FORMAT or settings["w_bits"] >= 16 or settings["lora_r"]):
+        raise ValueError(
+            f"packed={settings['packed']!r} with w_bits={settings['w_bits']}, lora_r={settings['lora_r']}: a packed "
+            f"model has format {FORMAT}, fewer than 16 bits and no LoRA in its quantizers"
+        )
 
 
 class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
@@ -64,6 +75,7 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
     clip_init: how step sizes start, "mse" or "max" (see utils_quant.init_clip_val).
     weight_layerwise: one step size a matrix instead of one a row.
     quantize_modulation: False leaves the AdaLN modulation linears (27 % of FLUX.1-dev) in full precision.
+    packed: format version of the packed weights, 0 if they are not packed; made by `pack()`.
 
     Step sizes and LoRA stay fp32 under `torch_dtype` and `.to(dtype)`; `model.dtype` is that of the other parameters.
     """
@@ -91,6 +103,7 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
         clip_init: str = "mse",
         weight_layerwise: bool = False,
         quantize_modulation: bool = True,
+        packed: int = 0,
     ):
         check_settings(self.config)
         super().__init__(
@@ -123,6 +136,52 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
                 continue
             if config.quantize_modulation or path.partition(".")[2] not in MODULATION:
                 self.set_submodule(name, layer_class.from_linear(module, name, **settings))
+        if config.packed:
+            self._pack_linears()
+
+    def _pack_linears(self) -> None:
+        for name, module in list(self.named_modules()):
+            if isinstance(module, QuantizeLinear):
+                self.set_submodule(name, PackedLinear.from_quantized(module))
+        self.requires_grad_(False)
+        self.eval()
+
+    def pack(self) -> "FluxTransformer2DModel":
+        """Replace every quantized weight by its codes, in place; the outputs stay the same. For inference only.
+
+        ValueError on a model that is not quantized. Returns the model.
+        """
+        if self.config.w_bits >= FULL_PRECISION_BITS:
+            raise ValueError(f"pack(): w_bits={self.config.w_bits} has no codes; quantize the model first")
+        if not self.config.packed:
+            self.register_to_config(packed=FORMAT, lora_r=0)
+            self._pack_linears()
+        return self
+
+    def train(self, mode: bool = True) -> "FluxTransformer2DModel":
+        """As in torch; ValueError on a packed model, whose codes cannot be trained."""
+        if mode and self.config.packed:
+            raise ValueError(
+                "a packed model cannot be trained: load the checkpoint that it was made from"
+            )
+        return super().train(mode)
+
+    def fuse_lora(self, *args, **kwargs) -> None:
+        """As in diffusers; ValueError on a packed model, into whose codes no adapter can be merged."""
+        if self.config.packed:
+            raise ValueError("fuse_lora() cannot merge an adapter into packed codes: leave it unfused")
+        super().fuse_lora(*args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, max_shard_size: int = 2 * 10**9, **kwargs) -> None:
+        """As in diffusers; a packed model is written as models/packing.py describes, in shards of so many bytes."""
+        if not self.config.packed:
+            super().save_pretrained(save_directory, **({"max_shard_size": max_shard_size} | kwargs))
+            return
+        writer = PackedWriter(save_directory, max_shard_size)
+        for name, tensor in stored_tensors(self):
+            writer.add(name, tensor)
+        self.save_config(save_directory)
+        writer.close(dict(self.config))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "FluxTransformer2DModel":
@@ -143,6 +202,9 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
             raise ValueError(f"{path}: config.json describes a {config.get('_class_name')}, expected a {cls.__name__}")
         stored = {key: config.get(key, default) for key, default in DEFAULT_SETTINGS.items()}
         settings = stored | asked
+        if stored["packed"]:
+            _check_agreement(path, asked, stored)
+            return cls._from_packed(path, config, kwargs)
         check_settings(settings)
         if is_quantized(stored):
             _check_agreement(path, asked, stored)
@@ -163,6 +225,27 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
             model.register_to_config(w_bits=settings["w_bits"], lora_r=settings["lora_r"])
             model._swap_linears()
         return (model, info) if wants_info else model
+
+    @classmethod
+    def _from_packed(cls, path: str | os.PathLike, config: dict, kwargs: dict) -> "FluxTransformer2DModel":
+        """The model of a packed folder or hub id; of kwargs, those that say where it is, its dtype and its device."""
+        subfolder = kwargs.get("subfolder") or ""
+        if not os.path.isdir(path):
+            names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")
+            allowed = [os.path.join(subfolder, name) for name in ("*.json", "*.safetensors")]
+            asked = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            path = snapshot_download(path, allow_patterns=allowed, **asked)
+        folder = Path(path) / subfolder
+        check_settings(config)
+        index = read_index(folder, config)
+        with torch.device("meta"):
+            model = cls.from_config(config)
+        device_map = kwargs.get("device_map")
+        device = next(iter(device_map.values())) if isinstance(device_map, dict) else device_map
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        load_packed(model, folder, index, dtype, torch.device("cpu" if device is None else device))
+        model.register_to_config(_name_or_path=str(path))
+        return model.eval()
 
     def fuse_qkv_projections(self) -> None:
         """As in diffusers; ValueError on a quantized model, whose fused weights would be the unquantized ones."""

@@ -73,6 +73,19 @@ def _levels(x: Tensor, num_bits: int, stretched: bool) -> Tensor:
     return ((x.clamp(low, high) * n - s).round() + s) / n
 
 
+def code_grid(num_bits: int) -> tuple[float, float]:
+    """n and s of level = (c + s)/n for the signed integer codes c: −1 0 1 at 0 bits, else −2^(b−1) … 2^(b−1) − 1."""
+    return (0.5, 0.5) if num_bits == 1 else _grid(num_bits, stretched=num_bits in (0, 2))[2:4]
+
+
+@torch.no_grad()
+def quantize_codes(weight: Tensor, alpha: Tensor, num_bits: int) -> Tensor:
+    """The codes (int8, see code_grid) that `quantize` gives a weight [out, in]; alpha [out, 1] or a single element."""
+    n, s = code_grid(num_bits)
+    step = _widen(alpha).clamp(min=ALPHA_FLOOR)
+    return (_levels(_widen(weight) / step, num_bits, num_bits in (0, 2)) * n - s).round().to(torch.int8)
+
+
 def _quantize_forward(ctx, weight: Tensor, alpha: Tensor, num_bits: int, layerwise: bool, stretched: bool) -> Tensor:
     ctx.num_bits, ctx.stretched = check_bits(num_bits), stretched
     if num_bits >= FULL_PRECISION_BITS:
@@ -242,7 +255,26 @@ def init_clip_val(weight: Tensor, num_bits: int, method: str = "mse", layerwise:
 # Layers
 
 
-class QuantizeLinear(nn.Linear):
+class Fp32Parameters(nn.Module):
+    """Keeps the parameters named in `_fp32_parameters` in fp32 whatever the module is cast to."""
+
+    _fp32_parameters: tuple[str, ...] = ()
+
+    def _apply(self, fn, recurse=True):
+        # .to(), .half() and the like end here. Rounding α to bf16 would move every threshold of its row.
+        kept = [p for name, p in self.named_parameters(recurse=False) if name in self._fp32_parameters]
+        kept += [p.grad for p in kept if p.grad is not None]
+
+        def move_only(tensor):
+            moved = fn(tensor)
+            if moved.dtype != tensor.dtype and any(tensor is k for k in kept):
+                return tensor.to(moved.device)
+            return moved
+
+        return super()._apply(move_only, recurse)
+
+
+class QuantizeLinear(Fp32Parameters, nn.Linear):
     """nn.Linear whose weight goes through `quantize` on every forward pass.
 
     x [..., in] -> [..., out], computed in the autocast dtype, else in x's. The step sizes `weight_clip_val` ([out, 1],
@@ -314,19 +346,6 @@ class QuantizeLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         weight = self.quantized_weight().to(input.dtype)
         return F.linear(input, weight, None if self.bias is None else self.bias.to(input.dtype))
-
-    def _apply(self, fn, recurse=True):
-        # .to(), .half() and the like end here. Rounding α to bf16 would move every threshold of its row.
-        kept = [p for name, p in self.named_parameters(recurse=False) if name in self._fp32_parameters]
-        kept += [p.grad for p in kept if p.grad is not None]
-
-        def move_only(tensor):
-            moved = fn(tensor)
-            if moved.dtype != tensor.dtype and any(tensor is k for k in kept):
-                return tensor.to(moved.device)
-            return moved
-
-        return super()._apply(move_only, recurse)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, w_bits={self.w_bits}"

@@ -78,7 +78,7 @@ def test_what_the_published_command_lines_differ_in():
     assert train.ddp_find_unused_parameters is True
 
 
-@pytest.mark.parametrize(("flags", "warmup"), [(["--warmup_ratio", "0."], 0), (["--warmup_ratio", "0.1"], 20), ([], 0)])
+@pytest.mark.parametrize(("flags", "warmup"), [(["--warmup_ratio", "0."], 0), (["--warmup_ratio", "0.1"], 20), ([], 6)])
 def test_warmup_ratio_reaches_the_schedule(flags, warmup):
     """Against the definition: a share of all steps, here 200."""
     assert process_args(flags)[2].get_warmup_steps(200) == warmup

@@ -1,0 +1,375 @@
+"""Quantized weights as small as their bits: codes, layers that hold them, and the files they are kept in.
+
+A code is the integer c of w = α·(c + s)/n (utils_quant.py); a row of codes is laid out in planes: with n codes a byte
+and ⌈in/n⌉ bytes a row, byte j holds the codes j, j + ⌈in/n⌉, j + 2⌈in/n⌉ …, so that unpacking is a few whole-row
+operations. Missing codes at a row's end are zero.
+
+    bits       in memory                        on disk
+    0          2 bits, two's complement         5 codes a byte (1.6 bits): the digits of a fraction in base 3
+    1, 2, 4, 8 1, 2, 4, 8 bits                  the same
+    3, 5, 6, 7 two or three such planes         the same
+
+A packed folder holds config.json, safetensors shards and diffusion_pytorch_model.safetensors.index.json. The index
+carries a SHA-256 of the config and of every shard: whatever is damaged is an error, not another picture.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from models.utils_quant import ALPHA_FLOOR, Fp32Parameters, QuantizeLinear, check_bits, code_grid, quantize_codes
+
+FORMAT = 1
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+PLANES = {0: (2,), 1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}  # widths in bits
+TRITS = 5  # a byte: 3^5 = 243 of its 256 values
+_CHUNK = 2**20  # codes worked on at a time: bounds the memory of packing and unpacking, and fits a cache
+
+# ------------------------------------------------------------------------------------------------- codes and bytes
+
+
+def row_bytes(in_features: int, w_bits: int) -> int:
+    """Bytes of one packed row in memory."""
+    return sum(-(-in_features // (8 // width)) for width in PLANES[w_bits])
+
+
+def disk_row_bytes(in_features: int, w_bits: int) -> int:
+    """Bytes of one packed row on disk."""
+    return -(-in_features // TRITS) if w_bits == 0 else row_bytes(in_features, w_bits)
+
+
+def _pad(codes: Tensor, per_byte: int) -> Tensor:
+    """[rows, in] as [rows, per_byte, ⌈in / per_byte⌉], zeros at the end."""
+    columns = -(-codes.shape[1] // per_byte)
+    return F.pad(codes, (0, columns * per_byte - codes.shape[1])).view(len(codes), per_byte, columns)
+
+
+def pack_codes(codes: Tensor, w_bits: int) -> Tensor:
+    """Signed codes [rows, in] (int8) to bytes [rows, row_bytes] (uint8)."""
+    codes, planes = codes.view(torch.uint8), []
+    for width in PLANES[w_bits]:  # the lowest bits first
+        fields = _pad(codes & (2**width - 1), 8 // width)
+        packed = fields[:, 0].clone()
+        for i in range(1, 8 // width):
+            packed |= fields[:, i] << i * width
+        planes.append(packed)
+        codes = codes >> width
+    return torch.cat(planes, 1)
+
+
+def unpack_codes(packed: Tensor, w_bits: int, in_features: int) -> Tensor:
+    """Bytes [rows, row_bytes] back to signed codes [rows, in_features] (int8)."""
+    codes, shift = None, 0
+    sizes = [-(-in_features // (8 // width)) for width in PLANES[w_bits]]
+    for width, plane in zip(PLANES[w_bits], packed.split(sizes, 1), strict=True):
+        fields = torch.cat([(plane >> i * width) & (2**width - 1) for i in range(8 // width)], 1)[:, :in_features]
+        codes = fields if codes is None else codes | (fields << shift)
+        shift += width
+    return (codes << 8 - shift).view(torch.int8) >> 8 - shift  # extends the sign
+
+
+def pack_trits(codes: Tensor) -> Tensor:
+    """Ternary codes [rows, in] (int8, −1 0 1) to bytes [rows, ⌈in/5⌉] (uint8).
+
+    The number v whose base-3 digits are the codes plus one is kept as ⌈256·v/243⌉, the fraction v/243 rounded up to a
+    byte: multiplying by 3 then moves one digit after the other into the carry.
+    """
+    digits = _pad(codes, TRITS).to(torch.int32) + 1
+    value = digits[:, 0]
+    for i in range(1, TRITS):
+        value = value * 3 + digits[:, i]
+    return ((value * 256 + 242) // 243).to(torch.uint8)
+
+
+def unpack_trits(packed: Tensor, in_features: int) -> Tensor:
+    """Bytes [rows, ⌈in/5⌉] back to ternary codes [rows, in_features] (int8); ValueError on bytes that none gives."""
+    rest = packed.to(torch.int16)
+    carry = torch.empty_like(rest)
+    codes = torch.empty(len(packed), TRITS, packed.shape[1], dtype=torch.int8, device=packed.device)
+    for i in range(TRITS):
+        rest *= 3
+        codes[:, i] = torch.bitwise_right_shift(rest, 8, out=carry)
+        rest &= 255
+    if rest.max() > 242:
+        raise ValueError("a byte holds no five ternary codes")
+    codes = codes.view(len(packed), -1).sub_(1)
+    if codes[:, in_features:].any():
+        raise ValueError("the padding is not zero")
+    return codes[:, :in_features]
+
+
+def _row_chunks(rows: int, in_features: int) -> Iterator[slice]:
+    size = max(1, _CHUNK // in_features)
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+def to_disk(packed: Tensor, w_bits: int, in_features: int) -> Tensor:
+    """Codes as in memory [rows, row_bytes] to codes as on disk [rows, disk_row_bytes]."""
+    if w_bits:
+        return packed
+    parts = [packed[rows] for rows in _row_chunks(len(packed), in_features)]
+    return torch.cat([pack_trits(unpack_codes(part, 0, in_features)) for part in parts])
+
+
+def from_disk(stored: Tensor, w_bits: int, in_features: int) -> Tensor:
+    """Codes as on disk to codes as in memory, on the same device; ValueError on what no codes give."""
+    if w_bits:
+        for rows in _row_chunks(len(stored), in_features):  # padding that is not zero is lost on the way
+            if not torch.equal(pack_codes(unpack_codes(stored[rows], w_bits, in_features), w_bits), stored[rows]):
+                raise ValueError("the padding is not zero")
+        return stored
+    packed = torch.empty(len(stored), row_bytes(in_features, 0), dtype=torch.uint8, device=stored.device)
+    for rows in _row_chunks(len(stored), in_features):
+        packed[rows] = pack_codes(unpack_trits(stored[rows], in_features), 0)
+    return packed
+
+
+# ------------------------------------------------------------------------------------------------------------ layer
+
+
+class PackedLinear(Fp32Parameters, nn.Linear):
+    """A linear layer that holds codes instead of weights; for inference.
+
+    x [..., in] -> [..., out] in the autocast dtype, else in x's, the same numbers as QuantizeLinear's. Parameters, none
+    of which wants a gradient: weight_codes [out, row_bytes] uint8, weight_clip_val [out, 1] or [1, 1] fp32, bias [out].
+    `weight` is computed when it is asked for: it has the shape and the dtype that LoRA adapters look for, and
+    writing to it has no effect.
+    """
+
+    _fp32_parameters = ("weight_clip_val",)
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None, *, w_bits: int,
+        weight_layerwise: bool = False,
+    ):  # fmt: skip
+        nn.Module.__init__(self)  # not Linear's, which would allocate the weight
+        self.in_features, self.out_features = in_features, out_features
+        self.w_bits, self.weight_layerwise = check_bits(w_bits), weight_layerwise
+
+        def parameter(*shape: int, dtype: torch.dtype | None) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
+
+        self.weight_codes = parameter(out_features, row_bytes(in_features, w_bits), dtype=torch.uint8)
+        self.weight_clip_val = parameter(1 if weight_layerwise else out_features, 1, dtype=torch.float32)
+        self.register_parameter("bias", parameter(out_features, dtype=dtype) if bias else None)
+
+    @classmethod
+    @torch.no_grad()
+    def from_quantized(cls, layer: QuantizeLinear) -> "PackedLinear":
+        """The packed twin of a trained or rounded layer, sharing its bias; on the meta device an empty one."""
+        settings = {"w_bits": layer.w_bits, "weight_layerwise": layer.weight_layerwise}
+        sizes = (layer.in_features, layer.out_features, layer.bias is not None)
+        packed = cls(*sizes, device="meta", **settings)
+        if layer.weight.is_meta:
+            codes, alpha = torch.empty_like(packed.weight_codes), torch.empty_like(packed.weight_clip_val)
+        else:
+            weight, alpha = layer.effective_weight(), layer.weight_clip_val.detach().clamp(min=ALPHA_FLOOR)
+            steps = alpha.expand(len(weight), 1)
+            codes = torch.cat([
+                pack_codes(quantize_codes(weight[rows], steps[rows], layer.w_bits), layer.w_bits)
+                for rows in _row_chunks(*weight.shape)
+            ])  # fmt: skip
+        packed.weight_codes = nn.Parameter(codes, requires_grad=False)
+        packed.weight_clip_val = nn.Parameter(alpha.view(packed.weight_clip_val.shape), requires_grad=False)
+        if layer.bias is not None:
+            packed.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+        return packed.eval()
+
+    def codes(self) -> Tensor:
+        """Signed codes [out, in] (int8)."""
+        return unpack_codes(self.weight_codes, self.w_bits, self.in_features)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [out, in], equal to the quantizer's output."""
+        n, s = code_grid(self.w_bits)
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight_codes.device)
+        steps = self.weight_clip_val.expand(self.out_features, 1)
+        for rows in _row_chunks(*weight.shape):
+            codes = unpack_codes(self.weight_codes[rows], self.w_bits, self.in_features)
+            weight[rows] = codes.float().add_(s).div_(n).mul_(steps[rows])
+        return weight
+
+    @property
+    def weight(self) -> Tensor:
+        return self.dequantize(torch.float32 if self.bias is None else self.bias.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.dequantize(input.dtype), bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, w_bits={self.w_bits}"
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def config_digest(config: dict) -> str:
+    """SHA-256 of a config without the entries that open with an underscore."""
+    kept = {name: value for name, value in config.items() if not name.startswith("_")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _file_digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class PackedWriter:
+    """Writes a packed folder tensor by tensor, holding no more than one shard in memory."""
+
+    def __init__(self, folder: str | os.PathLike, shard_bytes: int = 2 * 10**9):
+        self.folder, self.shard_bytes = Path(folder), shard_bytes
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.shards: list[list[str]] = []
+        self.pending: dict[str, Tensor] = {}
+        self.total = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor, as it is to be stored."""
+        size = tensor.numel() * tensor.element_size()
+        if self.pending and sum(t.numel() * t.element_size() for t in self.pending.values()) + size > self.shard_bytes:
+            self._flush()
+        self.pending[name] = tensor.detach().cpu().contiguous()
+        self.total += size
+
+    def _flush(self) -> None:
+        save_file(self.pending, self.folder / f"shard-{len(self.shards)}", metadata={"format": "pt"})
+        self.shards.append(list(self.pending))
+        self.pending = {}
+
+    def close(self, config: dict) -> None:
+        """Give the shards their names and write the index; config.json is written by the model."""
+        self._flush()
+        files = [f"diffusion_pytorch_model-{i + 1:05d}-of-{len(self.shards):05d}.safetensors"
+                 for i in range(len(self.shards))]  # fmt: skip
+        for i, file in enumerate(files):
+            os.replace(self.folder / f"shard-{i}", self.folder / file)
+        index = {
+            "metadata": {
+                "packed_format": FORMAT,
+                "total_size": self.total,
+                "config_sha256": config_digest(config),
+                "sha256": {file: _file_digest(self.folder / file) for file in files},
+            },
+            "weight_map": {name: file for file, names in zip(files, self.shards, strict=True) for name in names},
+        }
+        (self.folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
+
+
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a packed model as they stand on disk."""
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            full = f"{path}.{name}" if path else name
+            if isinstance(module, PackedLinear) and name == "weight_codes":
+                parameter = to_disk(parameter.detach(), module.w_bits, module.in_features)
+            yield full, parameter
+
+
+def read_index(folder: Path, config: dict) -> dict:
+    """The index of a packed folder; ValueError if it is unreadable, of another format, or not that of `config`."""
+    file = folder / INDEX
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        metadata, weight_map = index["metadata"], index["weight_map"]
+        version, digests, wanted = metadata["packed_format"], metadata["sha256"], metadata["config_sha256"]
+        sound = isinstance(digests, dict) and set(digests) == set(weight_map.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file}: no index of a packed checkpoint ({error!r}); save or download it again") from None
+    if version != FORMAT:
+        raise ValueError(f"{file}: packed format {version!r}, this code reads {FORMAT}; update the code")
+    if not sound or not all(re.fullmatch(r"[\w.-]+\.safetensors", name) for name in digests):
+        raise ValueError(f"{file}: shards and checksums do not belong together; save or download it again")
+    if config_digest(config) != wanted:
+        raise ValueError(f"{folder / 'config.json'}: differs from what was saved; save or download it again")
+    for kind in ("num_layers", "num_single_layers"):  # before a model of that size is built
+        prefix = "transformer_blocks." if kind == "num_layers" else "single_transformer_blocks."
+        found = len({name.split(".")[1] for name in weight_map if name.startswith(prefix)})
+        if config.get(kind) != found:
+            raise ValueError(f"{file}: holds {found} {prefix[:-1]}, config.json says {kind}={config.get(kind)!r}")
+    return index
+
+
+def load_packed(model: nn.Module, folder: Path, index: dict, dtype: torch.dtype | None, device: torch.device) -> None:
+    """Fill `model`, built on the meta device, from a packed folder; `dtype` is that of what is not quantized.
+
+    Every tensor's name, shape and dtype, the range of the codes and their padding are checked: ValueError names the
+    first that is wrong. No weight is ever larger than its codes.
+    """
+    weight_map, digests = index["weight_map"], index["metadata"]["sha256"]
+    wanted = {name for name, _ in model.named_parameters()}
+    for names, problem in ((wanted - set(weight_map), "is missing"), (set(weight_map) - wanted, "is not expected")):
+        if names:
+            raise ValueError(f"{folder}: {min(names)} {problem} in the index; it does not belong to config.json")
+
+    def verify(name: str) -> None:
+        file = folder / name
+        try:
+            digest = _file_digest(file)
+        except OSError as error:
+            raise ValueError(f"{file}: cannot be read ({error.strerror}); save or download it again") from None
+        if digest != digests[name]:
+            raise ValueError(f"{file}: damaged (its SHA-256 differs from the index); save or download it again")
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(verify, sorted(digests)))
+    for shard in sorted(digests):
+        file = folder / shard
+        names = {name for name, where in weight_map.items() if where == shard}
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as tensors:
+                if set(tensors.keys()) != names:
+                    odd = min(set(tensors.keys()) ^ names)
+                    raise ValueError(f"{file}: holds other tensors than the index says, such as {odd}")
+                for name in sorted(names):
+                    path, _, kind = name.rpartition(".")
+                    module = model.get_submodule(path)
+                    found = tensors.get_slice(name)
+                    _check_tensor(file, name, found.get_shape(), found.get_dtype(), module, kind)
+                    value = _finish(file, name, tensors.get_tensor(name), module, kind, dtype)
+                    setattr(module, kind, nn.Parameter(value, requires_grad=False))
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not a whole safetensors file ({error}); save or download it again") from None
+
+
+def _check_tensor(file: Path, name: str, shape: list[int], dtype: str, module: nn.Module, kind: str) -> None:
+    """ValueError unless the stored tensor has the shape and the dtype that the layer needs."""
+    expected = list(getattr(module, kind).shape)
+    dtypes = {"F32", "F16", "BF16"}
+    if isinstance(module, PackedLinear):
+        if kind == "weight_codes":
+            expected, dtypes = [expected[0], disk_row_bytes(module.in_features, module.w_bits)], {"U8"}
+        elif kind == "weight_clip_val":
+            dtypes = {"F32"}
+    if list(shape) != expected or dtype not in dtypes:
+        raise ValueError(f"{file}: {name} is {dtype} {list(shape)}, expected {' or '.join(sorted(dtypes))} {expected}")
+
+
+def _finish(file: Path, name: str, tensor: Tensor, module: nn.Module, kind: str, dtype: torch.dtype | None) -> Tensor:
+    """The stored tensor as it is kept in memory; ValueError on values that cannot be."""
+    if isinstance(module, PackedLinear) and kind == "weight_codes":
+        try:
+            return from_disk(tensor, module.w_bits, module.in_features)
+        except ValueError as error:
+            raise ValueError(f"{file}: {name}: {error}") from None
+    if not tensor.isfinite().all():
+        raise ValueError(f"{file}: {name} holds NaN or inf")
+    if isinstance(module, PackedLinear) and kind == "weight_clip_val":
+        if not (tensor > 0).all():
+            raise ValueError(f"{file}: {name} holds step sizes that are not positive")
+        return tensor
+    return tensor if dtype is None else tensor.to(dtype)
