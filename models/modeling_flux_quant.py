@@ -161,9 +161,7 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
     def train(self, mode: bool = True) -> "FluxTransformer2DModel":
         """As in torch; ValueError on a packed model, whose codes cannot be trained."""
         if mode and self.config.packed:
-            raise ValueError(
-                "a packed model cannot be trained: load the checkpoint that it was made from"
-            )
+            raise ValueError("a packed model cannot be trained: load the checkpoint that it was made from")
         return super().train(mode)
 
     def fuse_lora(self, *args, **kwargs) -> None:

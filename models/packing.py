@@ -204,6 +204,18 @@ class PackedLinear(Fp32Parameters, nn.Linear):
     def weight(self) -> Tensor:
         return self.dequantize(torch.float32 if self.bias is None else self.bias.dtype)
 
+    # diffusers looks up the shapes of the layers that an adapter is made for in state_dict(). What stands there for the
+    # weight has its shape and takes no memory.
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.weight_clip_val.new_zeros(1, 1).expand(
+            self.out_features, self.in_features
+        )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        state_dict.pop(f"{prefix}weight", None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))

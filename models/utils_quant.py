@@ -98,8 +98,10 @@ def _quantize_forward(ctx, weight: Tensor, alpha: Tensor, num_bits: int, layerwi
         )
     ctx.save_for_backward(weight, alpha)
     step = _widen(alpha).clamp(min=ALPHA_FLOOR)
-    # Back in the weight's dtype, the one its matmul runs in; an fp32 weight loses nothing here.
-    return (step * _levels(_widen(weight) / step, num_bits, stretched)).to(weight.dtype)
+    quantized = step * _levels(_widen(weight) / step, num_bits, stretched)
+    # Back in the weight's dtype, the one its matmul runs in. Not by a .to() that does nothing: torch.compile (seen with
+    # torch 2.11) then takes the output for a constant and all gradients are zero.
+    return quantized if quantized.dtype == weight.dtype else quantized.to(weight.dtype)
 
 
 def _quantize_backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:

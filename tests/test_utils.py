@@ -299,7 +299,8 @@ def test_an_incomplete_download_is_not_blamed_on_the_network(hub, pipeline_folde
 
 def arguments(name, **settings):
     training = SimpleNamespace(bf16=False, fp16=False)
-    return SimpleNamespace(input_model_filename=str(name), device="cpu", **settings), training
+    quantizer = {"lora_r": 0, "lora_alpha": 1.0, "clip_init": "mse", "quantize_modulation": True}
+    return SimpleNamespace(input_model_filename=str(name), device="cpu", **quantizer | settings), training
 
 
 def test_load_quantized_model(pipeline_folder, tmp_path):
