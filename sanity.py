@@ -11,6 +11,7 @@ this is where quantization-aware training starts from. It writes
     OUTPUT_DIR/samples/grid.png                          all of them, rows = bit widths, columns = prompts
     OUTPUT_DIR/samples/metrics.json                      the table that it prints
     OUTPUT_DIR/cache/bits_W/                             each quantized transformer, for from_pretrained
+                                                         (--pack True: as small as its bits)
 """
 
 import gc
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from models.modeling_flux_quant import QuantizeLinear
+from models.utils_quant import FULL_PRECISION_BITS
 from utils import scenes
 from utils.metrics import nmse, psnr, scene_score
 from utils.process_args import process_args
@@ -147,6 +149,8 @@ def main() -> None:
         grid[name] = images
         rows.append(row)
 
+        if model_args.pack and w_bits < FULL_PRECISION_BITS:
+            transformer.pack()
         folder = cache / f"bits_{w_bits}"
         check_disk(folder, sum(p.numel() * p.element_size() for p in transformer.parameters()), "the transformer")
         with whole_folder(folder) as partial:

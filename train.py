@@ -21,6 +21,7 @@ student, the same transformer with quantized linears, learns to predict the same
     OUTPUT_DIR/checkpoint-N/                         to go on from
     OUTPUT_DIR/summary.json                          settings, hardware, time and what was reached
     LOCAL_DIR/models/OUTPUT_MODEL_FILENAME           the student, for FluxTransformer2DModel.from_pretrained
+                                                     (--pack True: a tenth of the size, for inference only)
 
 Started again, it goes on from the last checkpoint in OUTPUT_DIR; `--resume_from_checkpoint False` starts anew.
 """
@@ -38,7 +39,7 @@ import transformers
 from diffusers import FluxPipeline
 from transformers.trainer_utils import get_last_checkpoint
 
-from models.modeling_flux_quant import is_quantized
+from models.modeling_flux_quant import FluxTransformer2DModel, is_quantized
 from utils.datautils import OnlineTeacher, TeacherSettings, Trajectories, fill_cache
 from utils.process_args import process_args
 from utils.trainer import ONLINE_WINDOW, FluxQATTrainer, choose_parameters, forget_after, save_curves
@@ -263,6 +264,10 @@ def main() -> None:
             check_disk(output, sum(p.numel() * p.element_size() for p in student.parameters()), "the trained model")
             with whole_folder(output) as partial:
                 trainer.save_transformer(partial)
+        if model_args.pack:
+            packed = FluxTransformer2DModel.from_pretrained(output, dtype=dtype).pack()
+            with whole_folder(output) as partial:
+                packed.save_pretrained(partial)
         summary = summarize(trainer, seconds, result.global_step - first_step)
         (Path(training_args.output_dir) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         save_curves(Path(training_args.output_dir))

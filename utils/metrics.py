@@ -1,17 +1,21 @@
-"""How close a student draws to its teacher: velocity NMSE, PSNR and the scene score.
+"""How close a student draws to its teacher: velocity NMSE, PSNR, SSIM and the scene score.
 
 Each function takes tensors and returns plain numbers, so that scripts can print, log and compare them.
 """
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
+import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from utils import scenes
 
 PSNR_CAP = 100.0  # dB; identical pictures would be infinitely good
+CLIP = "openai/clip-vit-base-patch16"  # torchmetrics knows no smaller one
 
 
 def _check_shapes(first: Tensor, second: Tensor) -> None:
@@ -40,6 +44,15 @@ def psnr(images: Tensor, reference: Tensor) -> float:
     return ratios.clamp_max(PSNR_CAP).mean().item()
 
 
+def ssim(images: Tensor, reference: Tensor) -> float:
+    """Mean structural similarity (Gaussian window, σ 1.5) of the pictures [N, 3, H, W] in 0…1.
+
+    Raises ValueError if the shapes differ.
+    """
+    _check_shapes(images, reference)
+    return structural_similarity_index_measure(images, reference, data_range=1.0).item()
+
+
 def scene_score(images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
     """Share of pictures [N, 3, 128, 128] in 0…1 that fit their prompt (`scenes.grade`), by category.
 
@@ -55,3 +68,39 @@ def scene_score(images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
     score = {name: sum(row) / len(row) for name, row in rows.items()}
     variance = sum(score[name] * (1 - score[name]) / len(rows[name]) for name in rows)
     return score | {"mean": sum(score.values()) / len(rows), "stderr": math.sqrt(variance) / len(rows)}
+
+
+def learned_scores(
+    images: Tensor, reference: Tensor | None, prompts: Sequence[str], device: torch.device
+) -> dict[str, float | str]:
+    """LPIPS to the reference (AlexNet; lower is closer) and CLIP score of pictures [N, 3, H, W] in 0…1.
+
+    Where weights are not on this machine (nothing is downloaded), or a package is missing, a sentence says so instead.
+    """
+    scores: dict[str, float | str] = {}
+    if reference is not None:
+        weights = Path(torch.hub.get_dir()) / "checkpoints"
+        if not list(weights.glob("alexnet-*.pth")):
+            scores["lpips"] = f"not measured: no AlexNet weights in {weights}"
+        else:
+            try:
+                from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
+
+                metric = LearnedPerceptualImagePatchSimilarity("alex", normalize=True).to(device)
+                for image, other in zip(images.split(8), reference.split(8), strict=True):
+                    metric.update(image.to(device), other.to(device))
+                scores["lpips"] = metric.compute().item()
+            except (ImportError, RuntimeError, OSError) as error:
+                scores["lpips"] = f"not measured: {error}"
+    if not isinstance(try_to_load_from_cache(CLIP, "config.json"), str):
+        return scores | {"clip_score": f"not measured: {CLIP} is not in the hub cache"}
+    try:
+        from torchmetrics.multimodal import CLIPScore
+
+        metric = CLIPScore(CLIP).to(device)
+        for start in range(0, len(images), 8):
+            batch = (images[start : start + 8] * 255).round().to(torch.uint8)
+            metric.update(batch.to(device), list(prompts[start : start + 8]))
+        return scores | {"clip_score": metric.compute().item()}
+    except (ImportError, RuntimeError, OSError, ValueError) as error:
+        return scores | {"clip_score": f"not measured: {error}"}

@@ -42,6 +42,10 @@ class ModelArguments:
         default=True, metadata={"help": "train what is not quantized: biases, norms, embedders"}
     )
 
+    pack: bool = field(
+        default=False, metadata={"help": "save codes instead of weights: a tenth of the size, for inference only"}
+    )
+
     @property
     def output_model_local_path(self) -> str:
         return os.path.join(self.local_dir, "models", self.output_model_filename)

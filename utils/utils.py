@@ -348,7 +348,7 @@ def save_images(images: Tensor, folder: Path) -> None:
 
 
 def save_grid(rows: dict[str, Tensor], columns: Sequence[str], file: Path, cell: int = 256) -> None:
-    """One labelled picture: a row of pictures [N, 3, H, W] for each entry of `rows`, a column for each prompt.
+    """One labelled picture: a row of pictures [N, 3, H, W] for each entry of `rows`, under a title for each column.
 
     Pictures are shown at most `cell` pixels wide.
     """
@@ -360,14 +360,15 @@ def save_grid(rows: dict[str, Tensor], columns: Sequence[str], file: Path, cell:
     titles = [textwrap.fill(text, max(8, int(width / letter)), max_lines=4, placeholder=" …") for text in columns]
     line = font.getbbox("Ag")[3] + 3
     top = 8 + line * max(title.count("\n") + 1 for title in titles)
-    left = 16 + round(max(font.getlength(name) for name in rows))
+    names = [textwrap.fill(name, 18, max_lines=6, placeholder=" …") for name in rows]
+    left = 16 + round(max(font.getlength(part) for name in names for part in name.split("\n")))
     grid = Image.new("RGB", (left + (width + 4) * len(columns), top + (height + 4) * len(rows)), "white")
     draw = ImageDraw.Draw(grid)
     for x, title in enumerate(titles):
         draw.multiline_text((left + x * (width + 4), 4), title, fill="black", font=font, spacing=3)
-    for y, (name, images) in enumerate(rows.items()):
+    for y, (name, images) in enumerate(zip(names, rows.values(), strict=True)):
         row_top = top + y * (height + 4)
-        draw.text((8, row_top + height // 2), name, fill="black", font=font, anchor="lm")
+        draw.multiline_text((8, row_top + height // 2), name, fill="black", font=font, spacing=3, anchor="lm")
         for x, image in enumerate(images):
             grid.paste(to_pil(image).resize((width, height)), (left + x * (width + 4), row_top))
     file.parent.mkdir(parents=True, exist_ok=True)
