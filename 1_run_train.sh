@@ -35,7 +35,9 @@ case $MODEL in
 esac
 NAME=$(basename "$MODEL")-1.58bit
 
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NPROC" train.py \
+LAUNCH=("$PYTHON")
+if [ "$NPROC" -gt 1 ]; then LAUNCH+=(-m torch.distributed.run --standalone --nproc_per_node="$NPROC"); fi
+exec "${LAUNCH[@]}" train.py \
     --local_dir output --output_dir "output/train/$NAME" --output_model_filename "$NAME" \
     --input_model_filename "$MODEL" --qat True --w_bits 0 "${SIZE[@]}" \
     --per_device_train_batch_size "$BATCH" --gradient_accumulation_steps "$ACCUM" "$@"

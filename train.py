@@ -23,7 +23,7 @@ student, the same transformer with quantized linears, learns to predict the same
     LOCAL_DIR/models/OUTPUT_MODEL_FILENAME           the student, for FluxTransformer2DModel.from_pretrained
                                                      (--pack True: a tenth of the size, for inference only)
 
-Started again, it goes on from the last checkpoint in OUTPUT_DIR; `--resume_from_checkpoint False` starts anew.
+Started again, it goes on from the last checkpoint in OUTPUT_DIR; another OUTPUT_DIR starts anew.
 """
 
 import gc
@@ -42,7 +42,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from models.modeling_flux_quant import FluxTransformer2DModel, is_quantized
 from utils.datautils import OnlineTeacher, TeacherSettings, Trajectories, fill_cache
 from utils.process_args import process_args
-from utils.trainer import ONLINE_WINDOW, FluxQATTrainer, choose_parameters, forget_after, save_curves
+from utils.trainer import ONLINE_WINDOW, FluxQATTrainer, choose_parameters, restore_metrics, save_curves
 from utils.utils import (
     check_disk,
     empty_cache,
@@ -96,6 +96,7 @@ def run_settings(model_args, training_args, teacher: dict) -> dict:
     names = ("lora_r", "lora_alpha", "clip_init", "quantize_modulation", "train_weights", "train_unquantized")
     settings = {"w_bits": model_args.w_bits[0]} | {name: getattr(model_args, name) for name in names}
     names = ("learning_rate", "clip_learning_rate", "weight_decay", "ema_decay", "feature_loss", "seed", "bf16", "fp16")
+    names += ("warmup_steps", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon")
     settings |= {name: getattr(training_args, name) for name in names}
     settings |= {
         "optim": training_args.optim.value,
@@ -118,7 +119,8 @@ def get_teacher(
     prompts, train_source = pick_prompts(pipe, data_args.num_train_prompts, data_args.train_prompts, split="train")
     both = set(prompts) & set(held_out)
     if both:
-        log.info("%d training prompts are held-out prompts too and left out", len(both))
+        if training_args.should_log:
+            log.info("%d training prompts are held-out prompts too and left out", len(both))
         prompts = [prompt for prompt in prompts if prompt not in both]
     if len(prompts) < training_args.world_size:
         raise ValueError(
@@ -203,7 +205,7 @@ def main() -> None:
     train_data, eval_data, window = get_teacher(pipe, model_args, data_args, training_args, device)
     if not training_args.do_train:
         return
-    settings = run_settings(model_args, training_args, train_data.description)
+    settings = run_settings(model_args, training_args, train_data.description) | {"shuffle_window": window}
     if checkpoint is not None:
         check_settings(checkpoint, settings)
 
@@ -250,8 +252,9 @@ def main() -> None:
         first_step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
         training_args.eval_on_start = False
         if main_process:
-            log.info("going on from %s (--resume_from_checkpoint False starts anew)", checkpoint)
-            forget_after(Path(training_args.output_dir), first_step)
+            log.info("going on from %s (another --output_dir starts anew)", checkpoint)
+    if main_process:
+        restore_metrics(Path(training_args.output_dir), checkpoint)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = result.metrics["train_runtime"] - trainer.aside
     if not any(line.get("step") == result.global_step and "eval_nmse" in line for line in trainer.state.log_history):

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
 from utils import scenes
@@ -128,7 +128,7 @@ class FluxQATTrainer(transformers.Trainer):
             eval_dataset=eval_data,
             data_collator=collate,
             optimizers=(None, None),
-            callbacks=[_Hooks(self)],
+            callbacks=[_Average(self)],
         )
         if stock := self.pop_callback(TensorBoardCallback):
             self.add_callback(_TensorBoard(stock.tb_writer))
@@ -163,7 +163,8 @@ class FluxQATTrainer(transformers.Trainer):
         velocity = model(**inputs, return_dict=False)[0]
         loss = F.mse_loss(velocity.float(), target)
         if self.args.feature_loss:
-            with torch.no_grad(), torch.autocast(self.args.device.type, self.teacher.dtype):
+            dtype = self.teacher.dtype
+            with torch.no_grad(), torch.autocast(self.args.device.type, dtype, enabled=dtype != torch.float32):
                 self.teacher(**inputs)
             loss = loss + self.args.feature_loss * feature_error(self.features, self.teacher_features)
         return (loss, velocity) if return_outputs else loss
@@ -179,17 +180,26 @@ class FluxQATTrainer(transformers.Trainer):
         return loss
 
     def _clip_grad_norm(self, model) -> Tensor:
-        norm = super()._clip_grad_norm(model)
-        if not norm.isfinite():
-            bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        self.accelerator.unscale_gradients()
+        gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        norm = torch.nn.utils.get_total_norm(gradients.values())
+        if not norm.isfinite():  # before clipping, which would spread it to all of them
+            bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
             self._stop(f"the gradient's norm is {norm.item()}", bad[0] if bad else None)
+        torch.nn.utils.clip_grads_with_norm_(self.trained(), self.args.max_grad_norm, norm)
         return norm
 
+    def _run_epoch(self, **kwargs) -> None:
+        if self.state.global_step >= self.state.max_steps:  # a finished run started again: Trainer would take a step
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
     def _stop(self, what: str, where: str | None) -> None:
-        kept = sorted(self.folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        last = get_last_checkpoint(self.folder) if self.folder.is_dir() else None
         raise ValueError(
             f"step {self.state.global_step + 1}: {what}; first non-finite value in {where or 'the loss itself'}; try a "
-            f"lower --learning_rate; the last good checkpoint is {kept[-1] if kept else 'none yet'}"
+            f"lower --learning_rate; the last good checkpoint is {last or 'none yet'}"
         )
 
     @torch.no_grad()
@@ -266,7 +276,8 @@ class FluxQATTrainer(transformers.Trainer):
         error, energy, elements = sums
         metrics = {"loss": error.sum() / elements.sum(), "nmse": error.sum() / energy.sum()}
         for third, part, whole in zip(THIRDS, error.tensor_split(3), energy.tensor_split(3), strict=True):
-            metrics[f"nmse_{third}"] = part.sum() / whole.sum()
+            if len(part):  # a third of two steps may be none
+                metrics[f"nmse_{third}"] = part.sum() / whole.sum()
         return {name: value.item() for name, value in metrics.items()}
 
     def _draw(self, count: int) -> dict[str, float]:
@@ -362,14 +373,11 @@ class FluxQATTrainer(transformers.Trainer):
         """Nothing to load: no random number is drawn while training."""
 
 
-class _Hooks(transformers.TrainerCallback):
-    """What Trainer calls on its way."""
+class _Average(transformers.TrainerCallback):
+    """Tells the trainer that a step is through."""
 
     def __init__(self, trainer: FluxQATTrainer):
         self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.update_average()
@@ -487,10 +495,11 @@ def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def forget_after(folder: Path, step: int) -> None:
-    """Drop what metrics.jsonl holds beyond `step`, where a resumed run goes on."""
-    lines = [json.dumps(line) for line in read_metrics(folder) if line["step"] <= step]
-    (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+def restore_metrics(folder: Path, checkpoint: Path | None) -> None:
+    """metrics.jsonl as it was when `checkpoint` was written; without one, as a new run finds it."""
+    state = {"log_history": []} if checkpoint is None else json.loads((checkpoint / "trainer_state.json").read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in state["log_history"]))
 
 
 def save_curves(folder: Path) -> None:
@@ -505,11 +514,14 @@ def save_curves(folder: Path) -> None:
         axis.plot(*zip(*points, strict=True) if points else ([], []), marker="" if name == "loss" else "o")
         if name == "eval_nmse":
             for third in THIRDS:
-                points = [(line["step"], line[f"eval_nmse_{third}"]) for line in lines if name in line]
-                axis.plot(*zip(*points, strict=True), label=third, linewidth=0.8)
-            axis.legend(title="third of the steps", fontsize="small")
+                points = [(line["step"], line[f"eval_nmse_{third}"]) for line in lines if f"eval_nmse_{third}" in line]
+                if points:
+                    axis.plot(*zip(*points, strict=True), label=third, linewidth=0.8)
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(title="third of the steps", fontsize="small")
         if name == "eval_scene_score" and points:
-            axis.axhline(lines[0].get("eval_scene_score_teacher", float("nan")), color="gray", linestyle=":")
+            teacher = next(line["eval_scene_score_teacher"] for line in lines if "eval_scene_score" in line)
+            axis.axhline(teacher, color="gray", linestyle=":")
         axis.set(title=title, xlabel="step", yscale="log" if logarithmic else "linear")
         axis.grid(alpha=0.3)
     figure.savefig(folder / "curves.png", dpi=110)

@@ -1,0 +1,500 @@
+"""train.py and 1_run_train.sh from end to end, on a pipeline of random weights: what they write, how they go on after
+an interruption or on two ranks, what they refuse.
+
+Most runs are in this process; those that are killed, of two ranks or through the shell are not.
+"""
+
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_process_args import PUBLISHED_TRAIN
+
+import train
+from models.modeling_flux_quant import FluxTransformer2DModel
+from utils import scenes
+from utils.utils import run_script
+
+ROOT = Path(__file__).parents[1]
+PROMPTS, HELD_OUT, STEPS = 4, 2, 4
+FLAGS = f"""
+--device cpu --resolution 64 --num_train_prompts {PROMPTS} --num_images {HELD_OUT} --num_inference_steps 2
+--per_device_train_batch_size 2 --max_steps {STEPS} --logging_steps 1 --save_steps 2 --report_to none
+--disable_tqdm True
+"""
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+FINISHED = ["--ema_decay", 0.5, "--save_steps", 1, "--eval_steps", 3]
+CHECKPOINT = ["config.json", WEIGHTS, "settings.json", "trainer_state.json", "training_state.safetensors"]
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """--logging_dir goes into the environment; this takes it out again."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """The teacher cache that the runs of this file share; the first of them fills it."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def command(pipeline_folder, cache):
+    """command(folder, "--more", …) is a command line that writes to `folder`."""
+
+    def command(folder: Path, *flags) -> list[str]:
+        flags = ("--output_dir", folder / "out", "--local_dir", folder / "local", *flags)
+        model = ("--input_model_filename", pipeline_folder, "--teacher_cache", cache)
+        return ["train.py", *FLAGS.split(), *(str(part) for part in (*model, *flags))]
+
+    return command
+
+
+def start(argv: list[str]) -> SimpleNamespace:
+    """Run train.py in this process; the result has returncode and the logged messages."""
+    messages, old = [], sys.argv
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    for name in ("train", "cache"):
+        logging.getLogger(name).addHandler(handler)
+    sys.argv = argv
+    try:
+        run_script(train.main)
+        code = 0
+    except SystemExit as exit:
+        code = exit.code
+    finally:
+        sys.argv = old
+        for name in ("train", "cache"):
+            logging.getLogger(name).removeHandler(handler)
+    return SimpleNamespace(returncode=code, messages=messages)
+
+
+@pytest.fixture
+def call(command, tmp_path, capsys):
+    """call("--w_bits", 9) runs train.py in this process, into tmp_path; the result has stdout and stderr too."""
+
+    def call(*flags, folder: Path = tmp_path):
+        capsys.readouterr()
+        result = start(command(folder, *flags))
+        result.stdout, result.stderr = capsys.readouterr()
+        result.folder = folder
+        return result
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def finished(command, tmp_path_factory):
+    """A run of four steps with an average: four checkpoints, of which two are kept; the last evaluation is extra."""
+    folder = tmp_path_factory.mktemp("finished")
+    result = start(command(folder, *FINISHED))
+    assert result.returncode == 0
+    result.folder = folder
+    return result
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Training loss by step; no step may be there twice."""
+    lines = [line for line in metrics(folder) if "loss" in line]
+    assert len({line["step"] for line in lines}) == len(lines), lines
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def evaluated(folder: Path) -> list[int]:
+    return [line["step"] for line in metrics(folder) if "eval_nmse" in line]
+
+
+def student(folder: Path, name: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(folder / "local/models" / name / WEIGHTS)
+
+
+def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """The largest difference of any two weights."""
+    assert first.keys() == second.keys()
+    return max((first[name].double() - second[name].double()).abs().max().item() for name in first)
+
+
+# -------------------------------------------------------------------------------------------------- what it writes
+
+
+def test_the_documented_files_and_no_others(finished, cache):
+    checkpoints = [f"checkpoint-{step}/{file}" for step in (3, 4) for file in CHECKPOINT]
+    pictures = [f"eval/{row}/sample_00{i}.png" for row in ("teacher", "step_0", "step_3", "step_4") for i in range(2)]
+    others = ["curves.png", "eval/steps.png", "metrics.jsonl", "summary.json"]
+    assert files(finished.folder / "out") == sorted(checkpoints + pictures + others)
+    assert files(finished.folder / "local") == [f"models/model/{file}" for file in ("config.json", WEIGHTS)]
+    for name, count in (("train", PROMPTS), ("eval", HELD_OUT)):
+        assert files(cache / name) == [f"{i:06d}.safetensors" for i in range(count)] + ["manifest.json"]
+
+
+def test_the_student_is_the_last_checkpoint_and_loads(finished):
+    """Also in place of the transformer of a stock pipeline."""
+    result, checkpoint = finished.folder / "local/models/model", finished.folder / "out/checkpoint-4"
+    for folder in (result, checkpoint):
+        model = FluxTransformer2DModel.from_pretrained(folder)
+        assert model.config.w_bits == 0 and model.dtype == torch.float32
+    assert distance(load_file(result / WEIGHTS), load_file(checkpoint / WEIGHTS)) == 0
+    assert distance(load_file(result / WEIGHTS), load_file(finished.folder / "out/checkpoint-3" / WEIGHTS)) > 0
+
+
+def test_metrics_and_summary_say_what_was_reached(finished, pipeline_folder):
+    assert list(losses(finished.folder)) == [1, 2, 3, 4] and evaluated(finished.folder) == [0, 3, 4]
+    summary = json.loads((finished.folder / "out/summary.json").read_text())
+    final = [line for line in metrics(finished.folder) if "eval_nmse" in line]
+    for where, line in (("start", final[0]), ("final", final[-1])):
+        assert summary[where]["eval_nmse"] == line["eval_nmse"]
+        assert summary[where]["eval_psnr"] == line["eval_psnr"]
+    assert summary["settings"]["w_bits"] == 0 and summary["settings"]["ema_decay"] == 0.5
+    assert summary["steps"] == 4 and summary["world_size"] == 1 and summary["seconds_per_step"] > 0
+    assert summary["torch"] == torch.__version__ and summary["diffusers"] == diffusers.__version__
+    stock = diffusers.FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer")
+    parameters = dict(stock.named_parameters())
+    alphas = sum(p.shape[0] for name, p in parameters.items() if "transformer_blocks." in name and p.ndim == 2)
+    assert summary["trained_parameters"] == sum(p.numel() for p in parameters.values()) + alphas
+
+
+def test_metrics_and_summary_are_json_that_other_programs_read(finished):
+    """Two steps have no third third: a bare NaN is not JSON."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    for name in ("metrics.jsonl", "summary.json"):
+        text = (finished.folder / "out" / name).read_text()
+        for part in text.splitlines() if name.endswith("jsonl") else [text]:
+            json.loads(part, parse_constant=refuse)
+
+
+def test_pictures_of_the_steps_have_a_row_each(finished):
+    """Cells of 64 pixels, four apart, are found from the lower right corner."""
+    strip = Image.open(finished.folder / "out/eval/steps.png").convert("RGB")
+    left, top = strip.width - HELD_OUT * 68, strip.height - 4 * 68
+    assert 10 < left < 100 and 10 < top < 100
+    for y, row in enumerate(("teacher", "step_0", "step_3", "step_4")):
+        for x in range(HELD_OUT):
+            cell = strip.crop((left + 68 * x, top + 68 * y, left + 68 * x + 64, top + 68 * y + 64))
+            sample = Image.open(finished.folder / f"out/eval/{row}/sample_00{x}.png")
+            assert cell.tobytes() == sample.tobytes()
+
+
+def test_the_same_command_again_trains_no_step_and_ends_in_the_same(call, tmp_path):
+    """In the middle of an epoch, where Trainer would go on; and without evaluations on the way, the last of them comes
+    after the last checkpoint and is not to be there twice."""
+    flags = ["--max_steps", 2, "--eval_strategy", "no", "--lr_scheduler_type", "constant"]
+    assert call(*flags).returncode == 0
+    first = student(tmp_path)
+    shutil.rmtree(tmp_path / "local")
+    result = call(*flags)
+    assert result.returncode == 0, result.stderr
+    assert distance(student(tmp_path), first) == 0
+    assert list(losses(tmp_path)) == [1, 2]
+    assert evaluated(tmp_path) == [0, 2]
+    assert json.loads((tmp_path / "out/summary.json").read_text())["steps"] == 2
+
+
+def test_held_out_prompts_are_never_trained_on(call, tmp_path):
+    """And files of prompts are read for both; the last evaluation may be of more pictures than the others."""
+    train_file, eval_file = tmp_path / "train.txt", tmp_path / "eval.txt"
+    train_file.write_text("a red star\n\n  two moons \na blue ring\n")
+    eval_file.write_text("a green cross\ntwo moons\n")
+    result = call(
+        "--train_prompts", train_file, "--prompts", eval_file, "--teacher_cache", tmp_path / "cache",
+        "--num_images", 1, "--num_final_images", 2, "--max_steps", 2, "--save_strategy", "no",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "1 training prompts are held-out prompts too and left out" in result.messages
+    for name, prompts in (("train", ["a red star", "a blue ring"]), ("eval", ["a green cross", "two moons"])):
+        assert json.loads((tmp_path / "cache" / name / "manifest.json").read_text())["prompts"] == prompts
+
+
+def test_without_training_only_the_teacher_cache_is_filled(call, cache, tmp_path):
+    result = call("--do_train", False, "--teacher_cache", tmp_path / "cache")
+    assert result.returncode == 0, result.stderr
+    assert files(tmp_path / "cache") == files(cache) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--feature_loss", 0.5, "--lora_r", 2]], ids=["plain", "feature loss and LoRA"])
+def test_without_a_teacher_cache_the_losses_are_the_same_and_nothing_is_kept(flags, call, tmp_path):
+    """The teacher runs one prompt at a time while training; so does the one that fills the other run's cache."""
+    flags = [*flags, "--max_steps", 3, "--save_strategy", "no", "--per_device_eval_batch_size", 1]
+    cached = call(*flags, "--teacher_cache", tmp_path / "cache", folder=tmp_path / "cached")
+    online = call(*flags, "--teacher_cache", "off", folder=tmp_path / "online")
+    assert cached.returncode == online.returncode == 0, online.stderr
+    assert losses(online.folder) == pytest.approx(losses(cached.folder), rel=1e-5)
+    assert distance(student(online.folder), student(cached.folder)) < 1e-5
+    assert not [name for name in os.listdir(tmp_path / "online") if name not in ("out", "local")]
+    assert os.listdir(tmp_path / "online/local") == ["models"] and not (ROOT / "off").exists()
+
+
+def test_published_command_line(command, monkeypatch, tmp_path):
+    """In bfloat16, with gradient checkpointing, and without bitsandbytes."""
+    find_spec = train.importlib.util.find_spec
+    missing = {"bitsandbytes": None}
+    monkeypatch.setattr(
+        train.importlib.util, "find_spec", lambda name, *rest: missing.get(name, find_spec(name, *rest))
+    )
+    # What is published comes first, what this test needs after it: the last one counts.
+    own = command(tmp_path, "--teacher_cache", tmp_path / "cache", "--logging_dir", tmp_path / "runs")
+    result = start(["train.py", *shlex.split(PUBLISHED_TRAIN), *own[1:], "--report_to", "tensorboard"])
+    assert result.returncode == 0
+    assert "--optim adamw_bnb_8bit needs bitsandbytes, which is not here: using adamw_torch_fused" in result.messages
+    settings = json.loads((tmp_path / "out/summary.json").read_text())["settings"]
+    expected = {"optim": "adamw_torch_fused", "learning_rate": 2e-5, "weight_decay": 0, "bf16": True, "w_bits": 0}
+    assert {name: settings[name] for name in expected} == expected
+    assert json.loads((tmp_path / "cache/train/manifest.json").read_text())["dtype"] == "bfloat16"
+    weights = student(tmp_path, "flux-dev")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}  # what is trained is no coarser
+    assert list(losses(tmp_path)) == [1, 2, 3, 4]
+    assert list((tmp_path / "runs").rglob("events.out.tfevents*"))
+
+
+# ------------------------------------------------------------------------------------------------- interruptions
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_and_ends_as_an_undisturbed_one(call, command, tmp_path):
+    """Three epochs of four steps, a checkpoint every three; killed once the first is there."""
+    flags = ["--ema_decay", 0.9, "--max_steps", 12, "--save_steps", 3, "--eval_steps", 5]
+    whole = call(*flags, folder=tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, *command(killed, *flags)], cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (killed / "out/checkpoint-3").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / "local").exists()  # it was in the middle
+
+    again = call(*flags, folder=killed)
+    assert again.returncode == 0, again.stderr
+    assert any(re.match("going on from .*/checkpoint-(3|6|9) ", message) for message in again.messages)
+    assert distance(student(killed), student(whole.folder)) < 1e-6
+    assert list(losses(killed)) == list(range(1, 13)) and evaluated(killed) == [0, 5, 10, 12]
+    assert losses(killed) == pytest.approx(losses(whole.folder), rel=1e-5)
+    assert not list(killed.rglob("*.tmp"))
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(finished, call, tmp_path):
+    """What it had measured is measured again, and not there twice."""
+    (tmp_path / "out").mkdir()
+    lines = (finished.folder / "out/metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "out/metrics.jsonl").write_text("".join(lines[:2]))
+    assert evaluated(tmp_path) == [0] and list(losses(tmp_path)) == [1]
+    result = call("--max_steps", 2, "--save_strategy", "no")
+    assert result.returncode == 0, result.stderr
+    assert evaluated(tmp_path) == [0, 2]
+    assert list(losses(tmp_path)) == [1, 2]
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 5, "lo'], ids=["whole lines", "half a line"])
+def test_a_resumed_run_forgets_what_was_measured_after_its_checkpoint(tail, finished, call, tmp_path):
+    """Half a line is what a full disk leaves; with room made, the same command is to go on."""
+    shutil.copytree(finished.folder / "out", tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/checkpoint-4")
+    with (tmp_path / "out/metrics.jsonl").open("a") as file:
+        file.write(tail)
+    result = call(*FINISHED)
+    assert result.returncode == 0, result.stderr
+    assert list(losses(tmp_path)) == [1, 2, 3, 4] and evaluated(tmp_path) == [0, 3, 4]
+    assert distance(student(tmp_path), student(finished.folder)) < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------ two ranks
+
+
+def test_two_ranks_do_what_one_does_with_the_double_batch(call, command, cache, run, tmp_path):
+    """Losses that agree at every step tell that the ranks share the samples out in the same order.
+
+    ε is large because Adam divides by the size of the gradient: of one that nearly vanishes, it is noise that counts.
+    """
+    flags = ["--ema_decay", 0.5, "--adam_epsilon", 1e-4, "--save_strategy", "no"]
+    one = call(*flags, "--per_device_train_batch_size", 4)
+    assert one.returncode == 0, one.stderr
+    folder, two_cache = tmp_path / "two", tmp_path / "cache"
+    two = run(
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        *command(folder, *flags, "--teacher_cache", two_cache),
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr
+
+    assert losses(folder) == pytest.approx(losses(tmp_path), rel=1e-5)
+    assert distance(student(folder), student(tmp_path)) < 1e-5
+    first, second = (
+        {k: v for k, v in [line for line in metrics(f) if "eval_nmse" in line][-1].items() if "runtime" not in k}
+        for f in (tmp_path, folder)
+    )
+    assert second == pytest.approx(first, rel=1e-4, nan_ok=True)
+    assert json.loads((folder / "out/summary.json").read_text())["world_size"] == 2
+    assert two.stdout.count("held-out prompts ") == 1  # one table, not one a rank
+    for file in files(cache):  # the ranks have filled theirs together
+        assert (two_cache / file).read_bytes() == (cache / file).read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+
+def refusal(result, message: str, code: int = 1) -> None:
+    """One line on stderr, besides progress bars, that matches; no more than that."""
+    assert result.returncode == code, result.stderr
+    lines = [line for line in result.stderr.splitlines() if "error" in line or "Traceback" in line]
+    assert len(lines) == 1 and lines[0] == result.stderr.splitlines()[-1], result.stderr
+    assert re.match(rf"train\.py: error: .*{message}", lines[0]), lines[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--w_bits", 4], "checkpoint-4: trained with w_bits=0, asked for w_bits=4; give the same settings, or"),
+        (["--learning_rate", 1e-4], "trained with learning_rate=0.001, asked for learning_rate=0.0001"),
+        (["--gradient_accumulation_steps", 2], "trained with global_batch_size=2, asked for global_batch_size=4"),
+        (["--ema_decay", 0], "trained with ema_decay=0.5, asked for ema_decay=0.0"),
+        (["--lora_r", 2], "trained with lora_r=0, asked for lora_r=2"),
+        (["--resume_from_checkpoint", False], "/out holds checkpoints of an earlier run: delete them or choose"),
+        (["--resume_from_checkpoint", "no/where"], "--resume_from_checkpoint no/where: no training checkpoint there"),
+    ],
+)
+def test_a_run_of_other_settings_is_not_resumed(flags, message, finished, call):
+    before = {name: (finished.folder / name).stat().st_mtime_ns for name in files(finished.folder)}
+    refusal(call(*FINISHED, *flags, folder=finished.folder), message)
+    assert before == {name: (finished.folder / name).stat().st_mtime_ns for name in files(finished.folder)}
+
+
+def test_a_run_with_a_cache_is_not_resumed_in_the_order_of_one_without(call, tmp_path):
+    """Without a cache, prompts are shuffled sixteen at a time: from seventeen on that is another order."""
+    flags = ["--num_train_prompts", 17, "--save_steps", 1, "--eval_strategy", "no"]
+    assert call(*flags, "--max_steps", 1, "--teacher_cache", tmp_path / "cache").returncode == 0
+    refusal(call(*flags, "--max_steps", 2, "--teacher_cache", "off"), "checkpoint-1: trained with .*window")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message", "code"),
+    [
+        (["--w_bits", 9], "w_bits=9 is not supported", 2),
+        (["--w_bits", 5.5], "--w_bits.*invalid int value: '5.5'", 2),
+        (["--w_bits", 4, 2], "--w_bits 4 2: train.py trains one bit width at a time", 1),
+        (["--resume_from_checkpoint", True], "--resume_from_checkpoint True: no checkpoint in .*out; leave", 1),
+        (["--train_prompts", "EMPTY"], "--train_prompts .*empty.txt: no prompts in it; write one a line", 1),
+        (["--prompts", "EMPTY"], "--prompts .*empty.txt: no prompts in it; write one a line", 1),
+        (["--teacher_cache", "EMPTY/cache"], "empty.txt/cache/eval: the teacher cache cannot be written .Not a dir", 1),
+        (["--guidance_scale", 2], "made with another guidance_scale: found 3.5, asked for 2.0; delete", 1),
+        (["--seed", 1], "made with another seed: found 42, asked for 1", 1),
+        (["--num_train_prompts", 3], "made with another prompts: found 4 prompts, asked for 3", 1),
+        (["--clip_learning_rate", 0, "--train_weights", False, "--train_unquantized", False], "nothing to train", 1),
+    ],
+)
+def test_flags_that_cannot_be_met_are_refused(flags, message, code, finished, call, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n\n")
+    refusal(call(*(str(flag).replace("EMPTY", str(empty)) for flag in flags)), message, code)
+    assert files(tmp_path) == ["empty.txt"]
+
+
+def test_a_teacher_that_is_quantized_already_is_refused(call, pipeline_folder, tmp_path):
+    model = tmp_path / "quantized"
+    shutil.copytree(pipeline_folder, model)
+    quantized = FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer", w_bits=2)
+    quantized.save_pretrained(model / "transformer")
+    result = call("--input_model_filename", model, folder=tmp_path / "run")
+    refusal(result, "quantized: already quantized; the teacher must be full precision")
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_ranks_than_prompts_are_refused(call, monkeypatch, tmp_path):
+    monkeypatch.setattr(train.transformers.TrainingArguments, "world_size", property(lambda self: PROMPTS + 1))
+    refusal(call(), "4 training prompts for 5 ranks: give at least one prompt for each")
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(("cached", "what"), [(False, "cache/eval: the teacher cache"), (True, "-2: the checkpoint")])
+def test_a_full_disk_is_noticed_beforehand(cached, what, finished, call, cache, monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    result = call("--teacher_cache", cache if cached else tmp_path / "cache")
+    refusal(result, f"{what} takes .* GB but only .* GB are free; make room or choose another")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(("flags", "code"), [(["--resume_from_checkpoint", "no/where"], 1), (["--w_bits", 9], 2)])
+def test_exit_status_and_single_line_of_a_process(flags, code, run, command, tmp_path):
+    refusal(run(*command(tmp_path, *flags)), "no/where: no training checkpoint" if code == 1 else "w_bits=9", code)
+    assert files(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------------------------- 1_run_train.sh
+
+
+def shell(*arguments, cwd: Path, **environment) -> subprocess.CompletedProcess:
+    """bash 1_run_train.sh, started in `cwd`, with this Python first on the PATH."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", str(ROOT / "1_run_train.sh"), *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"), [(["0"], "0"), (["1", "two"], "two"), (["1", "2", "--w_bits", "2"], "--w_bits")]
+)
+def test_wrong_numbers_end_the_shell_script_in_one_line(arguments, wrong, tmp_path):
+    result = shell(*arguments, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    expected = f'expected NPROC BATCH ACCUM, three positive numbers, then flags; got "{wrong}"'
+    assert result.stderr == f"1_run_train.sh: {expected}\n"
+
+
+def test_the_shell_script_leaves_the_documented_outputs(pipeline_folder, tmp_path):
+    """At the model's own 128 pixels, so that pictures are graded; MODEL relative to where the user is."""
+    name, out = f"{pipeline_folder.name}-1.58bit", tmp_path / "out"
+    result = shell(
+        1, 2, 1, "--num_train_prompts", 4, "--num_images", 2, "--num_inference_steps", 2, "--max_steps", 2,
+        "--save_steps", 2, "--device", "cpu", "--local_dir", tmp_path / "local", "--output_dir", out,
+        cwd=pipeline_folder.parent, MODEL=pipeline_folder.name,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    expected = {"metrics.jsonl", "curves.png", "summary.json", "eval/steps.png"}
+    expected |= {f"checkpoint-2/{file}" for file in CHECKPOINT}
+    expected |= {f"eval/{row}/sample_00{i}.png" for row in ("teacher", "step_0", "step_2") for i in range(2)}
+    found = set(files(out))
+    assert expected <= found
+    assert all(file.startswith("runs/") for file in found - expected) and found > expected
+    assert Image.open(out / "curves.png").size == (4 * 462, 352)  # with a panel for the scene score
+    for file in ("eval/teacher/sample_000.png", "eval/step_2/sample_001.png"):
+        assert Image.open(out / file).size == (scenes.SIZE, scenes.SIZE)
+    summary = json.loads((out / "summary.json").read_text())
+    assert 0 <= summary["final"]["eval_scene_score"] <= 1 and "eval_scene_score_teacher" in summary["final"]
+    assert FluxTransformer2DModel.from_pretrained(tmp_path / "local/models" / name).config.w_bits == 0
+    assert sorted(os.listdir(tmp_path / "local/teacher_cache")) == ["eval", "train"]
+    assert "1.58 bit, clip_init mse, learning rate 0.001: training " in result.stdout
+    assert re.search(r"^velocity NMSE +[\d.e-]+ +[\d.e-]+$", result.stdout, re.MULTILINE)

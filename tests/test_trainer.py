@@ -1,0 +1,638 @@
+"""utils/trainer.py: what is trained, by which loss and steps, how it is judged, kept and stopped.
+
+A random FLUX pipeline teaches a quantized copy of itself. References: a plain AdamW loop, stock diffusers pictures and
+velocities, and formulas written out here.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from models.modeling_flux_quant import FluxTransformer2DModel
+from utils import scenes, trainer
+from utils.datautils import TeacherSettings, Trajectories, fill_cache
+from utils.process_args import process_args
+from utils.trainer import FluxQATTrainer, choose_parameters, parameter_groups
+
+SIZE, GUIDANCE, TRAIN_STEPS, EVAL_STEPS, EVAL_SEED = 64, 3.5, 3, 4, 70
+FLAGS = """
+--device cpu --bf16 False --per_device_train_batch_size 2 --per_device_eval_batch_size 2 --max_steps 2 --report_to none
+--learning_rate 1e-3 --lr_scheduler_type constant --warmup_steps 0 --eval_strategy no --eval_on_start False
+--save_strategy no --logging_steps 1 --disable_tqdm True
+"""
+
+
+@pytest.fixture(scope="module")
+def pipe(pipeline_folder) -> diffusers.FluxPipeline:
+    pipe = diffusers.FluxPipeline.from_pretrained(pipeline_folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def data(pipe, tmp_path_factory) -> SimpleNamespace:
+    """Teacher caches: three prompts of three steps to train on, three of four steps held out."""
+    folder, cpu = tmp_path_factory.mktemp("cache"), torch.device("cpu")
+    train, held_out = scenes.train_prompts(3), scenes.eval_prompts(3)
+    settings = TeacherSettings(SIZE, TRAIN_STEPS, GUIDANCE, 7), TeacherSettings(SIZE, EVAL_STEPS, GUIDANCE, EVAL_SEED)
+    return SimpleNamespace(
+        train=fill_cache(folder / "train", pipe, "random", train, settings[0], 3, cpu),
+        eval=fill_cache(folder / "eval", pipe, "random", held_out, settings[1], 3, cpu),
+    )
+
+
+class Samples(Trajectories):
+    """The samples of a teacher cache; remembers which were asked for and can spoil one of them."""
+
+    def __init__(self, cache: Trajectories, poisoned: int | None = None, name: str = "velocity"):
+        super().__init__(cache.description)
+        self.cache, self.poisoned, self.name = cache, poisoned, name
+        self.asked: list[int] = []
+
+    def trajectory(self, index: int) -> dict[str, Tensor]:
+        return self.cache.trajectory(index)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        self.asked.append(index)
+        sample = super().__getitem__(index)
+        if len(self.asked) - 1 == self.poisoned:
+            sample[self.name] = sample[self.name] * float("nan")
+        return sample
+
+
+class Recorder(transformers.TrainerCallback):
+    """The trained parameters by name at the start (index 0) and after every step; `at` is called before its steps."""
+
+    def __init__(self, model):
+        self.model, self.at = model, {}
+        self.weights = [trained(model)]
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.at.get(state.global_step + 1, lambda: None)()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.weights.append(trained(self.model))
+
+
+def trained(model) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture
+def make(pipe, pipeline_folder, data, tmp_path):
+    """make("--w_bits", 2, …) is a trainer that writes to tmp_path / "out"; `recorder` remembers its weights."""
+
+    def make(*flags, samples=None, checkpoint=None, settings=None):
+        command = [*FLAGS.split(), "--output_dir", tmp_path / "out", *flags]
+        model_args, _, args = process_args([str(part) for part in command])
+        torch.manual_seed(0)  # of the LoRA
+        student = load(checkpoint) if checkpoint else load_student(pipeline_folder, model_args)
+        frozen_dtype = torch.bfloat16 if args.bf16 else torch.float32
+        choose_parameters(student, model_args, args.clip_learning_rate, frozen_dtype)
+        eval_pipe = diffusers.FluxPipeline(**{**pipe.components, "transformer": student})
+        teacher = load(pipeline_folder / "transformer") if args.feature_loss else None
+        made = FluxQATTrainer(
+            student, args, samples or data.train, data.eval, eval_pipe, settings or {}, num_images=2,
+            num_final_images=3, teacher=teacher,
+        )  # fmt: skip
+        made.recorder = Recorder(student)
+        made.add_callback(made.recorder)
+        return made
+
+    return make
+
+
+def load(folder: Path, **settings) -> FluxTransformer2DModel:
+    return FluxTransformer2DModel.from_pretrained(folder, **settings)
+
+
+def load_student(pipeline_folder, model_args) -> FluxTransformer2DModel:
+    lora = {"lora_r": model_args.lora_r, "lora_alpha": model_args.lora_alpha}
+    return load(pipeline_folder, subfolder="transformer", w_bits=model_args.w_bits[0], **lora)
+
+
+def by_kind(model) -> dict[str, set[str]]:
+    """Names of the parameters, sorted by what the name alone tells: in the blocks, every matrix is quantized."""
+    kinds = {"weight": set(), "alpha": set(), "lora": set(), "other": set()}
+    for name, parameter in model.named_parameters():
+        last = name.rpartition(".")[2]
+        in_blocks = name.startswith(("transformer_blocks.", "single_transformer_blocks."))
+        matrix = in_blocks and last == "weight" and parameter.ndim == 2
+        special = {"weight_clip_val": "alpha", "lora_A": "lora", "lora_B": "lora"}
+        kinds["weight" if matrix else special.get(last, "other")].add(name)
+    return kinds
+
+
+def batch_of(samples: Trajectories, numbers) -> dict[str, Tensor]:
+    """Samples stacked by hand, float32, position ids once."""
+    parts = [samples[number] for number in numbers]
+    return {
+        name: parts[0][name] if name.endswith("_ids") else torch.stack([part[name] for part in parts]).float()
+        for name in parts[0]
+    }
+
+
+def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return sum((first[name].double() - second[name].double()).square().sum() for name in first).sqrt().item()
+
+
+# ------------------------------------------------------------------------------------------------ what is trained
+
+
+@pytest.mark.parametrize(
+    ("flags", "kinds"),
+    [
+        ([], {"weight", "alpha", "other"}),
+        (["--lora_r", 2], {"lora", "alpha", "other"}),
+        (["--lora_r", 2, "--train_weights", True], {"weight", "lora", "alpha", "other"}),
+        (["--train_unquantized", False], {"weight", "alpha"}),
+        (["--clip_learning_rate", 0], {"weight", "other"}),
+        (["--clip_learning_rate", 1e-5, "--train_weights", False, "--train_unquantized", False], {"alpha"}),
+        (["--lora_r", 2, "--clip_learning_rate", 0, "--train_unquantized", False], {"lora"}),
+        (["--train_weights", False, "--clip_learning_rate", 0], {"other"}),
+    ],
+)
+def test_gradients_flow_to_exactly_what_the_flags_ask_for(flags, kinds, make, data):
+    """In mixed precision, as on a GPU: what is trained is fp32, what is frozen bf16, but never α or LoRA."""
+    made = make(*flags, "--bf16", True)
+    names, parameters = by_kind(made.model), dict(made.model.named_parameters())
+    with torch.no_grad():
+        for name in names["lora"]:  # B starts at zero, and nothing would flow to A
+            parameters[name].normal_(std=0.1)
+    with made.accelerator.autocast():
+        made.compute_loss(made.model, batch_of(data.train, range(4))).backward()
+
+    expected = set().union(*(names[kind] for kind in kinds))
+    assert {name for name, p in parameters.items() if p.grad is not None} == expected
+    assert {name for name, p in parameters.items() if p.grad is not None and p.grad.any()} == expected
+    fp32 = expected | names["alpha"] | names["lora"]
+    assert {name for name, p in parameters.items() if p.dtype == torch.float32} == fp32
+    assert {p.dtype for name, p in parameters.items() if name not in fp32} <= {torch.bfloat16}
+
+
+def test_nothing_to_train_is_an_error(make):
+    with pytest.raises(ValueError, match="nothing to train: allow --train_weights, --lora_r, --train_unquantized"):
+        make("--train_weights", False, "--train_unquantized", False, "--clip_learning_rate", 0)
+
+
+@pytest.mark.parametrize(("clip_learning_rate", "expected"), [(None, {}), (3e-5, {"lr": 3e-5})])
+def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay(clip_learning_rate, expected, make):
+    model = make("--lora_r", 2, "--train_weights", True).model
+    model.proj_out.bias.requires_grad_(False)
+    groups = parameter_groups(model, 0.1, clip_learning_rate)
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    settings = {id(p): {k: v for k, v in group.items() if k != "params"} for group in groups for p in group["params"]}
+    kinds = by_kind(model)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name in kinds["alpha"]:
+            assert settings[id(parameter)] == {"weight_decay": 0.0} | expected, name
+        else:
+            assert settings[id(parameter)] == {"weight_decay": 0.1 if parameter.ndim == 2 else 0.0}, name
+
+
+# -------------------------------------------------------------------------------------------------------- the loss
+
+
+def random_batch() -> dict[str, Tensor]:
+    """Two samples of numbers that no teacher made: 16 image and 5 text tokens."""
+    torch.manual_seed(1)
+    ids = torch.zeros(16, 3)
+    ids[:, 1], ids[:, 2] = torch.arange(16) // 4, torch.arange(16) % 4
+    return {
+        "hidden_states": torch.randn(2, 16, 16), "encoder_hidden_states": torch.randn(2, 5, 32),
+        "pooled_projections": torch.randn(2, 32), "timestep": torch.tensor([0.9, 0.2]), "img_ids": ids,
+        "txt_ids": torch.zeros(5, 3), "guidance": torch.tensor([3.5, 1.0]), "velocity": torch.randn(2, 16, 16),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def image_tokens_of_blocks(model, inputs) -> list[Tensor]:
+    """What each block puts out for the image (the second of its outputs), float64."""
+    kept = []
+    hooks = [
+        block.register_forward_hook(lambda module, args, output: kept.append(output[1].double()))
+        for block in [*model.transformer_blocks, *model.single_transformer_blocks]
+    ]
+    model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return kept
+
+
+@pytest.mark.parametrize("weight", [0, 0.7])
+def test_the_loss_is_the_mean_squared_error_of_the_velocity_and_of_the_blocks(weight, make, pipe):
+    made, batch = make("--feature_loss", weight), random_batch()
+    loss = made.compute_loss(made.model, batch)
+
+    inputs = {name: tensor for name, tensor in batch.items() if name != "velocity"}
+    with torch.no_grad():
+        velocity = made.model(**inputs).sample
+    expected = (velocity.double() - batch["velocity"].double()).square().mean()
+    if weight:
+        student, teacher = (image_tokens_of_blocks(model, inputs) for model in (made.model, pipe.transformer))
+        assert len(student) == len(teacher) == 2
+        errors = [(s - t).square().mean() / t.square().mean() for s, t in zip(student, teacher, strict=True)]
+        expected += weight * sum(errors) / len(errors)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss.dtype == torch.float32
+
+
+def test_gradient_checkpointing_changes_no_gradient(make):
+    """Blocks are run again in the backward pass then, and so are the hooks that feature_loss reads."""
+    gradients = []
+    for checkpointing in (False, True):
+        made = make("--feature_loss", 0.7)
+        if checkpointing:
+            made.model.enable_gradient_checkpointing()
+        made.model.train()
+        made.compute_loss(made.model, random_batch()).backward()
+        gradients.append({name: p.grad for name, p in made.model.named_parameters()})
+    zeros = {name: torch.zeros_like(gradient) for name, gradient in gradients[0].items()}
+    assert distance(*gradients) < 1e-6 * distance(gradients[0], zeros)
+
+
+def test_feature_loss_without_the_teacher_is_an_error(make):
+    plain = make()
+    plain.args.feature_loss = 0.5
+    with pytest.raises(ValueError, match="feature_loss needs the teacher"):
+        FluxQATTrainer(plain.model, plain.args, plain.train_dataset, plain.eval_dataset, plain.eval_pipe, {}, 1, 1)
+
+
+# ------------------------------------------------------------------------------------------------------- the steps
+
+
+def adamw_loop(model, samples: Trajectories, batches, learning_rate, clip_learning_rate, weight_decay, eps):
+    """Quantization-aware training in its plainest form; the losses, and the gradient's norms before clipping."""
+    kinds = by_kind(model)
+    parameters = {name: p.requires_grad_() for name, p in model.named_parameters()}
+    alphas = [parameters.pop(name) for name in kinds["alpha"]]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": alphas, "lr": clip_learning_rate, "weight_decay": 0.0},
+            {"params": [p for p in parameters.values() if p.ndim == 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters.values() if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=learning_rate,
+        betas=(0.9, 0.95),
+        eps=eps,
+    )
+    losses, norms = [], []
+    for numbers in batches:
+        inputs = batch_of(samples, numbers)
+        target = inputs.pop("velocity")
+        loss = (model(**inputs).sample - target).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, norms
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2), (1, 4)])
+def test_training_is_a_plain_adamw_loop_whatever_the_accumulation(batch, accumulation, make, data, pipeline_folder):
+    """Two epochs of nine samples in batches of four, four and one.
+
+    ε is large because Adam divides by the size of the gradient: of one that nearly vanishes, it is noise that counts.
+    """
+    samples = Samples(data.train)
+    made = make(
+        "--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation, "--max_steps", 6,
+        "--clip_learning_rate", 3e-4, "--weight_decay", 0.1, "--adam_epsilon", 1e-4, samples=samples,
+    )  # fmt: skip
+    made.train()
+    assert len(samples.asked) == 18
+    batches = [samples.asked[start : min(start + 4, end)] for end in (9, 18) for start in range(end - 9, end, 4)]
+    assert [len(numbers) for numbers in batches] == [4, 4, 1] * 2
+
+    reference = load(pipeline_folder, subfolder="transformer", w_bits=0)
+    losses, norms = adamw_loop(reference, data.train, batches, 1e-3, 3e-4, 0.1, 1e-4)
+    lines = [line for line in made.state.log_history if "loss" in line]
+    assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-4)
+    assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=1e-4)
+    start, end = made.recorder.weights[0], made.recorder.weights[-1]
+    assert distance(trained(reference), end) < 1e-5 * distance(start, end)
+
+
+def test_every_epoch_is_complete_and_in_another_order_with_prompts_and_steps_mixed(make, data):
+    samples = Samples(data.train)
+    make("--max_steps", 15, samples=samples).train()  # five batches an epoch: 2, 2, 2, 2, 1
+    epochs = [tuple(samples.asked[start : start + 9]) for start in (0, 9, 18)]
+    assert len(samples.asked) == 27 and all(sorted(epoch) == list(range(9)) for epoch in epochs)
+    assert len({*epochs, tuple(range(9))}) == 4
+    for epoch in epochs:
+        prompts, steps = zip(*(divmod(number, TRAIN_STEPS) for number in epoch), strict=True)
+        for kind in (prompts, steps):  # neither prompt by prompt nor step by step
+            assert sum(a != b for a, b in zip(kind, kind[1:], strict=False)) > 2
+
+
+@pytest.mark.parametrize("flags", [["--w_bits", bits] for bits in (0, 1, 2, 3, 4, 8)] + [["--lora_r", 2]])
+def test_every_bit_width_trains(flags, make):
+    made = make(*flags)
+    made.train()
+    losses = [line["loss"] for line in made.state.log_history if "loss" in line]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+    start, end = made.recorder.weights[0], made.recorder.weights[-1]
+    assert not [name for name in start if torch.equal(start[name], end[name]) and "lora_A" not in name]
+    # The first step moves B, which starts at zero; only from then on a gradient reaches A.
+    assert not [name for name in start if "lora_A" in name and torch.equal(start[name], end[name])]
+
+
+# --------------------------------------------------------------------------------------------------------- average
+
+
+def average_by_hand(weights: list[dict[str, Tensor]], decay: float) -> list[dict[str, Tensor]]:
+    """a_k = a_{k−1} + f·(w_k − a_{k−1}), f = max(1 − decay, 9/(10 + k)), in Python's own floats."""
+    averages = [{name: tensor.double().numpy() for name, tensor in weights[0].items()}]
+    for step, current in enumerate(weights[1:], start=1):
+        fresh = max(1 - decay, 9 / (10 + step))
+        last = averages[-1]
+        averages.append({name: last[name] + fresh * (current[name].double().numpy() - last[name]) for name in last})
+    return [{name: torch.from_numpy(array) for name, array in average.items()} for average in averages]
+
+
+def test_the_average_is_what_is_saved_and_judged_and_training_does_not_notice(make, tmp_path, data):
+    """With decay 0.3 the share of the newest weights is 9/11, 9/12, then 0.7."""
+    plain = make("--max_steps", 4)
+    plain.train()
+    flags = ["--ema_decay", 0.3, "--save_strategy", "steps", "--save_steps", 1, "--save_total_limit", 4]
+    made = make("--max_steps", 4, *flags, "--eval_strategy", "steps", "--eval_steps", 2)
+    made.train()
+
+    weights = made.recorder.weights
+    for step, expected in enumerate(plain.recorder.weights):
+        assert distance(weights[step], expected) == 0
+    averages = average_by_hand(weights, 0.3)
+    moved = distance(weights[0], weights[4])
+    assert distance(averages[4], weights[4]) > 0.01 * moved
+    names = list(weights[0])
+    for step in range(1, 5):
+        folder = tmp_path / "out" / f"checkpoint-{step}"
+        saved = load_file(folder / "diffusion_pytorch_model.safetensors")
+        assert distance({name: saved[name] for name in names}, averages[step]) < 1e-5 * moved
+        state = load_file(folder / "training_state.safetensors")
+        current = {name: state[f"weights.{i}"] for i, name in enumerate(names)}
+        assert distance(current, weights[step]) == 0
+        if step in (2, 4):
+            logged = next(line for line in made.state.log_history if line["step"] == step and "eval_loss" in line)
+            prompts = 2 if step == 2 else 3
+            assert logged["eval_loss"] == pytest.approx(velocity_error(load(folder), data.eval, prompts), rel=1e-5)
+
+    assert distance(trained(made.model), weights[4]) == 0
+    made.evaluate()
+    assert distance(trained(made.model), weights[4]) == 0
+    with made.averaged_weights():
+        assert distance(trained(made.model), averages[4]) < 1e-5 * moved
+    assert distance(trained(made.model), weights[4]) == 0
+    assert made.model.training
+
+
+@torch.no_grad()
+def velocity_error(model, samples: Trajectories, prompts: int) -> float:
+    inputs = batch_of(samples, range(prompts * samples.steps))
+    target = inputs.pop("velocity").double()
+    return (model(**inputs).sample.double() - target).square().mean().item()
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+def draw(pipe) -> np.ndarray:
+    """Pictures [3, H, W, 3] of the held-out prompts, one by one, by diffusers' own pipeline."""
+    return np.concatenate(
+        [
+            pipe(
+                prompt, height=SIZE, width=SIZE, num_inference_steps=EVAL_STEPS, guidance_scale=GUIDANCE,
+                max_sequence_length=24, generator=torch.Generator().manual_seed(EVAL_SEED + i), output_type="np",
+            ).images
+            for i, prompt in enumerate(scenes.eval_prompts(3))
+        ]
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stock(pipe) -> SimpleNamespace:
+    """The teacher as diffusers runs it: pictures, and (inputs, velocity) of every call, prompt by prompt."""
+    calls = []
+    hook = pipe.transformer.register_forward_hook(
+        lambda module, args, kwargs, output: calls.append((kwargs, output[0])), with_kwargs=True
+    )
+    pictures = draw(pipe)
+    hook.remove()
+    return SimpleNamespace(pictures=pictures, calls=calls)
+
+
+@pytest.mark.parametrize(("step", "count"), [(1, 2), (2, 3)], ids=["on the way", "at the end"])
+def test_evaluation_measures_velocity_and_pictures_against_stock_diffusers(step, count, make, pipe, stock, tmp_path):
+    """Four steps in thirds are two, one and one."""
+    made = make()
+    made.state.global_step, made.state.max_steps = step, 2
+    metrics = made.evaluate()
+
+    error, energy = np.zeros((3, EVAL_STEPS)), np.zeros((3, EVAL_STEPS))
+    elements = 0
+    with torch.no_grad():
+        for number, (inputs, velocity) in enumerate(stock.calls[: count * EVAL_STEPS]):
+            difference = made.model(**inputs)[0].double() - velocity.double()
+            where = divmod(number, EVAL_STEPS)
+            error[where], energy[where] = difference.square().sum(), velocity.double().square().sum()
+            elements += velocity.numel()
+    assert metrics["eval_loss"] == pytest.approx(error.sum() / elements, rel=1e-4)
+    assert metrics["eval_nmse"] == pytest.approx(error.sum() / energy.sum(), rel=1e-4)
+    for third, steps in (("early", slice(0, 2)), ("middle", slice(2, 3)), ("late", slice(3, 4))):
+        expected = error[:, steps].sum() / energy[:, steps].sum()
+        assert metrics[f"eval_nmse_{third}"] == pytest.approx(expected, rel=1e-4)
+
+    pictures = draw(diffusers.FluxPipeline(**{**pipe.components, "transformer": made.model}))
+    errors = np.square(pictures.astype(np.float64) - stock.pictures)[:count].mean(axis=(1, 2, 3))
+    assert metrics["eval_psnr"] == pytest.approx(np.mean(-10 * np.log10(errors)), rel=1e-4)
+    for name, expected in (("teacher", stock.pictures), (f"step_{step}", pictures)):
+        files = sorted((tmp_path / "out/eval" / name).iterdir())
+        assert [file.name for file in files] == ["sample_000.png", "sample_001.png"]  # num_images of them are kept
+        for file, picture in zip(files, expected, strict=False):
+            assert abs(np.asarray(Image.open(file)).astype(float) - 255 * picture).max() <= 0.6
+    assert json.loads((tmp_path / "out/metrics.jsonl").read_text()) == {"step": step} | metrics
+
+
+# ------------------------------------------------------------------------------------------------------- stopping
+
+
+KEEP = ["--max_steps", 4, "--save_strategy", "steps", "--save_steps", 1]
+LAYER = "transformer_blocks.0.attn.to_q"
+
+
+def spoil(made, how: str):
+    """In place: NaN in one weight, or in one gradient from now on."""
+    weight = made.model.get_submodule(LAYER).weight
+    if "weight" in how:
+        with torch.no_grad():
+            weight[1, 2] = float("nan")
+    else:
+        weight.register_hook(lambda gradient: gradient * float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("weight", rf"step 3: the loss is nan; first non-finite value in {LAYER};"),
+        ("frozen weight", rf"step 3: the loss is nan; first non-finite value in {LAYER};"),
+        ("gradient", rf"step 3: the gradient's norm is nan; first non-finite value in {LAYER}.weight;"),
+        ("velocity", "step 3: the loss is nan; first non-finite value in the input velocity;"),
+        ("hidden_states", "step 3: the loss is nan; first non-finite value in the input hidden_states;"),
+    ],
+)
+def test_nan_stops_training_and_says_where_it_came_from(how, message, make, data, tmp_path):
+    in_sample = how in ("velocity", "hidden_states")
+    frozen = ["--lora_r", 2, "--bf16", True] if how == "frozen weight" else []
+    made = make(*KEEP, *frozen, samples=Samples(data.train, poisoned=5 if in_sample else None, name=how))
+    if not in_sample:
+        made.recorder.at[3] = lambda: spoil(made, how)
+    with pytest.raises(ValueError, match=message + r" .*--learning_rate; the last good checkpoint is .*checkpoint-2$"):
+        made.train()
+    kept = dict(load(tmp_path / "out/checkpoint-2").named_parameters())
+    assert distance({name: kept[name] for name in made.recorder.weights[2]}, made.recorder.weights[2]) == 0
+    assert not (tmp_path / "out/checkpoint-3").exists()
+
+
+def test_nan_before_the_first_checkpoint_names_none(make, tmp_path):
+    """Not even what a killed run left half written."""
+    (tmp_path / "out/checkpoint-9.tmp").mkdir(parents=True)
+    made = make()
+    spoil(made, "weight")
+    with pytest.raises(ValueError, match="step 1: the loss is nan; .*the last good checkpoint is none yet$"):
+        made.train()
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_checkpoints_hold_safetensors_and_json_only_and_the_last_ones_are_kept(make, tmp_path):
+    settings = {"w_bits": 0, "seed": 42}
+    made = make(*KEEP, "--save_total_limit", 2, settings=settings)
+    made.train()
+    assert sorted(path.name for path in (tmp_path / "out").glob("check*")) == ["checkpoint-3", "checkpoint-4"]
+    for step in (3, 4):
+        folder = tmp_path / "out" / f"checkpoint-{step}"
+        assert sorted(file.name for file in folder.iterdir()) == [
+            "config.json", "diffusion_pytorch_model.safetensors", "settings.json", "trainer_state.json",
+            "training_state.safetensors",
+        ]  # fmt: skip
+        assert json.loads((folder / "settings.json").read_text()) == settings
+        assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == step
+        model = load(folder)
+        assert model.config.w_bits == 0
+        assert distance(dict(model.named_parameters()), made.recorder.weights[step]) == 0
+
+
+def test_a_checkpoint_that_cannot_be_written_whole_is_not_there(make, tmp_path, monkeypatch):
+    def save_file(*args):
+        raise OSError("No space left on device")
+
+    made = make(*KEEP)
+    made.recorder.at[3] = lambda: monkeypatch.setattr(trainer, "save_file", save_file)
+    with pytest.raises(OSError, match="No space left"):
+        made.train()
+    assert sorted(path.name for path in (tmp_path / "out").glob("check*")) == ["checkpoint-1", "checkpoint-2"]
+    load(tmp_path / "out/checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--optim", "adamw_torch_fused", "--ema_decay", 0.5],
+        ["--optim", "adamw_torch", "--lora_r", 2, "--clip_learning_rate", 1e-4, "--bf16", True],
+        ["--optim", "adafactor"],
+        ["--optim", "sgd"],
+    ],
+    ids=lambda flags: flags[1] + " in bf16" * ("--bf16" in flags),
+)
+def test_a_resumed_run_ends_where_an_undisturbed_one_does(flags, make, data, tmp_path):
+    """Resumed in the middle of the second epoch, learning rate still moving."""
+    schedule = ["--max_steps", 12, "--lr_scheduler_type", "cosine", "--warmup_steps", 3]
+    schedule += ["--save_strategy", "steps", "--save_steps", 7, "--save_total_limit", 9]
+    whole, resumed = Samples(data.train), Samples(data.train)
+    undisturbed = make(*flags, *schedule, samples=whole)
+    undisturbed.train()
+    checkpoint = tmp_path / "out/checkpoint-7"
+    again = make(*flags, *schedule, samples=resumed, checkpoint=checkpoint)
+    again.train(resume_from_checkpoint=str(checkpoint))
+
+    assert resumed.asked == whole.asked[13:]  # the seventh batch was number two of the second epoch: 9 + 4 samples
+    assert len(again.recorder.weights) == 1 + 5
+    moved = distance(undisturbed.recorder.weights[7], undisturbed.recorder.weights[12])
+    for step in range(8, 13):
+        assert distance(undisturbed.recorder.weights[step], again.recorder.weights[step - 7]) < 1e-6 * moved
+    with undisturbed.averaged_weights(), again.averaged_weights():
+        assert distance(trained(undisturbed.model), trained(again.model)) < 1e-6 * moved
+
+
+# -------------------------------------------------------------------------------------------------------- pictures
+
+
+def fill(folder: Path, color: tuple[int, int, int], count: int) -> None:
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.new("RGB", (64, 48), (color[0], color[1], 10 * i)).save(folder / f"sample_{i:03d}.png")
+
+
+def test_the_strip_has_a_row_for_the_teacher_and_every_snapshot_in_the_order_of_steps(tmp_path):
+    """Cells of 64x48 pixels, four apart, are found from the lower right corner; step 3 has too few pictures."""
+    for name, color, count in (
+        ("step_10", (30, 0), 3), ("teacher", (10, 5), 3), ("step_2", (20, 7), 4), ("step_3", (90, 90), 1)
+    ):  # fmt: skip
+        fill(tmp_path / name, color, count)
+    trainer.save_strip(tmp_path, ["one", "two", "three"])
+    strip = np.asarray(Image.open(tmp_path / "steps.png").convert("RGB"))
+    top, left = strip.shape[0] - 3 * 52, strip.shape[1] - 3 * 68
+    assert 10 < top < 100 and 10 < left < 100  # prompts above, names to the left
+    for row, color in enumerate([(10, 5), (20, 7), (30, 0)]):
+        for column in range(3):
+            cell = strip[top + 52 * row :, left + 68 * column :][:48, :64]
+            assert (cell == (*color, 10 * column)).all()
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_curves_show_what_metrics_jsonl_holds(scored, tmp_path, monkeypatch):
+    """As with --eval_on_start False: the first line is of training."""
+    lines = [{"step": step, "loss": 1 / step} for step in (1, 2, 3, 4)]
+    for step in (2, 4):
+        line = {"step": step, "eval_nmse": 0.1 * step, "eval_psnr": 20 + step}
+        line |= {f"eval_nmse_{third}": step + i for i, third in enumerate(("early", "middle", "late"))}
+        if scored:
+            line |= {"eval_scene_score": 0.2 * step, "eval_scene_score_teacher": 0.9}
+        lines.append(line)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = []
+    monkeypatch.setattr(trainer.pyplot, "close", figures.append)
+    trainer.save_curves(tmp_path)
+    monkeypatch.undo()
+    trainer.pyplot.close(figures[0])
+
+    assert Image.open(tmp_path / "curves.png").size == (462 * (3 + scored), 352)  # 4.2 x 3.2 inches at 110 dpi
+    drawn = [[[tuple(point) for point in line.get_xydata()] for line in axis.get_lines()] for axis in figures[0].axes]
+    expected = [
+        [[(1, 1.0), (2, 1 / 2), (3, 1 / 3), (4, 1 / 4)]],
+        [[(2, 0.2), (4, 0.4)], [(2, 2), (4, 4)], [(2, 3), (4, 5)], [(2, 4), (4, 6)]],
+        [[(2, 22), (4, 24)]],
+    ]
+    if scored:  # and the teacher's as a level line, from edge to edge
+        expected.append([[(2, 0.4), (4, 0.8)], [(0, 0.9), (1, 0.9)]])
+    assert drawn == expected
+
+
+def test_curves_of_a_run_without_evaluation_are_drawn_too(tmp_path):
+    trainer.save_curves(tmp_path)
+    assert Image.open(tmp_path / "curves.png").size == (462 * 3, 352)
