@@ -10,7 +10,8 @@ training set is one step of one trajectory: z_t, its conditions and v_t.
                                    prompt_embeds [S, D], pooled_prompt_embeds [P]; metadata: a SHA-256 of all of it
 
 Files are written beside and renamed, so whatever carries its final name is whole. Prompts are run in fixed batches,
-whoever runs them, so that an interrupted and resumed cache is the same to the last byte as an undisturbed one.
+whoever runs them, so that a cache interrupted and resumed with the same batch size is the same to the last byte as an
+undisturbed one.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +86,8 @@ def record_trajectories(pipe: FluxPipeline, prompts: Sequence[str], seed: int, s
             guidance_scale=settings.guidance_scale,
         ).cpu()
     velocities = torch.stack([velocity for _, velocity in calls]).cpu()
+    if not velocities.isfinite().all():
+        raise ValueError(f"the teacher's velocities hold NaN or inf in {velocities.dtype}; use another dtype")
     sigmas, timesteps = pipe.scheduler.sigmas.cpu(), pipe.scheduler.timesteps.cpu()
     states = [inputs["hidden_states"].cpu() for inputs, _ in calls] + [final]
     for state, rebuilt in zip(states, rebuild_latents(noise, velocities, sigmas), strict=True):
@@ -136,6 +140,8 @@ class Trajectories(Dataset):
         hidden_states [L, C], encoder_hidden_states [S, D], pooled_projections [P], timestep [] (1 is pure noise),
         guidance [] where the model embeds it, img_ids [L, 3], txt_ids [S, 3].
         """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         number, step = divmod(index, self.steps)
         kept = self.until(number, step)
         *earlier, velocity = kept["velocities"]
@@ -207,8 +213,8 @@ def describe_cache(pipe: FluxPipeline, model: str, prompts: list[str], settings:
     return {
         "format": FORMAT,
         "model": model,
+        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),  # before the weights, which it changes too
         "weights": fingerprint(pipe),
-        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "guidance_embeds": pipe.transformer.config.guidance_embeds,
         "text_length": text_length(pipe),
         # Names that open with an underscore say where the scheduler came from, not what it does.
@@ -226,6 +232,8 @@ def check_manifest(folder: Path, description: dict) -> None:
     file = folder / "manifest.json"
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not a manifest")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{file}: cannot be read ({error}); delete the folder or choose another --teacher_cache"
@@ -293,8 +301,14 @@ class TeacherCache(Trajectories):
     def store(self, index: int, tensors: Trajectory) -> None:
         """Write the file of one trajectory, whole or not at all."""
         partial = self.file(index).with_suffix(f".{os.getpid()}.tmp")  # another run may fill the same cache
-        partial.write_bytes(save(tensors, metadata={"sha256": self.digest(index, tensors)}))
-        os.replace(partial, self.file(index))
+        try:
+            partial.write_bytes(save(tensors, metadata={"sha256": self.digest(index, tensors)}))
+            os.replace(partial, self.file(index))
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise ValueError(
+                f"{self.folder}: the teacher cache cannot be written ({error.strerror}); make room and start again"
+            ) from None
 
 
 def fill_cache(
@@ -308,16 +322,17 @@ def fill_cache(
     """
     state = PartialState()
     description = describe_cache(pipe, model, prompts, settings)
-    if state.is_main_process:
-        _open_folder(folder, description)
-    state.wait_for_everyone()
-    check_manifest(folder, description)
+    with _one_for_all(state) as first:
+        if first:
+            _open_folder(folder, description)
     cache = TeacherCache(folder)
 
     mine = range(state.process_index, len(prompts), state.num_processes)
     bad = [i for i in tqdm(mine, desc="check", leave=False, disable=not state.is_main_process) if not cache.holds(i)]
     missing = sorted(gather_object(bad))
     if missing:
+        if not os.access(folder, os.W_OK):  # a complete cache may well be read-only
+            raise ValueError(f"{folder}: no permission to add what is missing; choose another --teacher_cache")
         pipe.to(device)
         batches = sorted({i // batch_size for i in missing})
         _announce(cache, pipe, settings, len(missing), batch_size, state)
@@ -340,6 +355,18 @@ def fill_cache(
     return cache
 
 
+@contextmanager
+def _one_for_all(state: PartialState) -> Iterator[bool]:
+    """Whether this rank is the first; a ValueError that it raises in the block ends the other ranks too, silently."""
+    error = None
+    try:
+        yield state.is_main_process
+    except ValueError as raised:
+        error = raised
+    if any(gather_object([error is not None])):
+        raise error or SystemExit(1)
+
+
 def _open_folder(folder: Path, description: dict) -> None:
     """Make the folder and its manifest, or check the manifest that is there."""
     try:
@@ -349,11 +376,9 @@ def _open_folder(folder: Path, description: dict) -> None:
                 raise ValueError(
                     f"{folder}: holds safetensors files but no manifest.json; choose another --teacher_cache"
                 )
-            partial = folder / "manifest.tmp"
+            partial = folder / f"manifest.{os.getpid()}.tmp"
             partial.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
             os.replace(partial, folder / "manifest.json")
-        elif not os.access(folder, os.W_OK):
-            raise PermissionError(13, "no permission to write")
     except OSError as error:
         raise ValueError(
             f"{folder}: the teacher cache cannot be written ({error.strerror}); choose another --teacher_cache"
@@ -371,21 +396,23 @@ def _announce(
     state: PartialState,
 ) -> None:
     """Say what the missing trajectories will cost, and stop if the disk cannot hold them."""
-    quick = TeacherSettings(settings.resolution, 1, settings.guidance_scale, settings.seed)
+    quick = TeacherSettings(settings.resolution, 2, settings.guidance_scale, settings.seed)
     probe = cache.prompts[:1] * batch_size
     for _ in range(2):  # the first call warms up
         started = time.time()
         one = record_trajectories(pipe, probe, 0, quick)[0]
-        seconds = (time.time() - started) * settings.num_inference_steps / batch_size
+        seconds = (time.time() - started) * settings.num_inference_steps / 2 / batch_size
     size = sum(t.numel() * t.element_size() for t in one.values()) + 1024  # and the header
-    size += (settings.num_inference_steps - 1) * (one["velocities"].numel() * one["velocities"].element_size() + 8)
+    size += (settings.num_inference_steps - 2) * (one["velocities"][0].numel() * one["velocities"].element_size() + 8)
     if state.is_main_process:
         log.info(
             "%s: %d of %d prompts to do, %.2f MiB and about %.2f s each: %.2f GB, %.0f min on %d ranks",
             cache.folder, missing, len(cache.prompts), size / 2**20, seconds, missing * size / 1e9,
             missing * seconds / 60 / state.num_processes, state.num_processes,
         )  # fmt: skip
-        check_disk(cache.folder, missing * size, "the teacher cache")
+    with _one_for_all(state) as first:
+        if first:
+            check_disk(cache.folder, missing * size, "the teacher cache")
 
 
 class OnlineTeacher(Trajectories):
