@@ -165,26 +165,36 @@ class PackedLinear(Fp32Parameters, nn.Linear):
         self.register_parameter("bias", parameter(out_features, dtype=dtype) if bias else None)
 
     @classmethod
+    def from_codes(
+        cls, codes: Tensor, alpha: Tensor, bias: Tensor | None, w_bits: int, layerwise: bool = False
+    ) -> "PackedLinear":
+        """A layer of the signed codes [out, in] (int8), step sizes α ([out, 1], or one element) and bias [out]."""
+        out_features, in_features = codes.shape
+        settings = {"device": "meta", "w_bits": w_bits, "weight_layerwise": layerwise}
+        layer = cls(in_features, out_features, bias is not None, **settings)
+        packed = torch.cat([pack_codes(codes[rows], w_bits) for rows in _row_chunks(*codes.shape)])
+        layer.weight_codes = nn.Parameter(packed, requires_grad=False)
+        layer.weight_clip_val = nn.Parameter(
+            alpha.detach().float().clamp(min=ALPHA_FLOOR).reshape(layer.weight_clip_val.shape), requires_grad=False
+        )
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return layer.eval()
+
+    @classmethod
     @torch.no_grad()
     def from_quantized(cls, layer: QuantizeLinear) -> "PackedLinear":
         """The packed twin of a trained or rounded layer, sharing its bias; on the meta device an empty one."""
-        settings = {"w_bits": layer.w_bits, "weight_layerwise": layer.weight_layerwise}
-        sizes = (layer.in_features, layer.out_features, layer.bias is not None)
-        packed = cls(*sizes, device="meta", **settings)
         if layer.weight.is_meta:
-            codes, alpha = torch.empty_like(packed.weight_codes), torch.empty_like(packed.weight_clip_val)
-        else:
-            weight, alpha = layer.effective_weight(), layer.weight_clip_val.detach().clamp(min=ALPHA_FLOOR)
-            steps = alpha.expand(len(weight), 1)
-            codes = torch.cat([
-                pack_codes(quantize_codes(weight[rows], steps[rows], layer.w_bits), layer.w_bits)
-                for rows in _row_chunks(*weight.shape)
-            ])  # fmt: skip
-        packed.weight_codes = nn.Parameter(codes, requires_grad=False)
-        packed.weight_clip_val = nn.Parameter(alpha.view(packed.weight_clip_val.shape), requires_grad=False)
-        if layer.bias is not None:
-            packed.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
-        return packed.eval()
+            sizes = (layer.in_features, layer.out_features, layer.bias is not None)
+            settings = {"w_bits": layer.w_bits, "weight_layerwise": layer.weight_layerwise}
+            return cls(*sizes, device="meta", **settings).eval()
+        weight, alpha = layer.effective_weight(), layer.weight_clip_val
+        steps = alpha.expand(len(weight), 1)
+        codes = torch.cat([
+            quantize_codes(weight[rows], steps[rows], layer.w_bits) for rows in _row_chunks(*weight.shape)
+        ])  # fmt: skip
+        return cls.from_codes(codes, alpha, layer.bias, layer.w_bits, layer.weight_layerwise)
 
     def codes(self) -> Tensor:
         """Signed codes [out, in] (int8)."""

@@ -1,0 +1,309 @@
+"""One-shot ternarization: a FLUX pipeline in, a small quantized one out, no training.
+
+    python run.py --model_id assets/tiny-flux --output_path output/oneshot                     # 1.58 bit, calibrated
+    python run.py --model_id assets/tiny-flux --output_path output/oneshot2 --w_bits 2
+    python run.py --model_id black-forest-labs/FLUX.1-dev --output_path flux-ternary --method mse --num_images 0
+
+    --method calibrated   codes that keep the outputs on the teacher's own trajectories (see utils/oneshot.py)
+    --method mse          each row at its error-minimal step size; tensor by tensor, within a few GB of memory
+    --method threshold    the published rule: |w| below THRESHOLD_RATIO·max of its row → 0; likewise
+
+It writes
+
+    OUTPUT_PATH/                       the whole pipeline, for FluxPipeline.from_pretrained and test.py
+    OUTPUT_PATH/samples/               teacher and quantized pictures of a few prompts, and grid.png
+    OUTPUT_PATH/metrics.json           layers, bytes, weight errors, seconds
+"""
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from diffusers import FluxPipeline
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from models.modeling_flux_quant import FluxTransformer2DModel, is_quantized
+from models.packing import FORMAT, PackedLinear, PackedWriter, to_disk
+from models.utils_quant import check_bits
+from utils.oneshot import METHODS, calibrate, round_weight
+from utils.utils import (
+    check_disk,
+    empty_cache,
+    generate_images,
+    get_logger,
+    load_pipeline,
+    native_size,
+    pick_device,
+    pick_prompts,
+    record_velocities,
+    run_script,
+    save_grid,
+    save_images,
+    whole_folder,
+)
+
+log = get_logger("run")
+CALIBRATION_SEED = 2_000_000  # neither training nor evaluation starts from these
+KINDS = ("norm", "attn", "ff", "proj")  # of layers, by a part of their name
+
+
+def local_pipeline(model_id: str) -> Path:
+    """The pipeline's folder, downloaded if `model_id` is a hub id; ValueError if it is not a FLUX pipeline."""
+    folder = Path(model_id)
+    if not folder.is_dir():
+        patterns = ["*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model", "model_index.json"]
+        try:
+            folder = Path(snapshot_download(model_id, allow_patterns=patterns))
+        except Exception as error:
+            raise ValueError(f"{model_id}: neither a folder nor a reachable hub id ({error})") from None
+    file = folder / "transformer" / "config.json"
+    try:
+        kind = json.loads((folder / "model_index.json").read_text())["transformer"][1]
+        config = json.loads(file.read_text())
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{model_id}: not a pipeline with a transformer ({error!r}); check --model_id") from None
+    if kind != "FluxTransformer2DModel" or config.get("_class_name") != kind:
+        raise ValueError(f"{model_id}: its transformer is a {kind}, expected a FluxTransformer2DModel")
+    if is_quantized(config):
+        raise ValueError(f"{model_id}: its transformer is quantized already; give the full-precision pipeline")
+    return folder
+
+
+def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder of safetensors, one at a time."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                yield name, tensors.get_tensor(name)
+
+
+def packed_skeleton(config: dict, w_bits: int) -> FluxTransformer2DModel:
+    """The packed model of this config on the meta device: which layers are packed, and the config to save."""
+    with torch.device("meta"):
+        return FluxTransformer2DModel.from_config({**config, "w_bits": w_bits, "packed": FORMAT})
+
+
+class Errors:
+    """Squared errors and energies of the weights, by kind of layer."""
+
+    def __init__(self):
+        self.sums = {kind: [0.0, 0.0, 0] for kind in KINDS}
+
+    def add(self, name: str, weight: Tensor, packed: PackedLinear) -> None:
+        kind = next(kind for kind in KINDS if kind in name.partition(".")[2])
+        weight = weight.float()
+        row = self.sums[kind]
+        row[0] += (weight - packed.dequantize()).square().sum().item()
+        row[1] += weight.square().sum().item()
+        row[2] += 1
+
+    def table(self) -> dict[str, dict]:
+        return {k: {"layers": n, "weight_error": e / w} for k, (e, w, n) in self.sums.items() if n}
+
+
+def write_layer(writer: PackedWriter, name: str, packed: PackedLinear, dtype: torch.dtype) -> None:
+    writer.add(f"{name}.weight_codes", to_disk(packed.weight_codes, packed.w_bits, packed.in_features))
+    writer.add(f"{name}.weight_clip_val", packed.weight_clip_val)
+    if packed.bias is not None:
+        writer.add(f"{name}.bias", packed.bias.to(dtype))
+
+
+def stream(source: Path, target: Path, args: argparse.Namespace, errors: Errors) -> None:
+    """From the transformer in `source` to a packed one in `target`, one tensor at a time."""
+    skeleton = packed_skeleton(json.loads((source / "config.json").read_text()), args.w_bits)
+    writer = PackedWriter(target)
+    total = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    expected = {name for name, _ in skeleton.named_parameters()}
+    with tqdm(total=total, desc=args.method, unit="B", unit_scale=True) as bar:
+        for name, tensor in stored_tensors(source):
+            path, _, kind = name.rpartition(".")
+            layer = skeleton.get_submodule(path) if path else skeleton
+            if isinstance(layer, PackedLinear) and kind == "weight":
+                weight = tensor.to(args.device)
+                if not weight.isfinite().all():
+                    raise ValueError(f"{source}: {name} holds NaN or inf")
+                codes, alpha = round_weight(weight, args.w_bits, args.method, args.threshold_ratio)
+                packed = PackedLinear.from_codes(codes, alpha, None, args.w_bits)
+                write_layer(writer, path, packed, tensor.dtype)
+                errors.add(path, weight, packed)
+                expected -= {f"{path}.weight_codes", f"{path}.weight_clip_val"}
+            else:
+                writer.add(name, tensor)
+                expected.discard(name)
+            bar.update(tensor.nbytes)
+    if expected:
+        raise ValueError(f"{source}: {min(expected)} is missing; download the model again")
+    skeleton.save_config(target)
+    writer.close(dict(skeleton.config))
+
+
+def calibrated(pipe: FluxPipeline, target: Path, args: argparse.Namespace, errors: Errors) -> None:
+    """Record the teacher on the calibration prompts, round layer after layer, write the packed transformer."""
+    transformer, dtype = pipe.transformer, pipe.transformer.dtype
+    prompts, source = pick_prompts(pipe, args.calibration_prompts, split="train")
+    log.info("calibration: %d prompts, every %d. step: %s", len(prompts), args.calibration_stride, source)
+    pipe.to(args.device)
+    with record_velocities(transformer) as calls:
+        generate_images(
+            pipe, prompts, CALIBRATION_SEED, num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
+            size=args.resolution, batch_size=args.batch_size, desc="teacher",
+        )  # fmt: skip
+    kept = [inputs for i, (inputs, _) in enumerate(calls) if i % args.steps % args.calibration_stride == 0]
+    skeleton = packed_skeleton(dict(transformer.config), args.w_bits)
+    weights = {name: p.detach().cpu().clone() for name, p in transformer.named_parameters() if p.ndim == 2}
+    writer, done = PackedWriter(target), set()
+
+    def keep(name: str, packed: PackedLinear) -> None:
+        write_layer(writer, name, packed.cpu(), dtype)
+        errors.add(name, weights.pop(f"{name}.weight"), packed)
+        done.update((f"{name}.weight", f"{name}.bias"))
+
+    calibrate(transformer, kept, [1.0] * len(kept), args.w_bits, keep)
+    for name, parameter in transformer.named_parameters():
+        if name not in done:
+            writer.add(name, parameter)
+    skeleton.save_config(target)
+    writer.close(dict(skeleton.config))
+
+
+def copy_rest(source: Path, target: Path) -> None:
+    """Everything of a pipeline but its transformer, and a model_index.json that names ours."""
+    for path in sorted(source.iterdir()):
+        if path.is_dir() and path.name != "transformer" and (any(path.glob("*.json")) or any(path.glob("*.txt"))):
+            shutil.copytree(path, target / path.name, ignore=shutil.ignore_patterns("*.bin", ".*"))
+    index = json.loads((source / "model_index.json").read_text())
+    index["transformer"] = ["models.modeling_flux_quant", "FluxTransformer2DModel"]
+    (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def draw(pipe: FluxPipeline, prompts: list[str], args: argparse.Namespace, desc: str) -> Tensor:
+    pipe.to(args.device)
+    return generate_images(
+        pipe, prompts, args.seed, num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
+        size=args.resolution, batch_size=args.batch_size, desc=desc,
+    )  # fmt: skip
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_id", default="assets/tiny-flux", help="the FLUX pipeline: a folder or a hub id")
+    parser.add_argument("--output_path", type=Path, default=Path("output/oneshot"), help="must not hold anything yet")
+    parser.add_argument("--method", choices=METHODS, default="calibrated")
+    parser.add_argument("--w_bits", type=int, default=0, help="0 (1.58 bit, ternary), 1 to 8")
+    parser.add_argument("--threshold_ratio", type=float, default=0.05, help="with --method threshold")
+    parser.add_argument("--calibration_prompts", type=int, default=64, help="training prompts to calibrate on")
+    parser.add_argument("--calibration_stride", type=int, default=4, help="of the steps, every so many-th is used")
+    parser.add_argument("--num_images", type=int, default=4, help="sample pairs to draw; 0: none")
+    parser.add_argument("--prompts_json", help="a JSON list of prompts to draw; default: the model's evaluation set")
+    parser.add_argument("--steps", type=int, default=28, help="denoising steps")
+    parser.add_argument("--guidance_scale", type=float, default=3.5)
+    parser.add_argument("--resolution", type=int, help="pixels a side; default: what the autoencoder was made for")
+    parser.add_argument("--batch_size", type=int, default=8, help="pictures drawn at a time")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA")
+    parser.add_argument("--device", help="default: cuda if there, else mps, else cpu")
+    parser.add_argument("--seed", type=int, default=42, help="picture i starts from the noise of seed + i")
+    args = parser.parse_args(argv)
+    try:
+        args.device = pick_device(args.device)
+        if check_bits(args.w_bits) >= 16:
+            raise ValueError(f"--w_bits {args.w_bits}: nothing to quantize; use 0 to 8")
+        if args.method == "threshold" and args.w_bits:
+            raise ValueError(f"--method threshold is a ternary rule: --w_bits must be 0, got {args.w_bits}")
+        if not 0 <= args.threshold_ratio < 1:
+            raise ValueError(f"--threshold_ratio must be at least 0 and below 1, got {args.threshold_ratio}")
+        for name in ("calibration_prompts", "calibration_stride", "steps", "batch_size"):
+            if getattr(args, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+        if args.num_images < 0:
+            raise ValueError(f"--num_images must not be negative, got {args.num_images}")
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def read_prompts(pipe: FluxPipeline, args: argparse.Namespace) -> list[str]:
+    """The prompts to draw; ValueError if --prompts_json is not a list of strings."""
+    if args.prompts_json is None:
+        return pick_prompts(pipe, args.num_images)[0]
+    try:
+        prompts = json.loads(Path(args.prompts_json).read_text(encoding="utf-8-sig"))
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError("no list of strings")
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"--prompts_json {args.prompts_json}: cannot be read as a JSON list ({error})") from None
+    return list(prompts)[: args.num_images]
+
+
+def main() -> None:
+    args = parse_args()
+    started = time.time()
+    source = local_pipeline(args.model_id)
+    if args.output_path.exists() and (not args.output_path.is_dir() or any(args.output_path.iterdir())):
+        raise ValueError(f"--output_path {args.output_path}: exists and is not empty; choose another")
+    rest = sum(f.stat().st_size for f in source.rglob("*.safetensors") if f.parent.name != "transformer")
+    check_disk(args.output_path, rest + folder_bytes(source / "transformer") // 2, "the quantized pipeline")
+    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32"))
+    name = "1.58 bit" if args.w_bits == 0 else f"{args.w_bits} bit"
+
+    pipe, teacher_images, prompts = None, None, []
+    if args.method == "calibrated" or args.num_images:
+        pipe = load_pipeline(str(source), dtype)
+        args.resolution = args.resolution or native_size(pipe)
+    if args.num_images:
+        prompts = read_prompts(pipe, args)
+        teacher_images = draw(pipe, prompts, args, "teacher")
+
+    errors, quantizing = Errors(), time.time()
+    with whole_folder(args.output_path) as folder:
+        if args.method == "calibrated":
+            calibrated(pipe, folder / "transformer", args, errors)
+        else:
+            if pipe is not None:
+                pipe.transformer = None
+            gc.collect()
+            empty_cache(args.device)
+            stream(source / "transformer", folder / "transformer", args, errors)
+        quantizing = time.time() - quantizing
+        copy_rest(source, folder)
+        metrics = {
+            "model": args.model_id, "method": args.method, "w_bits": args.w_bits,
+            "bytes_before": folder_bytes(source / "transformer"),
+            "bytes_after": folder_bytes(folder / "transformer"),
+            "layers": errors.table(), "seconds": round(quantizing, 1),
+            "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda"
+            else f"{os.cpu_count()} CPU cores", "torch": torch.__version__,
+        }  # fmt: skip
+        if args.num_images:
+            student = FluxTransformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)
+            pipe.register_modules(transformer=student)
+            images = draw(pipe, prompts, args, name)
+            save_images(teacher_images, folder / "samples" / "full")
+            save_images(images, folder / "samples" / f"bits_{args.w_bits}")
+            save_grid({"full": teacher_images, name: images}, prompts, folder / "samples" / "grid.png")
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+
+    print(f"\n{'layers':<10}{'number':>8}{'weight error':>14}")
+    for kind, row in metrics["layers"].items():
+        print(f"{kind:<10}{row['layers']:>8}{row['weight_error']:>14.4f}")
+    before, after = metrics["bytes_before"], metrics["bytes_after"]
+    speed = before / metrics["seconds"] / 1e9 if metrics["seconds"] else float("nan")
+    print(f"transformer: {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({before / after:.1f}x)")
+    print(f"quantized in {metrics['seconds']:.0f} s ({speed:.3f} GB/s), {time.time() - started:.0f} s in all\n")
+    log.info("pipeline: %s", args.output_path)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,252 @@
+"""Quantize without training: which code each weight gets, and at which step size.
+
+    threshold   |w| below ratio·max|w| of its row → 0, else ±1, at the least-squares scale (0 bits only)
+    mse         the error-minimal step size, every weight rounded by itself
+    calibrated  codes that keep the layer's outputs, not its weights, on the teacher's own trajectories
+
+Calibrated rounding goes through the transformer block by block and layer by layer. Two streams of hidden states run
+side by side: the teacher's, and that of the blocks quantized so far. A layer with weight W and bias b sees inputs x
+in the first stream and x̃ in the second; it is to give Wx + b when it gets x̃. With centred covariances H = Σ x̃x̃ᵀ
+and C = Σ xx̃ᵀ over all calibration samples
+
+    1. target    W* = W C H⁻¹, damped towards W: the full-precision weight that best undoes earlier layers' errors
+    2. rounding  column by column in the order of falling H_jj, each column's error passed on to those not yet rounded
+                 (GPTQ, arXiv 2210.17323)
+    3. descent   sweeps over the columns; a code changes where that lowers tr((W* − Q) H (W* − Q)ᵀ)
+    4. scales    between the sweeps, each row's α in closed form, (W*Hlᵀ)/(lHlᵀ) for its levels l
+    5. bias      b + W E[x] − Q E[x̃]
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from models.packing import PackedLinear
+from models.utils_quant import code_grid, init_clip_val, quantize_codes
+
+METHODS = ("threshold", "mse", "calibrated")
+# The linears of a block in the order in which they compute; those of one group share their inputs' making.
+GROUPS = (
+    ("norm1.linear", "norm1_context.linear", "norm.linear"),
+    ("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "proj_mlp"),
+    ("attn.to_out.0", "attn.to_add_out", "proj_out"),
+    ("ff.net.0.proj", "ff_context.net.0.proj"),
+    ("ff.net.2", "ff_context.net.2"),
+)
+DAMPING = 0.01  # of the mean diagonal of H, added to it
+SWEEPS = 4
+
+# ---------------------------------------------------------------------------------------------- one weight by itself
+
+
+def threshold_codes(weight: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """Ternary codes (int8) and step sizes [out, 1] of the published threshold rule, applied row by row."""
+    weight = weight.float()
+    magnitude = weight.abs()
+    kept = magnitude >= ratio * magnitude.amax(1, keepdim=True)
+    scale = (magnitude * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
+    return (weight.sign() * kept).to(torch.int8), (1.5 * scale).clamp(min=1e-5)
+
+
+def round_weight(weight: Tensor, w_bits: int, method: str, ratio: float) -> tuple[Tensor, Tensor]:
+    """Codes (int8) [out, in] and step sizes [out, 1] by "threshold" or "mse"."""
+    if method == "threshold":
+        return threshold_codes(weight, ratio)
+    alpha = init_clip_val(weight, w_bits)
+    return quantize_codes(weight, alpha, w_bits), alpha
+
+
+# ------------------------------------------------------------------------------------------------ with real inputs
+
+
+class Statistics:
+    """First and second moments of a layer's inputs in both streams, weighted."""
+
+    def __init__(self, in_features: int, device: torch.device):
+        self.weight = 0.0
+        self.mean, self.teacher_mean = (torch.zeros(in_features, device=device) for _ in range(2))
+        self.square, self.cross = (torch.zeros(in_features, in_features, device=device) for _ in range(2))
+
+    def add(self, inputs: Tensor, teacher_inputs: Tensor, weight: float) -> None:
+        """inputs, teacher_inputs [..., in] of the same samples."""
+        x, t = (tensor.reshape(-1, tensor.shape[-1]).float() for tensor in (inputs, teacher_inputs))
+        self.weight += weight * len(x)
+        self.mean += weight * x.sum(0)
+        self.teacher_mean += weight * t.sum(0)
+        self.square += weight * (x.T @ x)
+        self.cross += weight * (t.T @ x)
+
+    def moments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Means of x and of the teacher's x, covariance H [in, in] and cross-covariance C [in, in]."""
+        mean, teacher_mean = self.mean / self.weight, self.teacher_mean / self.weight
+        square = self.square / self.weight - torch.outer(mean, mean)
+        cross = self.cross / self.weight - torch.outer(teacher_mean, mean)
+        return mean, teacher_mean, square, cross
+
+
+def fit_scale(target: Tensor, codes: Tensor, w_bits: int, hessian: Tensor, fallback: Tensor) -> Tensor:
+    """α [out, 1] that minimizes tr((target − αl) H (target − αl)ᵀ) for the levels l of the codes."""
+    n, s = code_grid(w_bits)
+    levels = (codes.float() + s) / n
+    projected = levels @ hessian
+    alpha = (projected * target).sum(1, keepdim=True) / (projected * levels).sum(1, keepdim=True).clamp(min=1e-12)
+    return torch.where(alpha > 1e-5, alpha, fallback)
+
+
+def levels_of(weight: Tensor, alpha: Tensor, w_bits: int) -> Tensor:
+    """The quantized values of one or more columns [out, k] at the step sizes [out, 1]."""
+    n, s = code_grid(w_bits)
+    return alpha * ((quantize_codes(weight, alpha, w_bits).float() + s) / n)
+
+
+def gptq(target: Tensor, alpha: Tensor, w_bits: int, hessian: Tensor, block: int = 128) -> Tensor:
+    """Codes (int8) [out, in] by error feedback over the columns in the order of falling H_jj; hessian is damped."""
+    order = hessian.diagonal().argsort(descending=True)
+    weight, h = target[:, order].clone(), hessian[order][:, order]
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    quantized = torch.empty_like(weight)
+    for start in range(0, weight.shape[1], block):
+        stop = min(start + block, weight.shape[1])
+        errors = torch.empty_like(weight[:, start:stop])
+        for j in range(start, stop):
+            column = weight[:, j : j + 1]
+            quantized[:, j : j + 1] = levels_of(column, alpha, w_bits)
+            error = (column - quantized[:, j : j + 1]) / inverse[j, j]
+            weight[:, j + 1 : stop] -= error * inverse[j, j + 1 : stop]
+            errors[:, j - start : j - start + 1] = error
+        weight[:, stop:] -= errors @ inverse[start:stop, stop:]
+    codes = torch.empty(target.shape, dtype=torch.int8, device=target.device)
+    codes[:, order] = quantize_codes(quantized, alpha, w_bits)
+    return codes
+
+
+def descend(target: Tensor, codes: Tensor, alpha: Tensor, w_bits: int, hessian: Tensor) -> Tensor:
+    """One sweep of coordinate descent over the columns; no row's error grows. Codes (int8) [out, in]."""
+    n, s = code_grid(w_bits)
+    quantized = alpha * ((codes.float() + s) / n)
+    gradient = (target - quantized) @ hessian
+    diagonal = hessian.diagonal()
+    for j in hessian.diagonal().argsort(descending=True).tolist():
+        old = quantized[:, j : j + 1].clone()
+        new = levels_of(old + gradient[:, j : j + 1] / diagonal[j], alpha, w_bits)
+        gradient -= (new - old) * hessian[j]
+        quantized[:, j : j + 1] = new
+    return quantize_codes(quantized, alpha, w_bits)
+
+
+@torch.no_grad()
+def calibrate_layer(layer: nn.Linear, statistics: Statistics, w_bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes (int8) [out, in], step sizes [out, 1] and bias [out] (None if the layer has none) of one layer."""
+    mean, teacher_mean, hessian, cross = statistics.moments()
+    weight = layer.weight.float()
+    damping = DAMPING * hessian.diagonal().mean().clamp(min=1e-8)
+    eye = torch.eye(len(hessian), device=hessian.device)
+    hessian = hessian + damping * eye
+    target = torch.linalg.solve(hessian, weight @ (cross + damping * eye), left=False)
+    alpha = init_clip_val(target, w_bits)
+    codes = gptq(target, alpha, w_bits, hessian)
+    for _ in range(SWEEPS):
+        alpha = fit_scale(target, codes, w_bits, hessian, alpha)
+        codes = descend(target, codes, alpha, w_bits, hessian)
+    alpha = fit_scale(target, codes, w_bits, hessian, alpha)
+    if layer.bias is None:
+        return codes, alpha, None
+    n, s = code_grid(w_bits)
+    quantized = alpha * ((codes.float() + s) / n)
+    return codes, alpha, layer.bias.float() + weight @ teacher_mean - quantized @ mean
+
+
+class _Reached(Exception):
+    """Raised to stop a forward pass where the blocks begin."""
+
+
+@torch.no_grad()
+def block_inputs(transformer: nn.Module, calls: Iterable[dict]) -> list[dict]:
+    """What the first block gets in each of the transformer's calls (keyword arguments)."""
+    found: list[dict] = []
+
+    def stop(module, args, kwargs):
+        found.append(dict(kwargs))
+        raise _Reached
+
+    hook = transformer.transformer_blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        for inputs in calls:
+            try:
+                transformer(**inputs)
+            except _Reached:
+                pass
+    finally:
+        hook.remove()
+    return found
+
+
+@torch.no_grad()
+def calibrate(
+    transformer: nn.Module,
+    calls: list[dict],
+    weights: list[float],
+    w_bits: int,
+    keep: Callable[[str, PackedLinear], None],
+    skip: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Quantize the linears inside the blocks of `transformer` one after the other, from calibration `calls` of it.
+
+    Each finished layer is handed over as keep(name, packed); what `skip(name)` names stays as it is. The transformer is
+    used up: its weights are the quantized ones afterwards.
+    """
+    streams = [block_inputs(transformer, calls), block_inputs(transformer, calls)]  # the student's, the teacher's
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    names = {module: name for name, module in transformer.named_modules()}
+    total = sum(isinstance(m, nn.Linear) and not skip(names[m]) for b in blocks for m in b.modules())
+    with tqdm(total=total, desc="layers", unit="layer") as bar:
+        for block in blocks:
+            original = {name: p.detach().clone() for name, p in block.named_parameters()}
+            for group in GROUPS:
+                layers = {n: m for n, m in block.named_modules() if n in group and isinstance(m, nn.Linear)}
+                layers = {n: m for n, m in layers.items() if not skip(names[m])}
+                if not layers:
+                    continue
+                statistics = _collect(block, original, layers, streams, weights)
+                for name, layer in layers.items():
+                    codes, alpha, bias = calibrate_layer(layer, statistics[name], w_bits)
+                    packed = PackedLinear.from_codes(codes, alpha, bias, w_bits)
+                    keep(names[layer], packed)
+                    layer.weight.copy_(packed.dequantize())
+                    if bias is not None:
+                        layer.bias.copy_(bias)
+                    bar.update()
+            for i in range(len(calls)):
+                for stream, parameters in zip(streams, (None, original), strict=True):
+                    text, image = _run(block, parameters, stream[i])
+                    stream[i] = stream[i] | {"encoder_hidden_states": text, "hidden_states": image}
+
+
+def _run(block: nn.Module, parameters: dict[str, Tensor] | None, inputs: dict) -> tuple[Tensor, Tensor]:
+    """The block's output, with `parameters` in place of its own if given."""
+    if parameters is None:
+        return block(**inputs)
+    return torch.func.functional_call(block, parameters, kwargs=inputs)
+
+
+def _collect(block: nn.Module, original: dict, layers: dict, streams: list[list[dict]], weights: list[float]) -> dict:
+    """Statistics of the inputs of `layers`, by name."""
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, args, name=name: seen.__setitem__(name, args[0]))
+        for name, layer in layers.items()
+    ]
+    statistics = {name: Statistics(layer.in_features, layer.weight.device) for name, layer in layers.items()}
+    try:
+        for student, teacher, weight in zip(*streams, weights, strict=True):
+            _run(block, original, teacher)
+            reference = dict(seen)
+            _run(block, None, student)
+            for name in layers:
+                statistics[name].add(seen[name], reference[name], weight)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return statistics
