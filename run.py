@@ -34,7 +34,7 @@ from tqdm import tqdm
 from models.modeling_flux_quant import FluxTransformer2DModel, is_quantized
 from models.packing import FORMAT, PackedLinear, PackedWriter, to_disk
 from models.utils_quant import check_bits
-from utils.oneshot import METHODS, calibrate, round_weight
+from utils.oneshot import INGREDIENTS, METHODS, calibrate, round_weight
 from utils.utils import (
     check_disk,
     empty_cache,
@@ -79,10 +79,15 @@ def local_pipeline(model_id: str) -> Path:
 
 
 def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a folder of safetensors, one at a time."""
+    """Every tensor of a folder of safetensors, one at a time.
+
+    Each is read from a mapping of its own: what was read of one shard would count as memory until it is closed.
+    """
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
+            names = list(tensors.keys())
+        for name in names:
+            with safe_open(file, framework="pt") as tensors:
                 yield name, tensors.get_tensor(name)
 
 
@@ -157,7 +162,11 @@ def calibrated(pipe: FluxPipeline, target: Path, args: argparse.Namespace, error
             pipe, prompts, CALIBRATION_SEED, num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
             size=args.resolution, batch_size=args.batch_size, desc="teacher",
         )  # fmt: skip
-    kept = [inputs for i, (inputs, _) in enumerate(calls) if i % args.steps % args.calibration_stride == 0]
+    # An error of the velocity enters the picture times the step that is taken with it.
+    lengths = (pipe.scheduler.sigmas[:-1] - pipe.scheduler.sigmas[1:]).abs().tolist()
+    steps = [i % args.steps for i in range(len(calls))]
+    kept = [inputs for step, (inputs, _) in zip(steps, calls, strict=True) if step % args.calibration_stride == 0]
+    counts = [lengths[step] * args.steps for step in steps if step % args.calibration_stride == 0]
     skeleton = packed_skeleton(dict(transformer.config), args.w_bits)
     weights = {name: p.detach().cpu().clone() for name, p in transformer.named_parameters() if p.ndim == 2}
     writer, done = PackedWriter(target), set()
@@ -167,7 +176,7 @@ def calibrated(pipe: FluxPipeline, target: Path, args: argparse.Namespace, error
         errors.add(name, weights.pop(f"{name}.weight"), packed)
         done.update((f"{name}.weight", f"{name}.bias"))
 
-    calibrate(transformer, kept, [1.0] * len(kept), args.w_bits, keep)
+    calibrate(transformer, kept, counts, args.w_bits, keep, without=args.without)
     for name, parameter in transformer.named_parameters():
         if name not in done:
             writer.add(name, parameter)
@@ -206,6 +215,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threshold_ratio", type=float, default=0.05, help="with --method threshold")
     parser.add_argument("--calibration_prompts", type=int, default=64, help="training prompts to calibrate on")
     parser.add_argument("--calibration_stride", type=int, default=4, help="of the steps, every so many-th is used")
+    parser.add_argument("--without", nargs="+", choices=INGREDIENTS, default=[], metavar="INGREDIENT",
+                        help=f"leave out of the calibration: {', '.join(INGREDIENTS)}")  # fmt: skip
     parser.add_argument("--num_images", type=int, default=4, help="sample pairs to draw; 0: none")
     parser.add_argument("--prompts_json", help="a JSON list of prompts to draw; default: the model's evaluation set")
     parser.add_argument("--steps", type=int, default=28, help="denoising steps")
@@ -279,7 +290,7 @@ def main() -> None:
         quantizing = time.time() - quantizing
         copy_rest(source, folder)
         metrics = {
-            "model": args.model_id, "method": args.method, "w_bits": args.w_bits,
+            "model": args.model_id, "method": args.method, "w_bits": args.w_bits, "without": args.without,
             "bytes_before": folder_bytes(source / "transformer"),
             "bytes_after": folder_bytes(folder / "transformer"),
             "layers": errors.table(), "seconds": round(quantizing, 1),

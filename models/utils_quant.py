@@ -66,11 +66,16 @@ def _widen(tensor: Tensor) -> Tensor:
 
 
 def _levels(x: Tensor, num_bits: int, stretched: bool) -> Tensor:
-    """q/α for x = w/α."""
+    """q/α for x = w/α, in the place of x: on a CPU most of the time goes into fresh memory."""
     if num_bits == 1:
         return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
     low, high, n, s, _ = _grid(num_bits, stretched)
-    return ((x.clamp(low, high) * n - s).round() + s) / n
+    x.clamp_(low, high)
+    if n != 1:
+        x.mul_(n)
+    if s:
+        return x.sub_(s).round_().add_(s).div_(n)
+    return x.round_() if n == 1 else x.round_().div_(n)
 
 
 def code_grid(num_bits: int) -> tuple[float, float]:
@@ -98,7 +103,7 @@ def _quantize_forward(ctx, weight: Tensor, alpha: Tensor, num_bits: int, layerwi
         )
     ctx.save_for_backward(weight, alpha)
     step = _widen(alpha).clamp(min=ALPHA_FLOOR)
-    quantized = step * _levels(_widen(weight) / step, num_bits, stretched)
+    quantized = _levels(_widen(weight) / step, num_bits, stretched).mul_(step)
     # Back in the weight's dtype, the one its matmul runs in. Not by a .to() that does nothing: torch.compile (seen with
     # torch 2.11) then takes the output for a constant and all gradients are zero.
     return quantized if quantized.dtype == weight.dtype else quantized.to(weight.dtype)
@@ -110,13 +115,14 @@ def _quantize_backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, 
     weight, alpha = ctx.saved_tensors
     low, high, _, _, qp = _grid(ctx.num_bits, ctx.stretched)
     x = _widen(weight) / _widen(alpha).clamp(min=ALPHA_FLOOR)
-    inside = (x >= low) & (x <= high)
-    slope = _levels(x, ctx.num_bits, ctx.stretched)
+    clipped = x.clamp(low, high)
+    inside = clipped == x
+    slope = _levels(clipped, ctx.num_bits, ctx.stretched)
     if ctx.num_bits != 1:  # sign() has no round() to look through: its slope in α is the level everywhere
-        slope = slope - x * inside
+        slope.sub_(torch.where(inside, x, 0))
     # The floor passes the gradient through, so that a step size that fell below it can come back.
-    grad_alpha = (grad * slope).sum_to_size(alpha.shape) / math.sqrt(weight.numel() * qp)
-    return grad * inside, grad_alpha.to(alpha.dtype), None, None
+    grad_alpha = slope.mul_(grad).sum_to_size(alpha.shape) / math.sqrt(weight.numel() * qp)
+    return torch.where(inside, grad, 0), grad_alpha.to(alpha.dtype), None, None
 
 
 class LsqBinaryTernaryExtension(torch.autograd.Function):

@@ -15,9 +15,11 @@ and C = Σ xx̃ᵀ over all calibration samples
     3. descent   sweeps over the columns; a code changes where that lowers tr((W* − Q) H (W* − Q)ᵀ)
     4. scales    between the sweeps, each row's α in closed form, (W*Hlᵀ)/(lHlᵀ) for its levels l
     5. bias      b + W E[x] − Q E[x̃]
+
+Each of these can be left out, to see what it gives.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from models.packing import PackedLinear
 from models.utils_quant import code_grid, init_clip_val, quantize_codes
 
 METHODS = ("threshold", "mse", "calibrated")
+INGREDIENTS = ("target", "rounding", "descent", "scales", "bias")
 # The linears of a block in the order in which they compute; those of one group share their inputs' making.
 GROUPS = (
     ("norm1.linear", "norm1_context.linear", "norm.linear"),
@@ -137,22 +140,35 @@ def descend(target: Tensor, codes: Tensor, alpha: Tensor, w_bits: int, hessian: 
 
 
 @torch.no_grad()
-def calibrate_layer(layer: nn.Linear, statistics: Statistics, w_bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes (int8) [out, in], step sizes [out, 1] and bias [out] (None if the layer has none) of one layer."""
+def calibrate_layer(
+    layer: nn.Linear, statistics: Statistics, w_bits: int, without: Collection[str] = ()
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes (int8) [out, in], step sizes [out, 1] and bias [out] (None if the layer has none) of one layer.
+
+    `without` names INGREDIENTS to leave out.
+    """
     mean, teacher_mean, hessian, cross = statistics.moments()
     weight = layer.weight.float()
     damping = DAMPING * hessian.diagonal().mean().clamp(min=1e-8)
     eye = torch.eye(len(hessian), device=hessian.device)
     hessian = hessian + damping * eye
-    target = torch.linalg.solve(hessian, weight @ (cross + damping * eye), left=False)
+    target = weight
+    if "target" not in without:
+        target = torch.linalg.solve(hessian, weight @ (cross + damping * eye), left=False)
     alpha = init_clip_val(target, w_bits)
-    codes = gptq(target, alpha, w_bits, hessian)
+    if "rounding" in without:
+        codes = quantize_codes(target, alpha, w_bits)
+    else:
+        codes = gptq(target, alpha, w_bits, hessian)
     for _ in range(SWEEPS):
+        if "scales" not in without:
+            alpha = fit_scale(target, codes, w_bits, hessian, alpha)
+        if "descent" not in without:
+            codes = descend(target, codes, alpha, w_bits, hessian)
+    if "scales" not in without:
         alpha = fit_scale(target, codes, w_bits, hessian, alpha)
-        codes = descend(target, codes, alpha, w_bits, hessian)
-    alpha = fit_scale(target, codes, w_bits, hessian, alpha)
-    if layer.bias is None:
-        return codes, alpha, None
+    if layer.bias is None or "bias" in without:
+        return codes, alpha, layer.bias
     n, s = code_grid(w_bits)
     quantized = alpha * ((codes.float() + s) / n)
     return codes, alpha, layer.bias.float() + weight @ teacher_mean - quantized @ mean
@@ -191,9 +207,11 @@ def calibrate(
     w_bits: int,
     keep: Callable[[str, PackedLinear], None],
     skip: Callable[[str], bool] = lambda name: False,
+    without: Collection[str] = (),
 ) -> None:
     """Quantize the linears inside the blocks of `transformer` one after the other, from calibration `calls` of it.
 
+    A call counts by its weight.
     Each finished layer is handed over as keep(name, packed); what `skip(name)` names stays as it is. The transformer is
     used up: its weights are the quantized ones afterwards.
     """
@@ -211,7 +229,7 @@ def calibrate(
                     continue
                 statistics = _collect(block, original, layers, streams, weights)
                 for name, layer in layers.items():
-                    codes, alpha, bias = calibrate_layer(layer, statistics[name], w_bits)
+                    codes, alpha, bias = calibrate_layer(layer, statistics[name], w_bits, without)
                     packed = PackedLinear.from_codes(codes, alpha, bias, w_bits)
                     keep(names[layer], packed)
                     layer.weight.copy_(packed.dequantize())

@@ -110,6 +110,9 @@ class TrainingArguments(transformers.TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep"})
     report_to: str | None = field(default="tensorboard", metadata={"help": "where curves go, besides metrics.jsonl"})
     seed: int = field(default=42, metadata={"help": "of noise and data order"})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "every trained parameter gets a gradient, so DDP need not look for others"}
+    )
     do_train: bool = field(default=True, metadata={"help": "False: train.py only fills the teacher cache"})
     qat: bool = field(default=False, metadata={"help": "accepted as published; whether to quantize is up to --w_bits"})
     evaluation_strategy: str | None = field(default=None, metadata={"help": "older name of --eval_strategy"})

@@ -133,6 +133,8 @@ class FluxQATTrainer(transformers.Trainer):
         if stock := self.pop_callback(TensorBoardCallback):
             self.add_callback(_TensorBoard(stock.tb_writer))
         self.loss_is_scaled_for_ga = False  # a mean over the batch
+        if self.accelerator.ddp_handler is not None:  # no copies of the gradients into DDP's buckets and back
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.aside = 0.0  # seconds spent on evaluation and checkpoints
         self.average = None
         if args.ema_decay:

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,8 @@ from models.modeling_flux_quant import FluxTransformer2DModel
 from models.utils_quant import FULL_PRECISION_BITS
 from utils import prompt_list, scenes
 
+ROOT = Path(__file__).parents[1]
+
 # ---------------------------------------------------------------------------------------------------- scripts
 
 
@@ -58,6 +61,20 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
+
+
+def run_logged(words: Sequence[object], log: Path) -> None:
+    """Run one of the repository's scripts (words: file name and flags), its output appended to `log`.
+
+    Raises ValueError, with the last line of the output, if it fails.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as output:
+        command = [sys.executable, *map(str, words)]
+        status = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT).returncode
+    if status:
+        lines = log.read_text().splitlines()
+        raise ValueError(f"{words[0]} failed, see {log}: {lines[-1] if lines else 'no output'}")
 
 
 def pick_device(name: str | None = None) -> torch.device:
