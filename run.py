@@ -32,8 +32,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.modeling_flux_quant import FluxTransformer2DModel, is_quantized
-from models.packing import FORMAT, PackedLinear, PackedWriter, to_disk
-from models.utils_quant import check_bits
+from models.packing import FORMAT, PackedLinear, PackedWriter, row_chunks, store_codes, to_disk
+from models.utils_quant import check_bits, code_grid
 from utils.oneshot import INGREDIENTS, METHODS, calibrate, round_weight
 from utils.utils import (
     check_disk,
@@ -103,23 +103,30 @@ class Errors:
     def __init__(self):
         self.sums = {kind: [0.0, 0.0, 0] for kind in KINDS}
 
-    def add(self, name: str, weight: Tensor, packed: PackedLinear) -> None:
-        kind = next(kind for kind in KINDS if kind in name.partition(".")[2])
-        weight = weight.float()
-        row = self.sums[kind]
-        row[0] += (weight - packed.dequantize()).square().sum().item()
-        row[1] += weight.square().sum().item()
+    def add(self, name: str, error: float, energy: float) -> None:
+        row = self.sums[next(kind for kind in KINDS if kind in name.partition(".")[2])]
+        row[0] += error
+        row[1] += energy
         row[2] += 1
 
     def table(self) -> dict[str, dict]:
         return {k: {"layers": n, "weight_error": e / w} for k, (e, w, n) in self.sums.items() if n}
 
 
-def write_layer(writer: PackedWriter, name: str, packed: PackedLinear, dtype: torch.dtype) -> None:
-    writer.add(f"{name}.weight_codes", to_disk(packed.weight_codes, packed.w_bits, packed.in_features))
-    writer.add(f"{name}.weight_clip_val", packed.weight_clip_val)
-    if packed.bias is not None:
-        writer.add(f"{name}.bias", packed.bias.to(dtype))
+def quantize_matrix(weight: Tensor, args: argparse.Namespace) -> tuple[Tensor, Tensor, float, float]:
+    """Codes as on disk, step sizes [out, 1], squared error and energy of a weight [out, in], chunk after chunk."""
+    n, s = code_grid(args.w_bits)
+    stored, alphas, error, energy = [], [], 0.0, 0.0
+    for rows in row_chunks(*weight.shape):
+        part = weight[rows].to(args.device).float()
+        if not part.isfinite().all():
+            raise ValueError("holds NaN or inf")
+        codes, alpha = round_weight(part, args.w_bits, args.method, args.threshold_ratio)
+        stored.append(store_codes(codes, args.w_bits).cpu())
+        alphas.append(alpha.cpu())
+        energy += part.square().sum().item()
+        error += codes.float().add_(s).mul_(alpha / n).sub_(part).square_().sum().item()
+    return torch.cat(stored), torch.cat(alphas), error, energy
 
 
 def stream(source: Path, target: Path, args: argparse.Namespace, errors: Errors) -> None:
@@ -133,17 +140,17 @@ def stream(source: Path, target: Path, args: argparse.Namespace, errors: Errors)
             path, _, kind = name.rpartition(".")
             layer = skeleton.get_submodule(path) if path else skeleton
             if isinstance(layer, PackedLinear) and kind == "weight":
-                weight = tensor.to(args.device)
-                if not weight.isfinite().all():
-                    raise ValueError(f"{source}: {name} holds NaN or inf")
-                codes, alpha = round_weight(weight, args.w_bits, args.method, args.threshold_ratio)
-                packed = PackedLinear.from_codes(codes, alpha, None, args.w_bits)
-                write_layer(writer, path, packed, tensor.dtype)
-                errors.add(path, weight, packed)
-                expected -= {f"{path}.weight_codes", f"{path}.weight_clip_val"}
+                try:
+                    stored, alpha, error, energy = quantize_matrix(tensor, args)
+                except ValueError as problem:
+                    raise ValueError(f"{source}: {name}: {problem}") from None
+                found = {f"{path}.weight_codes": stored, f"{path}.weight_clip_val": alpha}
+                errors.add(path, error, energy)
             else:
-                writer.add(name, tensor)
-                expected.discard(name)
+                found = {name: tensor}
+            for key, value in found.items():
+                writer.add(key, value)
+            expected -= set(found)
             bar.update(tensor.nbytes)
     if expected:
         raise ValueError(f"{source}: {min(expected)} is missing; download the model again")
@@ -172,8 +179,12 @@ def calibrated(pipe: FluxPipeline, target: Path, args: argparse.Namespace, error
     writer, done = PackedWriter(target), set()
 
     def keep(name: str, packed: PackedLinear) -> None:
-        write_layer(writer, name, packed.cpu(), dtype)
-        errors.add(name, weights.pop(f"{name}.weight"), packed)
+        packed, weight = packed.cpu(), weights.pop(f"{name}.weight").float()
+        writer.add(f"{name}.weight_codes", to_disk(packed.weight_codes, packed.w_bits, packed.in_features))
+        writer.add(f"{name}.weight_clip_val", packed.weight_clip_val)
+        if packed.bias is not None:
+            writer.add(f"{name}.bias", packed.bias.to(dtype))
+        errors.add(name, (weight - packed.dequantize()).square().sum().item(), weight.square().sum().item())
         done.update((f"{name}.weight", f"{name}.bias"))
 
     calibrate(transformer, kept, counts, args.w_bits, keep, without=args.without)

@@ -108,29 +108,35 @@ def unpack_trits(packed: Tensor, in_features: int) -> Tensor:
     return codes[:, :in_features]
 
 
-def _row_chunks(rows: int, in_features: int) -> Iterator[slice]:
+def row_chunks(rows: int, in_features: int) -> Iterator[slice]:
+    """Slices of the rows of a matrix, some million elements each."""
     size = max(1, _CHUNK // in_features)
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
+
+
+def store_codes(codes: Tensor, w_bits: int) -> Tensor:
+    """Signed codes [rows, in] (int8) to codes as on disk [rows, disk_row_bytes]."""
+    return pack_codes(codes, w_bits) if w_bits else pack_trits(codes)
 
 
 def to_disk(packed: Tensor, w_bits: int, in_features: int) -> Tensor:
     """Codes as in memory [rows, row_bytes] to codes as on disk [rows, disk_row_bytes]."""
     if w_bits:
         return packed
-    parts = [packed[rows] for rows in _row_chunks(len(packed), in_features)]
-    return torch.cat([pack_trits(unpack_codes(part, 0, in_features)) for part in parts])
+    parts = [packed[rows] for rows in row_chunks(len(packed), in_features)]
+    return torch.cat([store_codes(unpack_codes(part, 0, in_features), 0) for part in parts])
 
 
 def from_disk(stored: Tensor, w_bits: int, in_features: int) -> Tensor:
     """Codes as on disk to codes as in memory, on the same device; ValueError on what no codes give."""
     if w_bits:
-        for rows in _row_chunks(len(stored), in_features):  # padding that is not zero is lost on the way
+        for rows in row_chunks(len(stored), in_features):  # padding that is not zero is lost on the way
             if not torch.equal(pack_codes(unpack_codes(stored[rows], w_bits, in_features), w_bits), stored[rows]):
                 raise ValueError("the padding is not zero")
         return stored
     packed = torch.empty(len(stored), row_bytes(in_features, 0), dtype=torch.uint8, device=stored.device)
-    for rows in _row_chunks(len(stored), in_features):
+    for rows in row_chunks(len(stored), in_features):
         packed[rows] = pack_codes(unpack_trits(stored[rows], in_features), 0)
     return packed
 
@@ -172,7 +178,7 @@ class PackedLinear(Fp32Parameters, nn.Linear):
         out_features, in_features = codes.shape
         settings = {"device": "meta", "w_bits": w_bits, "weight_layerwise": layerwise}
         layer = cls(in_features, out_features, bias is not None, **settings)
-        packed = torch.cat([pack_codes(codes[rows], w_bits) for rows in _row_chunks(*codes.shape)])
+        packed = torch.cat([pack_codes(codes[rows], w_bits) for rows in row_chunks(*codes.shape)])
         layer.weight_codes = nn.Parameter(packed, requires_grad=False)
         layer.weight_clip_val = nn.Parameter(
             alpha.detach().float().clamp(min=ALPHA_FLOOR).reshape(layer.weight_clip_val.shape), requires_grad=False
@@ -192,7 +198,7 @@ class PackedLinear(Fp32Parameters, nn.Linear):
         weight, alpha = layer.effective_weight(), layer.weight_clip_val
         steps = alpha.expand(len(weight), 1)
         codes = torch.cat([
-            quantize_codes(weight[rows], steps[rows], layer.w_bits) for rows in _row_chunks(*weight.shape)
+            quantize_codes(weight[rows], steps[rows], layer.w_bits) for rows in row_chunks(*weight.shape)
         ])  # fmt: skip
         return cls.from_codes(codes, alpha, layer.bias, layer.w_bits, layer.weight_layerwise)
 
@@ -205,7 +211,7 @@ class PackedLinear(Fp32Parameters, nn.Linear):
         n, s = code_grid(self.w_bits)
         weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight_codes.device)
         steps = self.weight_clip_val.expand(self.out_features, 1)
-        for rows in _row_chunks(*weight.shape):
+        for rows in row_chunks(*weight.shape):
             codes = unpack_codes(self.weight_codes[rows], self.w_bits, self.in_features)
             weight[rows] = codes.float().add_(s).div_(n).mul_(steps[rows])
         return weight
