@@ -1,0 +1,62 @@
+"""The tables of utils/compare_recipes.py and utils/compare_oneshot.py, and the calls they are filled by."""
+
+import json
+import sys
+
+import pytest
+
+from utils import compare_oneshot, compare_recipes
+from utils.scenes import CATEGORIES
+from utils.utils import run_logged
+
+FINAL = {"eval_nmse": 0.0125, "eval_psnr": 30.26, "eval_scene_score": 0.9, "eval_scene_score_teacher": 0.95}
+FINAL |= {f"eval_scene_{category}": 0.1 * i for i, category in enumerate(CATEGORIES)}
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_recipes_become_a_table():
+    summary = {"final": FINAL, "seconds_per_step": 0.0481}
+    head, rule, *rows = compare_recipes.table({"default": summary, "published": summary}).splitlines()
+    assert len(rows) == 2
+    assert all(len(cells(line)) == len(cells(head)) for line in (rule, *rows))
+    row = dict(zip(cells(head), cells(rows[1]), strict=True))
+    assert row["recipe"] == compare_recipes.RECIPES["published"][0]
+    assert (row["NMSE"], row["PSNR dB"], row["s a step"]) == ("0.01250", "30.3", "0.048")
+    assert (row["scene score"], row["of teacher"], row["color_attr"]) == ("0.900", "94.7%", "0.500")
+
+
+def test_the_published_recipe_is_literal():
+    flags = compare_recipes.RECIPES["published"][1]
+    pairs = dict(zip(flags[::2], flags[1::2], strict=True))
+    assert pairs == {"--lora_r": "32", "--lora_alpha": "1", "--clip_init": "max", "--learning_rate": "2e-5"}
+
+
+def test_oneshot_figures_become_a_table(tmp_path, monkeypatch):
+    """An interrupted comparison goes on: what is measured already is read, nothing is run."""
+    score = dict.fromkeys(CATEGORIES, 0.5) | {"mean": 0.5, "stderr": 0.01}
+    figures = {"w_bits": 0, "nmse": 0.25, "psnr": 19.96, "scene_score": score, "disk_bytes": 5_200_000}
+    figures["scene_score_teacher"] = score | {"mean": 0.8}
+    for name, without in (("mse_0", []), ("calibrated_0", []), ("calibrated_0_without_bias", ["bias"])):
+        (tmp_path / name / "test").mkdir(parents=True)
+        (tmp_path / name / "pipeline").mkdir()
+        (tmp_path / name / "test" / "metrics.json").write_text(json.dumps(figures))
+        run = {"method": name.split("_")[0], "without": without, "seconds": 61.2}
+        (tmp_path / name / "pipeline" / "metrics.json").write_text(json.dumps(run))
+    monkeypatch.setattr(compare_oneshot, "run_logged", lambda *args: pytest.fail("measured again"))
+    monkeypatch.setattr(compare_oneshot, "INGREDIENTS", ("bias",))
+    flags = ["--output", str(tmp_path), "--w_bits", "0", "--methods", "mse", "calibrated", "--ablate"]
+    monkeypatch.setattr(sys, "argv", ["compare_oneshot", *flags])
+    compare_oneshot.main()
+    head, _, *rows = (tmp_path / "oneshot.md").read_text().splitlines()
+    assert [cells(row)[0] for row in rows] == ["mse", "calibrated", "calibrated without bias"]
+    row = dict(zip(cells(head), cells(rows[0]), strict=True))
+    assert (row["bits"], row["of teacher"], row["MB"], row["seconds"]) == ("1.58", "62.5%", "5.2", "61")
+    assert len(json.loads((tmp_path / "oneshot.json").read_text())) == 3
+
+
+def test_a_failed_call_is_one_line_that_names_the_log(tmp_path):
+    with pytest.raises(ValueError, match=rf"^train\.py failed, see {tmp_path}/log\.txt: .*w_bits=9 is not supported"):
+        run_logged(["train.py", "--w_bits", 9], tmp_path / "log.txt")
