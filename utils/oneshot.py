@@ -38,7 +38,7 @@ GROUPS = (
     ("ff.net.0.proj", "ff_context.net.0.proj"),
     ("ff.net.2", "ff_context.net.2"),
 )
-DAMPING = 0.01  # of the mean diagonal of H, added to it
+DAMPING = 0.05  # of the mean diagonal of H, added to it
 SWEEPS = 4
 
 # ---------------------------------------------------------------------------------------------- one weight by itself
