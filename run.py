@@ -18,7 +18,6 @@ It writes
 import argparse
 import gc
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -37,6 +36,7 @@ from models.utils_quant import check_bits, code_grid
 from utils.oneshot import INGREDIENTS, METHODS, calibrate, round_weight
 from utils.utils import (
     check_disk,
+    device_name,
     empty_cache,
     generate_images,
     get_logger,
@@ -305,8 +305,7 @@ def main() -> None:
             "bytes_before": folder_bytes(source / "transformer"),
             "bytes_after": folder_bytes(folder / "transformer"),
             "layers": errors.table(), "seconds": round(quantizing, 1),
-            "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda"
-            else f"{os.cpu_count()} CPU cores", "torch": torch.__version__,
+            "device": device_name(args.device), "torch": torch.__version__,
         }  # fmt: skip
         if args.num_images:
             student = FluxTransformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)

@@ -32,6 +32,7 @@ from models.packing import PackedLinear, disk_row_bytes
 from utils import scenes
 from utils.metrics import learned_scores, nmse, psnr, scene_score, ssim
 from utils.utils import (
+    device_name,
     empty_cache,
     generate_images,
     get_logger,
@@ -239,7 +240,7 @@ def main() -> None:
         "checkpoint": str(args.checkpoint), "w_bits": args.w_bits, "model": model, "prompts": len(prompts),
         "prompt_source": source, "seed": args.seed, "steps": args.steps, "guidance_scale": args.guidance_scale,
         "resolution": args.resolution, "dtype": str(dtype), "batch_size": args.batch_size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores",
+        "device": device_name(device),
         "torch": torch.__version__,
     }  # fmt: skip
     started = time.time()

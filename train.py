@@ -30,7 +30,6 @@ import gc
 import hashlib
 import importlib.util
 import json
-import platform
 from pathlib import Path
 
 import diffusers
@@ -45,6 +44,7 @@ from utils.process_args import process_args
 from utils.trainer import ONLINE_WINDOW, FluxQATTrainer, choose_parameters, restore_metrics, save_curves
 from utils.utils import (
     check_disk,
+    device_name,
     empty_cache,
     get_logger,
     load_pipeline,
@@ -156,7 +156,7 @@ def summarize(trainer: FluxQATTrainer, seconds: float, steps: int) -> dict:
         "trained_parameters": sum(p.numel() for p in trainer.trained()),
         "start": start,
         "final": final,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
+        "device": device_name(device),
         "world_size": trainer.args.world_size,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,

@@ -21,12 +21,13 @@ from pathlib import Path
 
 import diffusers
 import torch
+from accelerate.utils import convert_file_size_to_int
 from diffusers import ModelMixin  # found here by FluxPipeline.from_pretrained when a saved pipeline holds our class
 from diffusers.configuration_utils import register_to_config
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from models.packing import FORMAT, PackedLinear, PackedWriter, load_packed, read_index, stored_tensors
+from models.packing import FORMAT, INDEX, PackedLinear, PackedWriter, load_packed, read_index, stored_tensors
 from models.utils_quant import (
     FULL_PRECISION_BITS,
     LoRAQuantizeLinear,
@@ -142,7 +143,7 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
     def _pack_linears(self) -> None:
         for name, module in list(self.named_modules()):
             if isinstance(module, QuantizeLinear):
-                self.set_submodule(name, PackedLinear.from_quantized(module))
+                self.set_submodule(name, PackedLinear.from_quantized(module, name))
         self.requires_grad_(False)
         self.eval()
 
@@ -170,12 +171,15 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
             raise ValueError("fuse_lora() cannot merge an adapter into packed codes: leave it unfused")
         super().fuse_lora(*args, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, max_shard_size: int = 2 * 10**9, **kwargs) -> None:
-        """As in diffusers; a packed model is written as models/packing.py describes, in shards of so many bytes."""
+    def save_pretrained(self, save_directory: str | os.PathLike, max_shard_size: int | str = "2GB", **kwargs) -> None:
+        """As in diffusers; a packed model is written as models/packing.py describes, in shards of max_shard_size."""
         if not self.config.packed:
+            (Path(save_directory) / INDEX).unlink(missing_ok=True)  # of an earlier model
             super().save_pretrained(save_directory, **({"max_shard_size": max_shard_size} | kwargs))
             return
-        writer = PackedWriter(save_directory, max_shard_size)
+        if getattr(self, "peft_config", None):
+            raise ValueError("save_pretrained(): adapters are loaded; unload them first, they are files of their own")
+        writer = PackedWriter(save_directory, convert_file_size_to_int(max_shard_size))
         for name, tensor in stored_tensors(self):
             writer.add(name, tensor)
         self.save_config(save_directory)
@@ -196,13 +200,17 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
         asked = {key: kwargs.pop(key) for key in DEFAULT_SETTINGS if key in kwargs}
         _check_device_map(kwargs.get("device_map"))
         config, _ = cls.load_config(path, return_unused_kwargs=True, **kwargs)
-        if config.get("_class_name") != cls.__name__:
-            raise ValueError(f"{path}: config.json describes a {config.get('_class_name')}, expected a {cls.__name__}")
+        kind = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
+        if kind != cls.__name__:
+            raise ValueError(f"{path}: config.json describes a {kind}, expected a {cls.__name__}")
         stored = {key: config.get(key, default) for key, default in DEFAULT_SETTINGS.items()}
         settings = stored | asked
         if stored["packed"]:
             _check_agreement(path, asked, stored)
-            return cls._from_packed(path, config, kwargs)
+            check_settings(settings)
+            model = cls._from_packed(path, config, kwargs)
+            nothing = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
+            return (model, nothing) if wants_info else model
         check_settings(settings)
         if is_quantized(stored):
             _check_agreement(path, asked, stored)
@@ -234,10 +242,13 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
             asked = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             path = snapshot_download(path, allow_patterns=allowed, **asked)
         folder = Path(path) / subfolder
-        check_settings(config)
         index = read_index(folder, config)
-        with torch.device("meta"):
-            model = cls.from_config(config)
+        try:
+            with torch.device("meta"):
+                model = cls.from_config(config)
+        except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+            problem = " ".join(str(error).split())[:200]
+            raise ValueError(f"{folder / 'config.json'}: describes no transformer ({problem}); save it again") from None
         device_map = kwargs.get("device_map")
         device = next(iter(device_map.values())) if isinstance(device_map, dict) else device_map
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")

@@ -189,13 +189,18 @@ class PackedLinear(Fp32Parameters, nn.Linear):
 
     @classmethod
     @torch.no_grad()
-    def from_quantized(cls, layer: QuantizeLinear) -> "PackedLinear":
-        """The packed twin of a trained or rounded layer, sharing its bias; on the meta device an empty one."""
+    def from_quantized(cls, layer: QuantizeLinear, name: str = "") -> "PackedLinear":
+        """The packed twin of a trained or rounded layer, sharing its bias; on the meta device an empty one.
+
+        ValueError, opening with `name`, if weight or step sizes hold NaN or inf.
+        """
         if layer.weight.is_meta:
             sizes = (layer.in_features, layer.out_features, layer.bias is not None)
             settings = {"w_bits": layer.w_bits, "weight_layerwise": layer.weight_layerwise}
             return cls(*sizes, device="meta", **settings).eval()
         weight, alpha = layer.effective_weight(), layer.weight_clip_val
+        if not (weight.sum().isfinite() or weight.isfinite().all()) or not alpha.isfinite().all():
+            raise ValueError(f"{name or cls.__name__}: the weight or its step sizes hold NaN or inf")
         steps = alpha.expand(len(weight), 1)
         codes = torch.cat([
             quantize_codes(weight[rows], steps[rows], layer.w_bits) for rows in row_chunks(*weight.shape)
@@ -282,6 +287,8 @@ class PackedWriter:
     def close(self, config: dict) -> None:
         """Give the shards their names and write the index; config.json is written by the model."""
         self._flush()
+        for earlier in self.folder.glob("diffusion_pytorch_model*"):
+            earlier.unlink()
         files = [f"diffusion_pytorch_model-{i + 1:05d}-of-{len(self.shards):05d}.safetensors"
                  for i in range(len(self.shards))]  # fmt: skip
         for i, file in enumerate(files):

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from utils import scenes
 from utils.metrics import psnr, scene_score
-from utils.utils import generate_images, pick_device, run_script, whole_folder
+from utils.utils import device_name, generate_images, pick_device, run_script, whole_folder
 
 TEXT_LENGTH = 24  # tokens; the longest prompt has 22
 # Counting, binding and above all relations are learned last: they are drawn more often.
@@ -111,11 +111,6 @@ def make_examples(count: int, seed: int) -> tuple[list[str], Tensor, Tensor]:
         parts = list(pool.map(draw_examples, [range(base + c.start, base + c.stop) for c in chunks]))
     prompts, answers, layouts = (list(chain.from_iterable(part[i] for part in parts)) for i in range(3))
     return prompts, torch.tensor(answers), torch.tensor(layouts)
-
-
-def device_name(device: torch.device) -> str:
-    """For the records, such as "NVIDIA H100 80GB HBM3" or "2 CPU cores"."""
-    return torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
 
 
 def note(args: argparse.Namespace, **figures: float | str) -> dict[str, float | str]:

@@ -95,6 +95,11 @@ def pick_device(name: str | None = None) -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """For the records, such as "NVIDIA H100 80GB HBM3" or "2 CPU cores"."""
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+
+
 def empty_cache(device: torch.device) -> None:
     """Give memory that nothing uses any more back to the device."""
     if device.type in ("cuda", "mps"):

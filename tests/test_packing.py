@@ -1,0 +1,1312 @@
+"""Packed weights against the quantizers they replace: codes and bytes, layers, whole models on disk, adapters, damage.
+
+Codes and bytes are checked against plain Python integers and fractions, files against their description in
+models/packing.py. Equal means equal in every bit but the sign of a zero.
+"""
+
+import contextlib
+import copy
+import hashlib
+import itertools
+import json
+import random
+import resource
+import shutil
+import signal
+import textwrap
+from fractions import Fraction
+from math import ceil, floor
+from pathlib import Path
+
+import accelerate
+import diffusers
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from models import packing
+from models.modeling_flux_quant import FluxTransformer2DModel
+from models.packing import INDEX, PackedLinear
+from models.utils_quant import ALPHA_FLOOR, LoRAQuantizeLinear, QuantizeLinear
+
+BITS = range(9)
+SHAPES = [(1, 1), (2, 5), (3, 7), (4, 13), (5, 256), (7, 1001)]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def ids(shape):
+    return "x".join(map(str, shape))
+
+
+@pytest.fixture(params=[None, 11], ids=["one chunk", "many chunks"])
+def chunks(request, monkeypatch):
+    """Rows are worked on in chunks of a million elements: more than these shapes have, so once in tiny ones."""
+    if request.param:
+        monkeypatch.setattr(packing, "_CHUNK", request.param)
+
+
+def random_codes(rows, columns, w_bits, seed=0):
+    """Signed codes [rows, in] as nested lists, all that there are among them if there is room."""
+    low, high = code_range(w_bits)
+    rng = random.Random(f"{seed} {rows} {columns} {w_bits}")
+    return [[rng.randint(low, high) for _ in range(columns)] for _ in range(rows)]
+
+
+def code_range(w_bits):
+    if w_bits == 0:
+        return -1, 1
+    return -(2 ** (w_bits - 1)), 2 ** (w_bits - 1) - 1
+
+
+# Codes: the definition in models/utils_quant.py, in fractions
+
+
+def half_even(x: Fraction) -> int:
+    whole = floor(x)
+    return whole + (x - whole > Fraction(1, 2) or (x - whole == Fraction(1, 2) and whole % 2))
+
+
+def clip(x, low, high):
+    return min(max(x, low), high)
+
+
+def reference_code(w: float, alpha: float, w_bits: int) -> int:
+    x = Fraction(w) / max(Fraction(alpha), Fraction(torch.tensor(ALPHA_FLOOR).item()))
+    if w_bits == 0:
+        return half_even(clip(x, Fraction(-99, 100), Fraction(99, 100)) * Fraction(3, 2))
+    if w_bits == 1:
+        return 0 if x >= 0 else -1
+    if w_bits == 2:
+        return half_even(clip(x, Fraction(-99, 100), Fraction(99, 100)) * 2 - Fraction(1, 2))
+    return half_even(clip(x, *code_range(w_bits)))
+
+
+def reference_level(code: int, w_bits: int) -> Fraction:
+    """w/α of a code, as in the table there."""
+    if w_bits == 0:
+        return Fraction(2, 3) * code
+    if w_bits == 1:
+        return Fraction(2 * code + 1)
+    if w_bits == 2:
+        return Fraction(2 * code + 1, 4)
+    return Fraction(code)
+
+
+def layer_of(shape, w_bits, bias=True, layerwise=False, lora_r=0, dtype=torch.float32):
+    """A layer as if trained: random weight, bias, step sizes (of which some are below the floor) and LoRA."""
+    torch.manual_seed(sum(shape) + w_bits)
+    settings = {"w_bits": w_bits, "weight_layerwise": layerwise, "clip_init": "max"}
+    if lora_r:
+        layer = LoRAQuantizeLinear(shape[1], shape[0], bias, lora_r=lora_r, lora_alpha=0.5, **settings)
+        layer.lora_B.data.normal_()
+        layer.lora_A.data.normal_()
+    else:
+        layer = QuantizeLinear(shape[1], shape[0], bias, **settings)
+    layer.weight.data.normal_()
+    layer.weight.data.view(-1)[::7] = 0  # at one bit zero is the upper level
+    layer.weight.data.view(-1)[::11] *= 1e3  # far outside the clip range
+    layer.weight_clip_val.data = layer.weight_clip_val.data.uniform_(0.5, 1.5) * 3 / 2 ** max(w_bits - 1, 0)
+    if not layerwise:
+        layer.weight_clip_val.data[2::4] = -0.1
+        layer.weight_clip_val.data[3::4] = ALPHA_FLOOR / 7
+    return layer.to(dtype).eval()
+
+
+@pytest.mark.parametrize("lora_r", [0, 3], ids=["plain", "lora"])
+@pytest.mark.parametrize("layerwise", [False, True], ids=["row-wise", "layer-wise"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("w_bits", BITS)
+def test_a_packed_layer_computes_what_the_quantized_one_does(w_bits, bias, layerwise, lora_r):
+    for shape, dtype in itertools.product(SHAPES, DTYPES.values()):
+        layer = layer_of(shape, w_bits, bias, layerwise, lora_r, dtype)
+        packed = PackedLinear.from_quantized(layer)
+        assert packed.weight_codes.shape == (shape[0], packing.row_bytes(shape[1], w_bits))
+        assert packed.weight_clip_val.shape == ((1, 1) if layerwise else (shape[0], 1))
+        with torch.no_grad():
+            expected = layer.quantized_weight()
+            assert torch.equal(packed.dequantize(expected.dtype), expected)
+            if bias:  # the bias says which dtype the layer has
+                assert packed.weight.dtype == dtype
+                assert torch.equal(packed.weight, expected.to(dtype))
+            x = torch.randn(2, 3, shape[1], dtype=dtype)
+            assert torch.equal(packed(x), layer(x))
+            assert packed(x).dtype == dtype
+            with torch.autocast("cpu", torch.bfloat16):
+                assert torch.equal(packed(x), layer(x))
+                assert packed(x).dtype == torch.bfloat16
+            if dtype == torch.float32:  # activations narrower than the weights
+                assert torch.equal(packed(x.bfloat16()), layer(x.bfloat16()))
+
+
+@pytest.mark.parametrize("w_bits", BITS)
+def test_packing_in_chunks_of_rows_changes_nothing(w_bits, chunks):
+    for shape, layerwise in itertools.product(SHAPES[:5], [False, True]):
+        layer = layer_of(shape, w_bits, layerwise=layerwise)
+        packed = PackedLinear.from_quantized(layer)
+        assert torch.equal(packed.dequantize(), layer.quantized_weight())
+        stored = packing.to_disk(packed.weight_codes, w_bits, shape[1])
+        assert torch.equal(packing.from_disk(stored, w_bits, shape[1]), packed.weight_codes)
+
+
+@pytest.mark.parametrize("layerwise", [False, True], ids=["row-wise", "layer-wise"])
+@pytest.mark.parametrize("w_bits", BITS)
+def test_codes_are_those_of_the_definition_in_fractions(w_bits, layerwise):
+    for shape in SHAPES[: 5 if layerwise else 6]:
+        layer = layer_of(shape, w_bits, layerwise=layerwise)
+        alphas = layer.weight_clip_val.expand(shape[0], 1)[:, 0].tolist()
+        expected = [
+            [reference_code(w, alpha, w_bits) for w in row]
+            for row, alpha in zip(layer.weight.tolist(), alphas, strict=True)
+        ]
+        packed = PackedLinear.from_quantized(layer)
+        assert packed.codes().dtype == torch.int8
+        assert packed.codes().tolist() == expected
+
+
+@pytest.mark.parametrize("w_bits", BITS)
+def test_codes_of_weights_on_and_around_every_threshold(w_bits):
+    # Sixteenths of a power of two: w/α, and its product with n, are exact in fp32, so that ties are ties.
+    low, high = code_range(w_bits)
+    weights = [i / 16 * 2.0**-3 for i in range(16 * low - 24, 16 * high + 25)]
+    layer = QuantizeLinear(len(weights), 1, w_bits=w_bits)
+    layer.weight.data, layer.weight_clip_val.data = torch.tensor([weights]), torch.tensor([[2.0**-3]])
+    codes = PackedLinear.from_quantized(layer).codes()[0].tolist()
+    assert codes == [reference_code(w, 2.0**-3, w_bits) for w in weights]
+    assert set(codes) == set(range(low, high + 1))
+
+
+@pytest.mark.parametrize("w_bits", BITS)
+def test_every_code_stands_for_its_level(w_bits):
+    low, high = code_range(w_bits)
+    codes = torch.arange(low, high + 1, dtype=torch.int8)[None]
+    packed = PackedLinear.from_codes(codes, torch.tensor([[0.7]]), None, w_bits)
+    expected = [float(reference_level(c, w_bits) * Fraction(0.7)) for c in range(low, high + 1)]
+    torch.testing.assert_close(packed.dequantize()[0], torch.tensor(expected), rtol=2e-7, atol=0)
+    assert packed.bias is None
+    assert torch.equal(packed.codes(), codes)
+
+
+def test_from_codes_keeps_step_sizes_positive_and_in_fp32():
+    codes = torch.tensor([[1, -1], [0, 1]], dtype=torch.int8)
+    bias = torch.ones(2, dtype=torch.bfloat16)
+    packed = PackedLinear.from_codes(codes, torch.tensor([[-3.0], [2.0]], dtype=torch.bfloat16), bias, 0)
+    assert torch.equal(packed.weight_clip_val, torch.tensor([[ALPHA_FLOOR], [2.0]]))
+    assert packed.weight_clip_val.dtype == torch.float32
+    assert packed.bias.dtype == packed.weight.dtype == torch.bfloat16
+    layerwise = PackedLinear.from_codes(codes, torch.tensor(2.0), None, 0, layerwise=True)
+    assert torch.equal(layerwise.weight_clip_val, torch.tensor([[2.0]]))
+
+
+# Bytes
+
+
+def reference_planes(row, w_bits):
+    """Bytes of a row of codes: plane by plane, each holding the next lowest bits; byte j holds j, j + columns, …"""
+    widths = {0: [2], 1: [1], 2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 7: [4, 2, 1], 8: [8]}[w_bits]
+    result, shift = [], 0
+    for width in widths:
+        columns = ceil(Fraction(len(row) * width, 8))
+        plane = [0] * columns
+        for position, code in enumerate(row):
+            field = (code >> shift) % 2**width  # of Python's endless two's complement
+            plane[position % columns] += field << width * (position // columns)
+        result += plane
+        shift += width
+    return result
+
+
+def reference_trits(row):
+    """Bytes of a row of ternary codes: five digits d₁ … d₅ as 0.d₁d₂d₃d₄d₅ in base 3, rounded up to 1/256."""
+    columns = ceil(Fraction(len(row), 5))
+    row = row + [0] * (5 * columns - len(row))
+    fractions = [sum(Fraction(row[j + i * columns] + 1, 3 ** (i + 1)) for i in range(5)) for j in range(columns)]
+    return [ceil(256 * fraction) for fraction in fractions]
+
+
+def as_codes(rows):
+    return torch.tensor(rows, dtype=torch.int8)
+
+
+def as_bytes(rows):
+    return torch.tensor(rows, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("shape", SHAPES + [(2, n) for n in range(2, 12)], ids=ids)
+@pytest.mark.parametrize("w_bits", BITS)
+def test_bytes_in_memory_are_the_documented_planes(w_bits, shape):
+    codes = random_codes(*shape, w_bits)
+    expected = [reference_planes(row, w_bits) for row in codes]
+    packed = packing.pack_codes(as_codes(codes), w_bits)
+    assert packed.tolist() == expected
+    assert packed.shape[1] == packing.row_bytes(shape[1], w_bits)
+    assert packing.unpack_codes(as_bytes(expected), w_bits, shape[1]).tolist() == codes
+
+
+@pytest.mark.parametrize("shape", SHAPES + [(2, n) for n in range(2, 12)], ids=ids)
+@pytest.mark.parametrize("w_bits", BITS)
+def test_bytes_on_disk_are_the_documented_ones_and_come_back(w_bits, shape):
+    codes = random_codes(*shape, w_bits)
+    expected = [reference_trits(row) if w_bits == 0 else reference_planes(row, w_bits) for row in codes]
+    memory = packing.pack_codes(as_codes(codes), w_bits)
+    for stored in (packing.to_disk(memory, w_bits, shape[1]), packing.store_codes(as_codes(codes), w_bits)):
+        assert stored.tolist() == expected
+        assert stored.shape[1] == packing.disk_row_bytes(shape[1], w_bits)
+        assert torch.equal(packing.from_disk(stored, w_bits, shape[1]), memory)
+    if w_bits == 0:
+        assert packing.disk_row_bytes(shape[1], 0) == ceil(Fraction(shape[1], 5))
+        assert packing.pack_trits(as_codes(codes)).tolist() == expected
+        assert packing.unpack_trits(as_bytes(expected), shape[1]).tolist() == codes
+
+
+VALID = {reference_trits(list(codes))[0]: list(codes) for codes in itertools.product((-1, 0, 1), repeat=5)}
+IMPOSSIBLE = sorted(set(range(256)) - set(VALID))
+
+
+def test_all_243_values_of_five_codes_have_a_byte_of_their_own():
+    assert len(VALID) == 243
+    for byte, codes in VALID.items():
+        assert packing.pack_trits(as_codes([codes])).tolist() == [[byte]]
+        assert packing.unpack_trits(as_bytes([[byte]]), 5).tolist() == [codes]
+
+
+@pytest.mark.parametrize("byte", IMPOSSIBLE)
+def test_bytes_that_no_five_codes_give_are_refused(byte):
+    assert len(IMPOSSIBLE) == 13
+    stored = as_bytes([[reference_trits([0] * 5)[0]] * 4] * 3)
+    packing.from_disk(stored, 0, 20)
+    for position in range(12):
+        broken = stored.clone()
+        broken.view(-1)[position] = byte
+        with pytest.raises(ValueError, match="a byte holds no five ternary codes"):
+            packing.from_disk(broken, 0, 20)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 4, 6, 7, 11, 13])
+def test_ternary_padding_that_is_not_zero_is_refused(columns, chunks):
+    count = ceil(Fraction(columns, 5))
+    codes = random_codes(3, columns, 0)
+    for position, code in itertools.product(range(columns, 5 * count), (-1, 1)):
+        longer = [row + [0] * (5 * count - columns) for row in codes]
+        longer[2][position] = code
+        stored = as_bytes([reference_trits(row) for row in longer])
+        with pytest.raises(ValueError, match="the padding is not zero"):
+            packing.from_disk(stored, 0, columns)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 5, 7, 9, 13])
+@pytest.mark.parametrize("w_bits", range(1, 9))
+def test_dense_padding_that_is_not_zero_is_refused(w_bits, columns, chunks):
+    memory = [reference_planes(row, w_bits) for row in random_codes(3, columns, w_bits)]
+    # The bits that hold a code are those that a row of ones has.
+    used = reference_planes([-1] * columns, w_bits)
+    unused = [(j, bit) for j, byte in enumerate(used) for bit in range(8) if not byte >> bit & 1]
+    assert len(unused) == 8 * len(used) - w_bits * columns
+    for row, (j, bit) in itertools.product((0, 2), unused):
+        broken = as_bytes(memory)
+        broken[row, j] |= 1 << bit
+        with pytest.raises(ValueError, match="the padding is not zero"):
+            packing.from_disk(broken, w_bits, columns)
+
+
+# Models
+
+
+def student(pipeline_folder, **settings):
+    """A quantized model, as if trained."""
+    model = FluxTransformer2DModel.from_pretrained(pipeline_folder / "transformer", **settings).eval()
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("weight_clip_val"):
+            parameter.data *= torch.empty_like(parameter).uniform_(0.7, 1.3)
+        elif "lora_" in name:
+            parameter.data.normal_(std=0.1)
+    return model
+
+
+def output(model, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    with torch.no_grad():
+        return model(
+            hidden_states=randn(2, 6, 16),
+            encoder_hidden_states=randn(2, 5, 32),
+            pooled_projections=randn(2, 32),
+            timestep=torch.tensor([0.3, 0.9], dtype=dtype),
+            guidance=torch.tensor([3.5, 1.0], dtype=dtype),
+            img_ids=torch.cartesian_prod(torch.zeros(1), torch.arange(2.0), torch.arange(3.0)),
+            txt_ids=torch.zeros(5, 3),
+            return_dict=False,
+        )[0]
+
+
+def draw(pipe, output_type="np", **kwargs):
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": output_type} | kwargs
+    images = pipe("a red ball on a table", generator=torch.Generator().manual_seed(0), **arguments).images
+    return torch.as_tensor(images)
+
+
+def packed_layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def same_parameters(a, b):
+    a, b = dict(a.named_parameters()), dict(b.named_parameters())
+    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.fixture(scope="module")
+def base(pipeline_folder):
+    """The stock pipeline."""
+    return diffusers.FluxPipeline.from_pretrained(pipeline_folder)
+
+
+@pytest.fixture(scope="module")
+def ternary(pipeline_folder, tmp_path_factory):
+    """A packed ternary model, and the folder that it is saved in; not to be changed."""
+    model = student(pipeline_folder, w_bits=0).pack()
+    folder = tmp_path_factory.mktemp("packed") / "ternary"
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"w_bits": w_bits} for w_bits in (0, 1, 2, 3, 4, 8)),
+        {"w_bits": 0, "weight_layerwise": True},
+        {"w_bits": 4, "weight_layerwise": True},
+        {"w_bits": 0, "quantize_modulation": False},
+        {"w_bits": 0, "lora_r": 2, "lora_alpha": 3.0},
+    ],
+    ids=str,
+)
+def test_packing_saving_and_loading_change_neither_output_nor_image(pipeline_folder, base, tmp_path, settings):
+    model = student(pipeline_folder, **settings)
+    pipe = diffusers.FluxPipeline(**base.components | {"transformer": model})
+    expected, image = output(model), draw(pipe)
+    quantized = {name for name, module in model.named_modules() if isinstance(module, QuantizeLinear)}
+    assert model.pack() is model
+    assert set(packed_layers(model)) == quantized
+    assert not any(isinstance(module, QuantizeLinear) for module in model.modules())
+    assert torch.equal(output(model), expected)
+    assert torch.equal(draw(pipe), image)
+    assert not torch.equal(draw(base), image)
+
+    for size, folder in ((2 * 10**9, tmp_path / "one"), (5000, tmp_path / "many")):
+        model.save_pretrained(folder, max_shard_size=size)
+        shards = sorted(folder.glob("*.safetensors"))
+        assert len(shards) == 1 if size > 10**6 else len(shards) > 3
+        assert {file.name for file in folder.iterdir()} == {"config.json", INDEX} | {file.name for file in shards}
+        loaded = FluxTransformer2DModel.from_pretrained(folder)
+        assert same_parameters(loaded, model)
+        assert not loaded.training
+        assert torch.equal(output(loaded), expected)
+        for key in ("w_bits", "weight_layerwise", "quantize_modulation"):
+            assert loaded.config[key] == model.config[key]
+        assert (loaded.config.packed, loaded.config.lora_r) == (packing.FORMAT, 0)
+    pipe = diffusers.FluxPipeline.from_pretrained(pipeline_folder, transformer=loaded)
+    assert pipe.transformer is loaded
+    assert torch.equal(draw(pipe), image)
+    pipe.save_pretrained(tmp_path / "pipe")
+    again = diffusers.FluxPipeline.from_pretrained(tmp_path / "pipe")
+    assert isinstance(again.transformer, FluxTransformer2DModel)
+    assert packed_layers(again.transformer)
+    assert torch.equal(draw(again), image)
+
+
+def test_packing_a_model_loaded_from_a_quantized_checkpoint(pipeline_folder, tmp_path):
+    model = student(pipeline_folder, w_bits=3, lora_r=2)
+    model.save_pretrained(tmp_path / "quantized")
+    FluxTransformer2DModel.from_pretrained(tmp_path / "quantized").pack().save_pretrained(tmp_path / "packed")
+    assert torch.equal(output(FluxTransformer2DModel.from_pretrained(tmp_path / "packed")), output(model))
+
+
+def test_ternary_codes_take_a_byte_for_five_on_disk_and_for_four_in_memory(ternary):
+    model, folder = ternary
+    stored = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            stored |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    assert set(stored) == {name for name, _ in model.named_parameters()}
+    for name, layer in packed_layers(model).items():
+        assert stored[f"{name}.weight_codes"] == [layer.out_features, ceil(layer.in_features / 5)]
+        assert layer.weight_codes.shape == (layer.out_features, ceil(layer.in_features / 4))
+
+
+def test_the_index_describes_the_files(ternary):
+    _, folder = ternary
+    index, config = (json.loads((folder / name).read_text()) for name in (INDEX, "config.json"))
+    tensors = {}
+    for file, digest in index["metadata"]["sha256"].items():
+        assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == digest
+        tensors |= {name: (file, tensor) for name, tensor in load_file(folder / file).items()}
+    assert index["weight_map"] == {name: file for name, (file, _) in tensors.items()}
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for _, t in tensors.values())
+    kept = {name: value for name, value in config.items() if not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    assert index["metadata"]["config_sha256"] == digest
+
+
+@pytest.mark.parametrize("size", [5000, 2 * 10**9])
+def test_saving_again_gives_the_same_bytes(ternary, tmp_path, size):
+    model, folder = ternary
+    model.save_pretrained(tmp_path / "first", max_shard_size=size)
+    loaded = FluxTransformer2DModel.from_pretrained(tmp_path / "first")
+    loaded.save_pretrained(tmp_path / "second", max_shard_size=size)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "first").iterdir()}
+    loaded.save_pretrained(tmp_path / "first", max_shard_size=size)  # whose tensors may still be mapped from there
+    for again in ("first", "second"):
+        after = {file.name: file.read_bytes() for file in (tmp_path / again).iterdir()}
+        assert after.keys() == before.keys()
+        assert [name for name in before if after[name] != before[name] and name != "config.json"] == []
+    assert torch.equal(output(loaded), output(model))
+
+
+def test_a_shard_size_in_words_as_diffusers_takes_it(ternary, tmp_path):
+    model, _ = ternary
+    model.save_pretrained(tmp_path, max_shard_size="5KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    assert same_parameters(FluxTransformer2DModel.from_pretrained(tmp_path), model)
+
+
+def test_what_an_earlier_model_left_in_the_folder_does_no_harm(pipeline_folder, ternary, tmp_path):
+    model, _ = ternary
+    plain = FluxTransformer2DModel.from_pretrained(pipeline_folder / "transformer")
+    for earlier, size in ((plain, "10GB"), (plain, "50KB"), (model, 5000), (model, 20000)):
+        earlier.save_pretrained(tmp_path, max_shard_size=size)
+        model.save_pretrained(tmp_path)
+        assert same_parameters(FluxTransformer2DModel.from_pretrained(tmp_path), model)
+
+
+def test_an_unpacked_model_saved_where_a_packed_one_was_is_loaded(pipeline_folder, ternary, tmp_path):
+    ternary[0].save_pretrained(tmp_path)
+    model = student(pipeline_folder, w_bits=3)
+    model.save_pretrained(tmp_path)
+    loaded = FluxTransformer2DModel.from_pretrained(tmp_path)
+    assert loaded.config.packed == 0
+    assert torch.equal(output(loaded), output(model))
+
+
+def test_loading_says_what_diffusers_would_say(ternary):
+    _, info = FluxTransformer2DModel.from_pretrained(ternary[1], output_loading_info=True)
+    assert not any(info.values())
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, None])
+def test_a_device_can_be_named(ternary, device_map):
+    loaded = FluxTransformer2DModel.from_pretrained(ternary[1], device_map=device_map)
+    assert same_parameters(loaded, ternary[0])
+
+
+def test_loading_from_the_cache_of_the_hub(ternary, tmp_path):
+    model, folder = ternary
+    repository = tmp_path / "models--someone--packed"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("a" * 40)
+    shutil.copytree(folder, repository / "snapshots" / ("a" * 40) / "transformer")
+    loaded = FluxTransformer2DModel.from_pretrained(
+        "someone/packed", subfolder="transformer", cache_dir=tmp_path, local_files_only=True
+    )
+    assert same_parameters(loaded, model)
+
+
+def test_a_copy_is_the_same_and_its_own(ternary):
+    model, _ = ternary
+    twin = copy.deepcopy(model)
+    assert same_parameters(twin, model)
+    expected = output(model)
+    assert torch.equal(output(twin), expected)
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    assert torch.equal(output(model), expected)
+
+
+def test_casting_leaves_codes_and_step_sizes_alone(ternary):
+    model, folder = ternary
+    loaded = FluxTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    for cast in (copy.deepcopy(model).to(torch.bfloat16), copy.deepcopy(model).bfloat16(), loaded):
+        assert cast.dtype == torch.bfloat16
+        original = dict(model.named_parameters())
+        for name, parameter in cast.named_parameters():
+            if name.endswith(("weight_codes", "weight_clip_val")):
+                assert parameter.dtype == (torch.uint8 if name.endswith("codes") else torch.float32)
+                assert torch.equal(parameter, original[name])
+            else:
+                assert torch.equal(parameter, original[name].bfloat16()), name
+        assert torch.equal(output(cast, torch.bfloat16), output(loaded, torch.bfloat16))
+    assert output(loaded, torch.bfloat16).dtype == torch.bfloat16
+    assert same_parameters(FluxTransformer2DModel.from_pretrained(folder, torch_dtype=None), model)
+
+
+def test_a_model_cast_before_it_is_packed_computes_the_same(pipeline_folder, tmp_path):
+    model = student(pipeline_folder, w_bits=0).to(torch.bfloat16)
+    expected = output(model, torch.bfloat16)
+    model.pack().save_pretrained(tmp_path)
+    loaded = FluxTransformer2DModel.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    for each in (model, loaded):
+        assert torch.equal(output(each, torch.bfloat16), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(output(loaded, torch.bfloat16), expected)
+
+
+def test_a_state_dict_goes_into_another_model(ternary):
+    model, _ = ternary
+    state = model.state_dict()
+    for name, layer in packed_layers(model).items():
+        weight = state[f"{name}.weight"]  # looked up by diffusers, for its shape
+        assert weight.shape == (layer.out_features, layer.in_features)
+        assert weight.untyped_storage().nbytes() <= 4
+    other = FluxTransformer2DModel.from_config(model.config)
+    assert set(packed_layers(other)) == set(packed_layers(model))
+    keys = set(state)
+    other.load_state_dict(state)
+    assert set(state) == keys
+    assert same_parameters(other, model)
+    assert torch.equal(output(other), output(model))
+    codes = next(name for name in state if name.endswith("weight_codes"))
+    with pytest.raises(RuntimeError, match=codes):
+        other.load_state_dict({name: tensor for name, tensor in state.items() if name != codes})
+
+
+def test_a_compiled_model_computes_the_same(ternary):
+    model = copy.deepcopy(ternary[0])
+    expected = output(model)
+    torch._dynamo.reset()
+    try:
+        assert torch.equal(output(torch.compile(model, backend="aot_eager")), expected)
+    finally:
+        torch._dynamo.reset()
+
+
+def test_a_model_offloaded_by_accelerate_computes_the_same(ternary):
+    expected = output(ternary[0])
+    model = accelerate.cpu_offload(copy.deepcopy(ternary[0]), execution_device=torch.device("cpu"))
+    assert all(layer.weight_codes.is_meta for layer in packed_layers(model).values())
+    assert torch.equal(output(model), expected)
+    assert all(layer.weight_codes.is_meta for layer in packed_layers(model).values())
+    model, hook = accelerate.cpu_offload_with_hook(copy.deepcopy(ternary[0]), torch.device("cpu"))
+    assert torch.equal(output(model), expected)
+    hook.offload()
+    assert same_parameters(model, ternary[0])
+
+
+LOAD_AND_MEASURE = """
+    import sys
+    from models.modeling_flux_quant import FluxTransformer2DModel
+
+    def resident(key):
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+    FluxTransformer2DModel.from_pretrained(sys.argv[1])  # a small one: what is imported on the way is not counted
+    for folder in sys.argv[2:]:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak counts from here
+        before = resident("VmRSS")
+        model = FluxTransformer2DModel.from_pretrained(folder)
+        print(resident("VmHWM") - before, sum(p.numel() * p.element_size() for p in model.parameters()))
+        del model
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peak memory from /proc")
+def test_loading_never_has_a_dense_weight_in_memory(ternary, tmp_path, run):
+    folders, dense = [], []
+    torch.manual_seed(0)
+    bytes_of_codes = as_bytes([reference_planes(codes, 0) for codes in itertools.product((-1, 0, 1), repeat=4)])[:, 0]
+    for w_bits in (0, 4):
+        with torch.device("meta"):
+            model = FluxTransformer2DModel(
+                num_layers=0, num_single_layers=1, attention_head_dim=128, num_attention_heads=12, in_channels=16,
+                joint_attention_dim=32, pooled_projection_dim=32, w_bits=w_bits, packed=packing.FORMAT,
+            )  # fmt: skip
+        model.to_empty(device="cpu")
+        for name, parameter in model.named_parameters():
+            if name.endswith("weight_codes"):
+                values = torch.randint(0, 81 if w_bits == 0 else 256, parameter.shape, dtype=torch.uint8)
+                parameter.data = bytes_of_codes[values.int()] if w_bits == 0 else values
+            else:
+                parameter.data.fill_(1e-3)
+        folders.append(tmp_path / str(w_bits))
+        model.to(torch.bfloat16).save_pretrained(folders[-1])
+        dense = [4 * layer.in_features * layer.out_features for layer in packed_layers(model).values()]
+    try:
+        result = run("-c", textwrap.dedent(LOAD_AND_MEASURE), ternary[1], *folders, PYTHONPATH=".")
+    finally:
+        shutil.rmtree(tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert sum(dense) > 140e6 and max(dense) > 45e6
+    for line in result.stdout.splitlines():
+        peak, size = map(int, line.split())
+        # Half of this goes into looking for NaN in the largest weight that is not quantized, norm_out's.
+        assert peak - size < 0.75 * max(dense), result.stdout
+        assert peak < sum(dense) / 2, result.stdout
+
+
+@pytest.mark.parametrize("w_bits", [0, 1, 3, 8])
+def test_packing_and_unpacking_for_the_disk_need_little_memory(w_bits):
+    rows, columns = 4000, 5000  # 20 million codes: as many bytes if all were unpacked at a time
+    if w_bits:
+        stored = torch.randint(0, 256, (rows, packing.row_bytes(columns, w_bits)), dtype=torch.uint8)
+    else:
+        stored = torch.tensor(sorted(VALID), dtype=torch.uint8)[torch.randint(0, 243, (rows, columns // 5))]
+    with bounded(peak=packing.row_bytes(columns, w_bits) * rows + 12e6):
+        memory = packing.from_disk(stored, w_bits, columns)
+    with bounded(peak=packing.disk_row_bytes(columns, w_bits) * rows * 2 + 12e6):  # the chunks, and put together
+        assert torch.equal(packing.to_disk(memory, w_bits, columns), stored)
+
+
+# What a packed model cannot do
+
+
+@pytest.mark.parametrize("kind", ["weight", "weight_clip_val"])
+def test_numbers_that_are_none_are_not_packed(pipeline_folder, kind):
+    model = student(pipeline_folder, w_bits=0)
+    model.transformer_blocks[0].attn.to_k.get_parameter(kind).data[1, 0] = torch.nan  # as a diverged training leaves it
+    with pytest.raises(ValueError, match="transformer_blocks.0.attn.to_k: .*NaN or inf"):
+        model.pack()
+
+
+def test_a_packed_model_is_not_trained(ternary):
+    model, folder = ternary
+    loaded, built = FluxTransformer2DModel.from_pretrained(folder), FluxTransformer2DModel.from_config(model.config)
+    for each in (model, loaded, built):
+        with pytest.raises(ValueError, match="a packed model cannot be trained"):
+            each.train()
+        assert not any(module.training for module in each.modules())
+        assert not any(parameter.requires_grad for parameter in each.parameters())
+        assert each.eval() is each
+
+
+def test_a_full_precision_model_is_not_packed(pipeline_folder):
+    model = FluxTransformer2DModel.from_pretrained(pipeline_folder / "transformer")
+    with pytest.raises(ValueError, match=r"pack\(\): w_bits=16 has no codes"):
+        model.pack()
+    assert not packed_layers(model)
+    assert model.config.packed == 0
+    with pytest.raises(ValueError, match="packed=1 with w_bits=16, lora_r=2"):
+        FluxTransformer2DModel(packed=1, lora_r=2)
+
+
+def test_packing_twice_changes_nothing(ternary):
+    model, folder = ternary
+    for each in (copy.deepcopy(model), FluxTransformer2DModel.from_pretrained(folder)):
+        assert each.pack() is each
+        assert same_parameters(each, model)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "stored"),
+    [("w_bits", 2, 0), ("w_bits", 16, 0), ("lora_r", 4, 0), ("weight_layerwise", True, False), ("packed", 0, 1)],
+)
+def test_settings_that_contradict_the_packed_checkpoint_are_named(ternary, key, value, stored):
+    match = f"asked for {key}={value} but .* with {key}={stored}; leave {key} out"
+    with pytest.raises(ValueError, match=match) as info:
+        FluxTransformer2DModel.from_pretrained(ternary[1], **{key: value})
+    assert "\n" not in str(info.value)
+    assert same_parameters(FluxTransformer2DModel.from_pretrained(ternary[1], **{key: stored}), ternary[0])
+
+
+def test_nothing_is_fused_into_codes(ternary):
+    with pytest.raises(ValueError, match="cannot merge an adapter into packed codes"):
+        ternary[0].fuse_lora()
+    with pytest.raises(ValueError, match="would drop the quantizers"):
+        ternary[0].fuse_qkv_projections()
+
+
+# Adapters made for the plain model
+
+
+@pytest.fixture(scope="module")
+def adapters(base, tmp_path_factory):
+    """Folders of two LoRAs, trained, as it were, on the stock transformer."""
+    peft = pytest.importorskip("peft")
+    folders = []
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "proj_out", "norm.linear", "add_k_proj", "ff.net.2"]
+    for seed, modules in enumerate((targets[:7], targets[3:])):
+        torch.manual_seed(seed)
+        transformer = copy.deepcopy(base.transformer)
+        config = peft.LoraConfig(r=4 + seed, lora_alpha=8, init_lora_weights=False, target_modules=modules)
+        transformer.add_adapter(config)
+        folders.append(tmp_path_factory.mktemp("adapter"))
+        diffusers.FluxPipeline.save_lora_weights(
+            folders[-1],
+            transformer_lora_layers=peft.utils.get_peft_model_state_dict(transformer),
+            transformer_lora_adapter_metadata=config.to_dict() | {"target_modules": modules} if seed else None,
+        )
+    return folders
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("w_bits", [0, 3])
+def test_adapters_of_the_plain_model_work_on_the_packed_one(pipeline_folder, base, adapters, tmp_path, w_bits, dtype):
+    packed = student(pipeline_folder, w_bits=w_bits).pack().to(dtype)
+    plain = copy.deepcopy(base.transformer).to(dtype)
+    for name, layer in packed_layers(packed).items():
+        plain.get_submodule(name).weight.data = layer.dequantize(dtype)
+    pipes = [
+        diffusers.FluxPipeline.from_pretrained(pipeline_folder, torch_dtype=dtype, transformer=transformer)
+        for transformer in (packed, plain)
+    ]
+
+    def latents():
+        ours, expected = (draw(pipe, "latent").float() for pipe in pipes)
+        assert expected.isfinite().all()
+        assert torch.equal(ours, expected)
+        return ours
+
+    drawn = [latents()]
+    for pipe in pipes:
+        pipe.load_lora_weights(adapters[0], adapter_name="one")
+    drawn.append(latents())
+    for pipe in pipes:
+        pipe.load_lora_weights(adapters[1], adapter_name="two")
+        pipe.set_adapters(["one", "two"], [0.7, 0.4])
+    drawn.append(latents())
+    for pipe in pipes:
+        pipe.set_adapters("two")
+    drawn.append(latents())
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
+    with pytest.raises(ValueError, match="cannot merge an adapter into packed codes"):
+        pipes[0].fuse_lora()
+    for pipe in pipes:
+        pipe.unload_lora_weights()
+    assert torch.equal(latents(), drawn[0])
+    packed.save_pretrained(tmp_path)
+    assert same_parameters(FluxTransformer2DModel.from_pretrained(tmp_path), packed)
+
+
+def test_what_is_saved_while_an_adapter_is_loaded_can_be_loaded_or_is_refused(ternary, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = copy.deepcopy(ternary[0])
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
+    try:
+        model.save_pretrained(tmp_path)
+    except ValueError as error:
+        assert "\n" not in str(error)
+    else:
+        assert same_parameters(FluxTransformer2DModel.from_pretrained(tmp_path), ternary[0])
+
+
+# Damage
+#
+# The model is as small as one can be, with rows that need padding: six columns, or 24.
+
+SMALL = {
+    "in_channels": 3, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 6, "num_attention_heads": 1,
+    "joint_attention_dim": 5, "pooled_projection_dim": 4, "axes_dims_rope": (2, 2, 2),
+}  # fmt: skip
+CODES = "transformer_blocks.0.attn.to_k.weight_codes"
+STEPS = "transformer_blocks.0.attn.to_k.weight_clip_val"
+BIAS = "transformer_blocks.0.attn.to_k.bias"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """By bit width, a packed model and the files of its folder."""
+    result = {}
+    for w_bits in (0, 2, 3):
+        torch.manual_seed(w_bits)
+        model = FluxTransformer2DModel(**SMALL, w_bits=w_bits).pack()
+        folder = tmp_path_factory.mktemp("whole")
+        model.save_pretrained(folder, max_shard_size=5000)
+        result[w_bits] = model, {file.name: file.read_bytes() for file in folder.iterdir()}
+        assert len(result[w_bits][1]) > 3  # two shards at least
+    return result
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    """The folder of the ternary model, to be damaged."""
+    return write(tmp_path / "damaged", whole[0][1])
+
+
+def write(folder, files):
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+class TookTooLong(BaseException):  # TimeoutError would be an OSError
+    pass
+
+
+def _status(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+
+@contextlib.contextmanager
+def bounded(seconds=20, peak=64 * 2**20):
+    """Damage may cost neither time nor memory. The address space is limited too: a test must not bring a host down."""
+
+    def stop(*_):
+        raise TookTooLong
+
+    measured = Path("/proc/self/clear_refs").exists()
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    before = signal.signal(signal.SIGALRM, stop)
+    if measured:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + 4 * 2**30, limit[1]))
+        resident = _status("VmRSS")
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, limit)
+    if measured:
+        assert _status("VmHWM") - resident < peak
+
+
+def complaint(folder, model):
+    """What is wrong with how the loading of a damaged folder ended; None if nothing."""
+    try:
+        loaded = FluxTransformer2DModel.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        text = str(error)
+        return None if text and "\n" not in text else f"not one line: {text!r}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+    def settings(model):
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in model.config.items() if not k.startswith("_")}
+
+    return None if same_parameters(loaded, model) and settings(loaded) == settings(model) else "another model"
+
+
+def damage(rng, files):
+    """One of the things that happen to files: a description, and the damaged files."""
+    name = rng.choice([name for name in files if not name.endswith(".safetensors")] * 2 + list(files))
+    content, files = bytearray(files[name]), dict(files)
+    kind = rng.choice(["bit", "bit", "byte", "byte", "header", "cut", "longer", "zeros", "deleted", "swapped", "empty"])
+    position = rng.randrange(len(content))
+    if kind == "bit":
+        content[position] ^= 1 << rng.randrange(8)
+    elif kind == "byte":
+        content[position] = rng.choice([b for b in range(256) if b != content[position]])
+    elif kind == "header":
+        content[rng.randrange(min(200, len(content)))] ^= rng.randrange(1, 256)
+    elif kind == "cut":
+        del content[position:]
+    elif kind == "longer":
+        content += rng.randbytes(rng.randint(1, 50))
+    elif kind == "zeros":
+        length = rng.randint(1, 600)
+        content[position : position + length] = bytes(len(content[position : position + length]))
+    elif kind == "empty":
+        content.clear()
+    elif kind == "swapped":
+        other = rng.choice([other for other in files if other != name])
+        files[other], content = bytes(content), files[other]
+    files[name] = bytes(content)
+    if kind == "deleted":
+        del files[name]
+    return f"{kind} at {position} of {name}", files
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_twenty_five_random_corruptions_are_refused_or_change_nothing(whole, tmp_path, seed):
+    rng = random.Random(seed)
+    complaints = []
+    with bounded():
+        for _ in range(25):
+            model, files = whole[rng.choice([0, 2, 3])]
+            what, damaged = damage(rng, files)
+            problem = complaint(write(tmp_path / "damaged", damaged), model)
+            complaints += [(what, problem)] if problem else []
+    assert complaints == []
+
+
+def test_flipped_bits_in_a_shard_are_always_refused(whole, tmp_path):
+    rng = random.Random(0)
+    model, files = whole[0]
+    for name in sorted(name for name in files if name.endswith(".safetensors"))[:2]:
+        for position in [0, 7, 8, 9, len(files[name]) - 1, *rng.choices(range(len(files[name])), k=10)]:
+            content = bytearray(files[name])
+            content[position] ^= 1 << rng.randrange(8)
+            write(tmp_path / "damaged", files | {name: bytes(content)})
+            with pytest.raises(ValueError, match=rf"{name}: damaged \(its SHA-256 differs"), bounded():
+                FluxTransformer2DModel.from_pretrained(tmp_path / "damaged")
+
+
+@pytest.mark.parametrize("key", sorted(FluxTransformer2DModel(**SMALL).config.keys() - {"_use_default_values"}))
+def test_a_damaged_name_in_the_config_is_refused(whole, folder, key):
+    config = folder / "config.json"
+    for damaged in ("~" + key[1:], key[:-1] + "~", "_" + key[1:]):
+        config.write_bytes(whole[0][1]["config.json"].replace(f'"{key}"'.encode(), f'"{damaged}"'.encode()))
+        assert complaint(folder, whole[0][0]) is None
+
+
+def reseal(folder):
+    """Make the checksums in the index those of the files, so that nothing but the structure can be found wrong."""
+    index, config = (json.loads((folder / name).read_text()) for name in (INDEX, "config.json"))
+    kept = {name: value for name, value in config.items() if not name.startswith("_")}
+    index["metadata"]["config_sha256"] = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    for file in index["metadata"]["sha256"]:
+        if (folder / file).exists():
+            index["metadata"]["sha256"][file] = hashlib.sha256((folder / file).read_bytes()).hexdigest()
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def shard_of(folder, name):
+    return folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
+
+
+def refused(folder, match):
+    reseal(folder)
+    with bounded(), pytest.raises((ValueError, OSError), match=match) as info:
+        FluxTransformer2DModel.from_pretrained(folder)
+    assert "\n" not in str(info.value)
+
+
+def change_tensors(folder, change, of=CODES):
+    tensors = {name: tensor.clone() for name, tensor in load_file(shard_of(folder, of)).items()}
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, shard_of(folder, of))
+
+
+def change_index(folder, change):
+    index = json.loads((folder / INDEX).read_text())
+    change(index)
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def test_resealing_alone_is_no_damage(whole, folder):
+    reseal(folder)
+    assert complaint(folder, whole[0][0]) is None
+    change_tensors(folder, lambda tensors: None)
+    reseal(folder)
+    assert same_parameters(FluxTransformer2DModel.from_pretrained(folder), whole[0][0])
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (CODES, lambda t: t.T),
+        (CODES, lambda t: t[:-1]),
+        (CODES, lambda t: t[:, :-1]),
+        (CODES, lambda t: t[:0]),
+        (CODES, lambda t: t[None]),
+        (CODES, lambda t: t.repeat(1, 2)),
+        (CODES, lambda t: t.view(torch.int8)),
+        (CODES, lambda t: t.float()),
+        (CODES, lambda t: t.bool()),
+        (STEPS, lambda t: t[:-1]),
+        (STEPS, lambda t: t[:1]),
+        (STEPS, lambda t: t[:, 0]),
+        (STEPS, lambda t: t.double()),
+        (STEPS, lambda t: t.bfloat16()),
+        (STEPS, lambda t: t.half()),
+        (BIAS, lambda t: t[:-1]),
+        (BIAS, lambda t: t[:0]),
+        (BIAS, lambda t: t[:, None]),
+        (BIAS, lambda t: t.double()),
+        (BIAS, lambda t: t.to(torch.uint8)),
+        (BIAS, lambda t: t.to(torch.complex64)),
+        (BIAS, lambda t: t.to(torch.float8_e4m3fn)),
+    ],
+)
+def test_tensors_of_a_wrong_shape_or_dtype_are_refused(folder, name, change):
+    change_tensors(folder, lambda tensors: tensors.update({name: change(tensors[name])}), name)
+    refused(folder, rf"{name} is \w+ \[.*\], expected \w+.* \[.*\]")
+
+
+@pytest.mark.parametrize("dtype", ["U8", "I8", "F4", "F6_E2M3", "F8_E8M0", "F64", "I64", "Q4", "", None, 8])
+def test_dtypes_that_a_header_claims_are_refused(folder, dtype):
+    header, data = read_shard(shard_of(folder, BIAS))
+    header[BIAS]["dtype"] = dtype
+    write_shard(shard_of(folder, BIAS), header, data)
+    refused(folder, "expected BF16 or F16 or F32|not a whole safetensors file")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", [STEPS, BIAS, "proj_out.weight", "time_text_embed.timestep_embedder.linear_1.bias"])
+def test_numbers_that_are_none_are_refused(folder, name, value):
+    change_tensors(folder, lambda tensors: tensors[name].view(-1)[-1].fill_(value), name)
+    refused(folder, f"{name} holds NaN or inf")
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, -1e-3, -1e-45])
+def test_step_sizes_that_are_not_positive_are_refused(folder, value):
+    change_tensors(folder, lambda tensors: tensors[STEPS][1].fill_(value), STEPS)
+    refused(folder, f"{STEPS} holds step sizes that are not positive")
+
+
+@pytest.mark.parametrize("byte", IMPOSSIBLE)
+def test_bytes_that_no_codes_give_are_refused_in_a_file(folder, byte):
+    change_tensors(folder, lambda tensors: tensors[CODES].view(-1)[-1].fill_(byte))
+    refused(folder, f"{CODES}: a byte holds no five ternary codes")
+
+
+@pytest.mark.parametrize("w_bits", [0, 2, 3])
+def test_padding_that_is_not_zero_is_refused_in_a_file(whole, tmp_path, w_bits):
+    folder = write(tmp_path / "damaged", whole[w_bits][1])
+
+    def change(tensors):
+        if w_bits:
+            tensors[CODES][-1, 1] |= 128  # of six codes the last byte holds three, or two
+        else:
+            tensors[CODES][-1] = as_bytes(reference_trits([0, 1, -1, 0, 1, -1, 0, 0, 0, 1]))
+
+    change_tensors(folder, change)
+    refused(folder, f"{CODES}: the padding is not zero")
+
+
+def test_tensors_that_are_missing_or_too_many_are_refused(whole, folder):
+    def again():
+        return write(folder, whole[0][1])
+
+    change_index(folder, lambda index: index["weight_map"].pop(CODES))
+    refused(folder, f"{CODES} is missing in the index")
+    change_tensors(again(), lambda tensors: tensors.pop(CODES))
+    refused(folder, f"holds other tensors than the index says, such as {CODES}")
+    shard = shard_of(again(), CODES)
+    change_tensors(folder, lambda tensors: tensors.pop(CODES))
+    change_index(folder, lambda index: index["weight_map"].pop(CODES))
+    refused(folder, f"{CODES} is missing in the index")
+
+    change_tensors(again(), lambda tensors: tensors.update(extra=torch.ones(1)))
+    refused(folder, "holds other tensors than the index says, such as extra")
+    change_index(again(), lambda index: index["weight_map"].update(extra=shard.name))
+    refused(folder, "extra is not expected in the index")
+    change_tensors(folder, lambda tensors: tensors.update(extra=torch.ones(1)))
+    refused(folder, "extra is not expected in the index")
+    # Dense weights beside the codes, or instead of them.
+    dense = CODES.replace("weight_codes", "weight")
+    change_tensors(again(), lambda tensors: tensors.update({dense: torch.ones(6, 6)}))
+    change_index(folder, lambda index: index["weight_map"].update({dense: shard.name}))
+    refused(folder, f"{dense} is not expected in the index")
+    other = next(file for file in sorted(folder.glob("*.safetensors")) if file.name != shard.name)
+    change_index(again(), lambda index: index["weight_map"].update({CODES: other.name}))
+    refused(folder, f"holds other tensors than the index says, such as {CODES}")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_layers": 10**9},
+        {"num_single_layers": 10**9},
+        {"num_layers": -1},
+        {"num_layers": "1"},
+        {"num_single_layers": None},
+        {"num_layers": 0},
+        {"attention_head_dim": 10**6},
+        {"attention_head_dim": 10**12},
+        {"attention_head_dim": 10**30},
+        {"attention_head_dim": 0},
+        {"attention_head_dim": -6},
+        {"attention_head_dim": "6"},
+        {"attention_head_dim": None},
+        {"attention_head_dim": 6.5},
+        {"num_attention_heads": 10**9},
+        {"in_channels": 10**12},
+        {"in_channels": 2**63},
+        {"out_channels": 10**15},
+        {"joint_attention_dim": 10**12},
+        {"pooled_projection_dim": [4]},
+        {"patch_size": 10**6},
+        {"w_bits": 1},
+        {"w_bits": 2},
+        {"w_bits": 8},
+        {"w_bits": 9},
+        {"w_bits": 16},
+        {"w_bits": "0"},
+        {"w_bits": None},
+        {"lora_r": 4},
+        {"lora_r": "x"},
+        {"clip_init": "mean"},
+        {"clip_init": []},
+        {"weight_layerwise": True},
+        {"quantize_modulation": False},
+        {"guidance_embeds": True},
+        {"packed": 2},
+        {"packed": 0},
+        {"packed": "1"},
+        {"packed": None},
+        {"_class_name": "AutoencoderKL"},
+    ],
+    ids=str,
+)
+def test_configs_that_describe_another_model_are_refused(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    refused(folder, ".")
+
+
+@pytest.mark.parametrize(
+    "key", ["w_bits", "lora_r", "clip_init", "packed", "num_layers", "num_single_layers", "attention_head_dim"]
+)
+def test_configs_that_lack_an_entry_are_refused_unless_it_is_the_default(whole, folder, key):
+    config = json.loads((folder / "config.json").read_text())
+    del config[key]
+    (folder / "config.json").write_text(json.dumps(config))
+    reseal(folder)
+    with bounded():
+        assert complaint(folder, whole[0][0]) is None
+
+
+def read_shard(file):
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def write_shard(file, header, data, length=None):
+    encoded = json.dumps(header).encode()
+    file.write_bytes((len(encoded) if length is None else length).to_bytes(8, "little") + encoded + data)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2**31 - 1, 2**32, 2**60, 2**63, 2**64 - 1])
+def test_headers_of_an_absurd_length_are_refused(folder, length):
+    file = shard_of(folder, CODES)
+    write_shard(file, *read_shard(file), length=length)
+    refused(folder, f"{file.name}: not a whole safetensors file")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header[CODES].update(data_offsets=[0, 2**62]),
+        lambda header: header[CODES].update(data_offsets=[12, 0]),
+        lambda header: header[CODES].update(data_offsets=[-12, 0]),
+        lambda header: header[CODES].update(data_offsets=list(header[BIAS]["data_offsets"])),
+        lambda header: header[CODES].update(data_offsets=[]),
+        lambda header: header[CODES].update(shape=[2**62, 2**62]),
+        lambda header: header[CODES].update(shape=[-6, -2]),
+        lambda header: header[CODES].update(shape=[12]),
+        lambda header: header[CODES].update(shape="6, 2"),
+        lambda header: header.pop(CODES),
+        lambda header: header.update({CODES: 3}),
+        lambda header: header.clear(),
+    ],
+)
+def test_headers_that_do_not_fit_their_data_are_refused(folder, change):
+    header, data = read_shard(shard_of(folder, CODES))
+    change(header)
+    write_shard(shard_of(folder, CODES), header, data)
+    refused(folder, "not a whole safetensors file|expected U8|holds other tensors")
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../other.safetensors",
+        "/other.safetensors",
+        "sub/other.safetensors",
+        "other.bin",
+        "..",
+        "",
+        "other.safetensors\n",
+    ],
+)
+def test_an_index_names_no_file_outside_its_folder(folder, file):
+    shard = shard_of(folder, CODES)
+    with contextlib.suppress(OSError):
+        target = folder / file
+        if target.parent == folder.parent:  # there to be found, with the checksum that the index wants
+            shutil.copy(shard, target)
+
+    def change(index):
+        index["metadata"]["sha256"][file] = index["metadata"]["sha256"].pop(shard.name)
+        index["weight_map"] = {n: file if where == shard.name else where for n, where in index["weight_map"].items()}
+
+    change_index(folder, change)
+    with bounded(), pytest.raises(ValueError, match="shards and checksums do not belong together") as info:
+        FluxTransformer2DModel.from_pretrained(folder)
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index["metadata"].pop("sha256"),
+        lambda index: index["metadata"].pop("config_sha256"),
+        lambda index: index["metadata"].pop("packed_format"),
+        lambda index: index["metadata"].update(packed_format=2),
+        lambda index: index["metadata"].update(packed_format="1"),
+        lambda index: index["metadata"].update(packed_format=None),
+        lambda index: index["metadata"].update(sha256=[]),
+        lambda index: index["metadata"].update(sha256={}),
+        lambda index: index["metadata"].update(sha256=dict.fromkeys(index["metadata"]["sha256"])),
+        lambda index: index["metadata"].update(sha256=dict.fromkeys(index["metadata"]["sha256"], "0" * 64)),
+        lambda index: index["metadata"].update(config_sha256=None),
+        lambda index: index["metadata"]["sha256"].popitem(),
+        lambda index: index["metadata"]["sha256"].update({"more.safetensors": "0" * 64}),
+        lambda index: index.update(metadata=[]),
+        lambda index: index.update(weight_map=[]),
+        lambda index: index.update(weight_map={}),
+        lambda index: index.update(weight_map=None),
+        lambda index: index["weight_map"].update({CODES: None}),
+        lambda index: index["weight_map"].update({CODES: ["x.safetensors"]}),
+        lambda index: index["weight_map"].update({"transformer_blocks.1.norm1.linear.bias": index["weight_map"][BIAS]}),
+        lambda index: index["weight_map"].update({"transformer_blocks.": index["weight_map"][BIAS]}),
+        lambda index: index.clear(),
+    ],
+)
+def test_an_index_that_is_none_is_refused(folder, change):
+    change_index(folder, change)
+    with bounded(), pytest.raises(ValueError) as info:
+        FluxTransformer2DModel.from_pretrained(folder)
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *itertools.product([INDEX, "config.json"], ["", "null", "[]", "3", '"x"', "{", "\xff", "NaN"]),
+        (INDEX, "[" * 100000),
+        (INDEX, '{"a":' * 100000),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_json_that_is_something_else_is_refused(folder, name, text):
+    (folder / name).write_text(text, encoding="latin-1")
+    with bounded(), pytest.raises((ValueError, OSError)) as info:
+        FluxTransformer2DModel.from_pretrained(folder)
+    assert "\n" not in str(info.value)
+
+
+def test_whitespace_in_json_is_no_damage(whole, folder):
+    for name in (INDEX, "config.json"):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()), indent=7) + "\n\n")
+    assert same_parameters(FluxTransformer2DModel.from_pretrained(folder), whole[0][0])
+
+
+@pytest.mark.parametrize("directory", [False, True], ids=["missing", "a directory"])
+def test_files_that_cannot_be_read_are_named(whole, tmp_path, directory):
+    for name in whole[0][1]:
+        folder = write(tmp_path / "damaged", whole[0][1])
+        (folder / name).unlink()
+        if directory:
+            (folder / name).mkdir()
+        with pytest.raises((ValueError, OSError), match=name) as info:
+            FluxTransformer2DModel.from_pretrained(folder)
+        assert "\n" not in str(info.value)
+
+
+def test_no_checkpoint_in_another_format_takes_the_place_of_a_missing_index(whole, folder):
+    (folder / INDEX).unlink()
+    model = FluxTransformer2DModel(**SMALL)
+    save_file(model.state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match="no index of a packed checkpoint"):
+        FluxTransformer2DModel.from_pretrained(folder)
+
+
+def test_layers_of_another_kind_are_not_packed():
+    packed = PackedLinear(3, 2, w_bits=0)
+    assert isinstance(packed, nn.Linear)
+    assert "w_bits=0" in repr(packed)
+    with pytest.raises(ValueError, match="w_bits=9 is not supported"):
+        PackedLinear(3, 2, w_bits=9)
