@@ -58,7 +58,7 @@ def call(folder: Path, args: argparse.Namespace, *flags) -> None:
         "save_steps": args.max_steps,
         "save_total_limit": 1,
         "disable_tqdm": True,
-        "torch_compile": torch.cuda.is_available(),  # a third of the time a step
+        "torch_compile": torch.cuda.is_available(),
     }
     words = [word for name, value in shared.items() for word in (f"--{name}", value)]
     run_logged(["train.py", *words, *flags, *args.flags], folder / "log.txt")
