@@ -141,9 +141,10 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
             self._pack_linears()
 
     def _pack_linears(self) -> None:
-        for name, module in list(self.named_modules()):
-            if isinstance(module, QuantizeLinear):
-                self.set_submodule(name, PackedLinear.from_quantized(module, name))
+        modules = self.named_modules()
+        packed = {n: PackedLinear.from_quantized(m, n) for n, m in modules if isinstance(m, QuantizeLinear)}
+        for name, layer in packed.items():  # all of them or, after an error, none
+            self.set_submodule(name, layer)
         self.requires_grad_(False)
         self.eval()
 
@@ -155,8 +156,8 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
         if self.config.w_bits >= FULL_PRECISION_BITS:
             raise ValueError(f"pack(): w_bits={self.config.w_bits} has no codes; quantize the model first")
         if not self.config.packed:
-            self.register_to_config(packed=FORMAT, lora_r=0)
             self._pack_linears()
+            self.register_to_config(packed=FORMAT, lora_r=0)
         return self
 
     def train(self, mode: bool = True) -> "FluxTransformer2DModel":

@@ -482,6 +482,7 @@ def test_what_an_earlier_model_left_in_the_folder_does_no_harm(pipeline_folder, 
         earlier.save_pretrained(tmp_path, max_shard_size=size)
         model.save_pretrained(tmp_path)
         assert same_parameters(FluxTransformer2DModel.from_pretrained(tmp_path), model)
+        assert len(list(tmp_path.iterdir())) == 3  # config, index and one shard
 
 
 def test_an_unpacked_model_saved_where_a_packed_one_was_is_loaded(pipeline_folder, ternary, tmp_path):
@@ -672,6 +673,10 @@ def test_numbers_that_are_none_are_not_packed(pipeline_folder, kind):
     model.transformer_blocks[0].attn.to_k.get_parameter(kind).data[1, 0] = torch.nan  # as a diverged training leaves it
     with pytest.raises(ValueError, match="transformer_blocks.0.attn.to_k: .*NaN or inf"):
         model.pack()
+    # A model that was left half packed would be saved as if it were whole.
+    assert not packed_layers(model)
+    assert model.config.packed == 0
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_packed_model_is_not_trained(ternary):
