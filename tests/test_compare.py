@@ -2,12 +2,14 @@
 
 import json
 import sys
+import threading
+import time
 
 import pytest
 
 from utils import compare_oneshot, compare_recipes
 from utils.scenes import CATEGORIES
-from utils.utils import run_logged
+from utils.utils import run_logged, spread
 
 FINAL = {"eval_nmse": 0.0125, "eval_psnr": 30.26, "eval_scene_score": 0.9, "eval_scene_score_teacher": 0.95}
 FINAL |= {f"eval_scene_{category}": 0.1 * i for i, category in enumerate(CATEGORIES)}
@@ -60,3 +62,27 @@ def test_oneshot_figures_become_a_table(tmp_path, monkeypatch):
 def test_a_failed_call_is_one_line_that_names_the_log(tmp_path):
     with pytest.raises(ValueError, match=rf"^train\.py failed, see {tmp_path}/log\.txt: .*w_bits=9 is not supported"):
         run_logged(["train.py", "--w_bits", 9], tmp_path / "log.txt")
+
+
+def test_work_is_spread_over_the_gpus(monkeypatch):
+    """Each slot of each GPU at most once at a time, the results in order."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    running, most, lock = {"2": 0, "5": 0}, {"2": 0, "5": 0}, threading.Lock()
+
+    def work(item, gpu):
+        with lock:
+            running[gpu] += 1
+            most[gpu] = max(most[gpu], running[gpu])
+        time.sleep(0.05)
+        with lock:
+            running[gpu] -= 1
+        return item * 10
+
+    assert spread(work, range(12), 2) == [item * 10 for item in range(12)]
+    assert most == {"2": 2, "5": 2}
+
+
+def test_without_a_gpu_work_is_given_none(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert spread(lambda item, gpu: (item, gpu), "ab", 1) == [("a", None), ("b", None)]

@@ -1,7 +1,7 @@
 """Train the same student by several recipes and put them in one table.
 
-    python -m utils.compare_recipes --output output/recipes                  # one GPU; a recipe after the other
-    python -m utils.compare_recipes --parallel 3 --recipes default published # three at a time on one GPU
+    python -m utils.compare_recipes --output output/recipes                  # on each GPU a recipe after the other
+    python -m utils.compare_recipes --parallel 4 --recipes default published # four at a time on each GPU
     python -m utils.compare_recipes --output output/recipes --max_steps 50 --num_final_images 12 --batch_size 4
 
 Every recipe is one call of train.py, with the same teacher cache, steps, batch size and held-out prompts, and resumes
@@ -11,14 +11,14 @@ OUTPUT/recipes.md. With --parallel the seconds per step are those of a shared ma
 
 import argparse
 import json
+import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from utils.scenes import CATEGORIES
-from utils.utils import get_logger, run_logged, run_script
+from utils.utils import get_logger, run_logged, run_script, spread, visible_gpus
 
 log = get_logger("recipes")
 RECIPES = {  # name: (what it is, flags of train.py that differ from the default recipe)
@@ -40,7 +40,7 @@ RECIPES = {  # name: (what it is, flags of train.py that differ from the default
 }
 
 
-def call(folder: Path, args: argparse.Namespace, *flags) -> None:
+def call(folder: Path, args: argparse.Namespace, *flags, gpu: str | None = None) -> None:
     """Run train.py with the shared flags and `flags`, its output in folder/log.txt; ValueError if it fails."""
     shared = {
         "input_model_filename": args.model,
@@ -60,14 +60,17 @@ def call(folder: Path, args: argparse.Namespace, *flags) -> None:
         "disable_tqdm": True,
         "torch_compile": torch.cuda.is_available(),
     }
+    if torch.cuda.is_available():
+        processes = args.parallel * len(visible_gpus())
+        shared["dataloader_num_workers"] = max(1, min(8, (os.cpu_count() or 1) // processes))
     words = [word for name, value in shared.items() for word in (f"--{name}", value)]
-    run_logged(["train.py", *words, *flags, *args.flags], folder / "log.txt")
+    run_logged(["train.py", *words, *flags, *args.flags], folder / "log.txt", gpu)
 
 
-def train(name: str, args: argparse.Namespace) -> dict:
+def train(name: str, gpu: str | None, args: argparse.Namespace) -> dict:
     """The summary of train.py with one recipe."""
     started = time.time()
-    call(args.output / name, args, *RECIPES[name][1])
+    call(args.output / name, args, *RECIPES[name][1], gpu=gpu)
     log.info("%s: done in %.0f s", name, time.time() - started)
     return json.loads((args.output / name / "summary.json").read_text())
 
@@ -92,7 +95,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default="assets/tiny-flux", help="the teacher")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME",
                         help=f"default: all of {', '.join(RECIPES)}")  # fmt: skip
-    parser.add_argument("--parallel", type=int, default=1, help="recipes trained at a time")
+    parser.add_argument("--parallel", type=int, default=1, help="recipes trained at a time on each GPU")
     parser.add_argument("--w_bits", type=int, default=0)
     parser.add_argument("--max_steps", type=int, default=6000)
     parser.add_argument("--batch_size", type=int, default=256)
@@ -106,9 +109,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     log.info("filling the teacher cache")
-    call(args.output / "teacher", args, "--do_train", "False")
-    with ThreadPoolExecutor(args.parallel) as pool:
-        results = dict(zip(args.recipes, pool.map(lambda name: train(name, args), args.recipes), strict=True))
+    call(args.output / "teacher", args, "--do_train", "False", gpu=(visible_gpus() or [None])[0])
+    summaries = spread(lambda name, gpu: train(name, gpu, args), args.recipes, args.parallel)
+    results = dict(zip(args.recipes, summaries, strict=True))
     figures = {"parallel": args.parallel, "recipes": results}
     (args.output / "recipes.json").write_text(json.dumps(figures, indent=2) + "\n")
     (args.output / "recipes.md").write_text(table(results))

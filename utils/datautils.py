@@ -14,6 +14,7 @@ whoever runs them, so that a cache interrupted and resumed with the same batch s
 undisturbed one.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -55,17 +56,16 @@ class TeacherSettings:
 # ------------------------------------------------------------------------------------------- recording, rebuilding
 
 
-def advance(latents: Tensor, velocity: Tensor, sigma: Tensor, following: Tensor) -> Tensor:
-    """One step of FlowMatchEulerDiscreteScheduler, from sigma to following (both 0-d), in its own precision."""
-    return (latents.float() + (following - sigma) * velocity).to(velocity.dtype)
-
-
 def rebuild_latents(noise: Tensor, velocities: Sequence[Tensor], sigmas: Tensor) -> Iterator[Tensor]:
-    """z_0, z_1 …: the noise [..., L, C], then one more for each of `velocities`; sigmas [T + 1] belong to the z_t."""
+    """z_0, z_1 …: the noise [..., L, C], then one more for each of `velocities`; sigmas [T + 1] belong to the z_t.
+
+    The arithmetic of FlowMatchEulerDiscreteScheduler to the bit: the product is rounded to the velocity's dtype, the
+    sum of two such numbers is taken in float32 and rounded once.
+    """
     latents = noise
     yield latents
-    for step, velocity in enumerate(velocities):
-        latents = advance(latents, velocity, sigmas[step], sigmas[step + 1])
+    for velocity, change in zip(velocities, sigmas.diff(), strict=False):
+        latents = latents + change * velocity
         yield latents
 
 
@@ -111,6 +111,12 @@ def record_trajectories(pipe: FluxPipeline, prompts: Sequence[str], seed: int, s
     ]
 
 
+@functools.cache
+def image_ids(side: int, dtype: torch.dtype) -> Tensor:
+    """The pipeline's position ids [side², 3] of a square picture."""
+    return FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", dtype)
+
+
 class Trajectories(Dataset):
     """Samples (one step of one trajectory) and whole trajectories; where they come from is up to a subclass.
 
@@ -153,7 +159,7 @@ class Trajectories(Dataset):
             "encoder_hidden_states": kept["prompt_embeds"],
             "pooled_projections": kept["pooled_prompt_embeds"],
             "timestep": kept["timesteps"][step].to(latents.dtype) / 1000,  # rounded as the pipeline does
-            "img_ids": FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", latents.dtype),
+            "img_ids": image_ids(side, latents.dtype),
             "txt_ids": torch.zeros(len(kept["prompt_embeds"]), 3, dtype=latents.dtype),
             "velocity": velocity,
         }

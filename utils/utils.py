@@ -2,11 +2,13 @@
 
 import logging
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,18 +65,43 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(1)
 
 
-def run_logged(words: Sequence[object], log: Path) -> None:
+def run_logged(words: Sequence[object], log: Path, gpu: str | None = None) -> None:
     """Run one of the repository's scripts (words: file name and flags), its output appended to `log`.
 
-    Raises ValueError, with the last line of the output, if it fails.
+    With `gpu` it sees that one alone. Raises ValueError, with the last line of the output, if it fails.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
     with log.open("a") as output:
         command = [sys.executable, *map(str, words)]
-        status = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT).returncode
+        status = subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT).returncode
     if status:
         lines = log.read_text().splitlines()
         raise ValueError(f"{words[0]} failed, see {log}: {lines[-1] if lines else 'no output'}")
+
+
+def visible_gpus() -> list[str]:
+    """What to put into CUDA_VISIBLE_DEVICES for each GPU that this process may use."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def spread(work: Callable[[object, str | None], object], items: Sequence[object], parallel: int) -> list:
+    """[work(item, gpu) for every item], `parallel` at a time on each GPU (without one: at all; gpu is then None)."""
+    slots = (visible_gpus() or [None]) * parallel
+    free: queue.Queue[str | None] = queue.Queue()
+    for gpu in slots:
+        free.put(gpu)
+
+    def one(item: object) -> object:
+        gpu = free.get()
+        try:
+            return work(item, gpu)
+        finally:
+            free.put(gpu)
+
+    with ThreadPoolExecutor(len(slots)) as pool:
+        return list(pool.map(one, items))
 
 
 def pick_device(name: str | None = None) -> torch.device:
