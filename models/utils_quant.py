@@ -103,9 +103,9 @@ def _quantize_forward(ctx, weight: Tensor, alpha: Tensor, num_bits: int, layerwi
         )
     ctx.save_for_backward(weight, alpha)
     step = _widen(alpha).clamp(min=ALPHA_FLOOR)
-    quantized = _levels(_widen(weight) / step, num_bits, stretched).mul_(step)
-    # Back in the weight's dtype, the one its matmul runs in. Not by a .to() that does nothing: torch.compile (seen with
-    # torch 2.11) then takes the output for a constant and all gradients are zero.
+    # Neither a product in place nor a .to() that does nothing may be the last to touch the output: torch.compile (seen
+    # with torch 2.11) would take it for a constant, and all gradients of the weight would be zero.
+    quantized = _levels(_widen(weight) / step, num_bits, stretched) * step
     return quantized if quantized.dtype == weight.dtype else quantized.to(weight.dtype)
 
 

@@ -1,7 +1,7 @@
 """Train the same student by several recipes and put them in one table.
 
     python -m utils.compare_recipes --output output/recipes                  # on each GPU a recipe after the other
-    python -m utils.compare_recipes --parallel 4 --recipes default published # four at a time on each GPU
+    python -m utils.compare_recipes --parallel 4 --recipes fast published    # four at a time on each GPU
     python -m utils.compare_recipes --output output/recipes --max_steps 50 --num_final_images 12 --batch_size 4
 
 Every recipe is one call of train.py, with the same teacher cache, steps, batch size and held-out prompts, and resumes
@@ -21,22 +21,29 @@ from utils.scenes import CATEGORIES
 from utils.utils import get_logger, run_logged, run_script, spread, visible_gpus
 
 log = get_logger("recipes")
-RECIPES = {  # name: (what it is, flags of train.py that differ from the default recipe)
-    "default": ("full weights, error-minimal α, lr 1e-3", []),
+AVERAGED = "--learning_rate 2e-3 --ema_decay 0.999".split()
+RECIPES = {  # name: (what it is, flags of train.py)
     "published": (
         "published port, literally: LoRA r 32 inside, scaling 1/32, α = max, lr 2e-5",
-        "--lora_r 32 --lora_alpha 1 --clip_init max --learning_rate 2e-5".split(),
+        "--lora_r 32 --lora_alpha 1 --clip_init max --learning_rate 2e-5 --ema_decay 0".split(),
     ),
     "lora": (
-        "LoRA r 32 inside, scaling 1, error-minimal α, lr 1e-3",
-        "--lora_r 32 --lora_alpha 32 --clip_learning_rate 5e-4".split(),
+        "LoRA r 32 inside, scaling 1, error-minimal α, lr 1e-3 (α 5e-4)",
+        "--lora_r 32 --lora_alpha 32 --learning_rate 1e-3 --clip_learning_rate 5e-4 --ema_decay 0".split(),
     ),
-    "average": ("default, weights averaged (decay 0.999)", ["--ema_decay", "0.999"]),
-    "max": ("default, but α = max", ["--clip_init", "max"]),
-    "slow": ("default, but lr 5e-4", ["--learning_rate", "5e-4"]),
-    "fast": ("default, but lr 2e-3", ["--learning_rate", "2e-3"]),
-    "frozen_alpha": ("default, but α frozen", ["--clip_learning_rate", "0"]),
-    "features": ("default, with feature loss 0.1", ["--feature_loss", "0.1"]),
+    "plain": ("full weights, error-minimal α, lr 1e-3", "--learning_rate 1e-3 --ema_decay 0".split()),
+    "average": ("the same, weights averaged (decay 0.999)", "--learning_rate 1e-3 --ema_decay 0.999".split()),
+    "fast": ("the same, lr 2e-3", AVERAGED),
+    "faster": ("the same, lr 4e-3", "--learning_rate 4e-3 --ema_decay 0.999".split()),
+    "lora_fast": (
+        "averaged, lr 2e-3, LoRA r 32 inside, scaling 1",
+        [*AVERAGED, "--lora_r", "32", "--lora_alpha", "32"],
+    ),
+    "max": ("averaged, lr 2e-3, α = max", [*AVERAGED, "--clip_init", "max"]),
+    "slow_alpha": ("averaged, lr 2e-3, α at 2e-4", [*AVERAGED, "--clip_learning_rate", "2e-4"]),
+    "frozen_alpha": ("averaged, lr 2e-3, α frozen", [*AVERAGED, "--clip_learning_rate", "0"]),
+    "features": ("averaged, lr 2e-3, feature loss 0.1", [*AVERAGED, "--feature_loss", "0.1"]),
+    "features_1": ("averaged, lr 2e-3, feature loss 1", [*AVERAGED, "--feature_loss", "1"]),
 }
 
 
@@ -58,6 +65,7 @@ def call(folder: Path, args: argparse.Namespace, *flags, gpu: str | None = None)
         "save_steps": args.max_steps,
         "save_total_limit": 1,
         "disable_tqdm": True,
+        "pack": True,
         "torch_compile": torch.cuda.is_available(),
     }
     if torch.cuda.is_available():
