@@ -33,7 +33,7 @@ from tqdm import tqdm
 from models.modeling_flux_quant import FluxTransformer2DModel, is_quantized
 from models.packing import FORMAT, PackedLinear, PackedWriter, row_chunks, store_codes, to_disk
 from models.utils_quant import check_bits, code_grid
-from utils.oneshot import INGREDIENTS, METHODS, calibrate, round_weight
+from utils.oneshot import INGREDIENTS, METHODS, calibrate, record_inputs, round_weight
 from utils.utils import (
     check_disk,
     device_name,
@@ -44,7 +44,6 @@ from utils.utils import (
     native_size,
     pick_device,
     pick_prompts,
-    record_velocities,
     run_script,
     save_grid,
     save_images,
@@ -53,6 +52,9 @@ from utils.utils import (
 
 log = get_logger("run")
 CALIBRATION_SEED = 2_000_000  # neither training nor evaluation starts from these
+# Calibration prompts, by the pixels a side: one picture of 1024 pixels has 4,096 tokens, so that 16 at 7 steps give
+# half a million samples of the inputs of a layer, of which there are at most 15,360.
+MANY_PROMPTS, MANY_PIXELS, FEW_PROMPTS = 64, 512, 16
 KINDS = ("norm", "attn", "ff", "proj")  # of layers, by a part of their name
 
 
@@ -161,33 +163,35 @@ def stream(source: Path, target: Path, args: argparse.Namespace, errors: Errors)
 def calibrated(pipe: FluxPipeline, target: Path, args: argparse.Namespace, errors: Errors) -> None:
     """Record the teacher on the calibration prompts, round layer after layer, write the packed transformer."""
     transformer, dtype = pipe.transformer, pipe.transformer.dtype
-    prompts, source = pick_prompts(pipe, args.calibration_prompts, split="train")
+    count = args.calibration_prompts or (FEW_PROMPTS if args.resolution > MANY_PIXELS else MANY_PROMPTS)
+    prompts, source = pick_prompts(pipe, count, split="train")
     log.info("calibration: %d prompts, every %d. step: %s", len(prompts), args.calibration_stride, source)
     pipe.to(args.device)
-    with record_velocities(transformer) as calls:
+    used = range(0, args.steps, args.calibration_stride)
+    with record_inputs(transformer, lambda number: number % args.steps in used) as calls:
         generate_images(
             pipe, prompts, CALIBRATION_SEED, num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
             size=args.resolution, batch_size=args.batch_size, desc="teacher",
         )  # fmt: skip
+    pipe.to("cpu")
+    empty_cache(args.device)
     # An error of the velocity enters the picture times the step that is taken with it.
     lengths = (pipe.scheduler.sigmas[:-1] - pipe.scheduler.sigmas[1:]).abs().tolist()
-    steps = [i % args.steps for i in range(len(calls))]
-    kept = [inputs for step, (inputs, _) in zip(steps, calls, strict=True) if step % args.calibration_stride == 0]
-    counts = [lengths[step] * args.steps for step in steps if step % args.calibration_stride == 0]
+    weights = [lengths[step] * args.steps for step in used] * (len(calls) // len(used))
     skeleton = packed_skeleton(dict(transformer.config), args.w_bits)
-    weights = {name: p.detach().cpu().clone() for name, p in transformer.named_parameters() if p.ndim == 2}
     writer, done = PackedWriter(target), set()
 
-    def keep(name: str, packed: PackedLinear) -> None:
-        packed, weight = packed.cpu(), weights.pop(f"{name}.weight").float()
+    def keep(name: str, packed: PackedLinear, weight: Tensor) -> None:
+        weight = weight.float()
+        energy, error = weight.square().sum().item(), (weight - packed.dequantize()).square().sum().item()
+        errors.add(name, error, energy)
         writer.add(f"{name}.weight_codes", to_disk(packed.weight_codes, packed.w_bits, packed.in_features))
         writer.add(f"{name}.weight_clip_val", packed.weight_clip_val)
         if packed.bias is not None:
             writer.add(f"{name}.bias", packed.bias.to(dtype))
-        errors.add(name, (weight - packed.dequantize()).square().sum().item(), weight.square().sum().item())
         done.update((f"{name}.weight", f"{name}.bias"))
 
-    calibrate(transformer, kept, counts, args.w_bits, keep, without=args.without)
+    calibrate(transformer, calls, weights, args.w_bits, keep, args.device, without=args.without)
     for name, parameter in transformer.named_parameters():
         if name not in done:
             writer.add(name, parameter)
@@ -224,7 +228,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--method", choices=METHODS, default="calibrated")
     parser.add_argument("--w_bits", type=int, default=0, help="0 (1.58 bit, ternary), 1 to 8")
     parser.add_argument("--threshold_ratio", type=float, default=0.05, help="with --method threshold")
-    parser.add_argument("--calibration_prompts", type=int, default=64, help="training prompts to calibrate on")
+    parser.add_argument("--calibration_prompts", type=int,
+                        help=f"training prompts to calibrate on; default: {MANY_PROMPTS}, above {MANY_PIXELS} pixels "
+                        f"{FEW_PROMPTS}")  # fmt: skip
     parser.add_argument("--calibration_stride", type=int, default=4, help="of the steps, every so many-th is used")
     parser.add_argument("--without", nargs="+", choices=INGREDIENTS, default=[], metavar="INGREDIENT",
                         help=f"leave out of the calibration: {', '.join(INGREDIENTS)}")  # fmt: skip
@@ -247,7 +253,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if not 0 <= args.threshold_ratio < 1:
             raise ValueError(f"--threshold_ratio must be at least 0 and below 1, got {args.threshold_ratio}")
         for name in ("calibration_prompts", "calibration_stride", "steps", "batch_size"):
-            if getattr(args, name) < 1:
+            if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
         if args.num_images < 0:
             raise ValueError(f"--num_images must not be negative, got {args.num_images}")

@@ -124,17 +124,21 @@ def test_a_calibrated_layer_keeps_its_outputs_better_than_a_rounded_one():
     torch.testing.assert_close(mean, layer(inputs).mean(0).detach(), atol=1e-4, rtol=0)
 
 
-def test_calibration_covers_every_block_linear_once_and_leaves_no_hooks(pipeline_folder):
+def test_calibration_covers_every_block_linear_once_frees_it_and_leaves_no_hooks(pipeline_folder):
     pipe = FluxPipeline.from_pretrained(pipeline_folder)
+    before = {name: p.detach().clone() for name, p in pipe.transformer.named_parameters()}
     with record_velocities(pipe.transformer) as calls:
         generate_images(pipe, ["a red star", "two rings"], num_inference_steps=2, batch_size=2)
     done = []
     oneshot.calibrate(
-        pipe.transformer, [inputs for inputs, _ in calls], [1.0, 1.0], 2, lambda n, p: done.append((n, p))
+        pipe.transformer, [inputs for inputs, _ in calls], [1.0, 1.0], 2, lambda *found: done.append(found)
     )
     student = FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer", w_bits=2).pack()
-    assert sorted(n for n, _ in done) == sorted(n for n, m in student.named_modules() if isinstance(m, PackedLinear))
-    assert all(torch.equal(pipe.transformer.get_submodule(n).weight, p.dequantize()) for n, p in done)
+    assert sorted(n for n, *_ in done) == sorted(n for n, m in student.named_modules() if isinstance(m, PackedLinear))
+    assert all(torch.equal(weight, before[f"{name}.weight"]) for name, _, weight in done)
+    freed = {f"{name}.{kind}" for name, *_ in done for kind in ("weight", "bias")}
+    for name, parameter in pipe.transformer.named_parameters():
+        assert parameter.is_meta if name in freed else torch.equal(parameter, before[name]), name
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.transformer.modules())
 
 
