@@ -12,17 +12,20 @@ It writes
 
     OUTPUT_PATH/                       the whole pipeline, for FluxPipeline.from_pretrained and test.py
     OUTPUT_PATH/samples/               teacher and quantized pictures of a few prompts, and grid.png
-    OUTPUT_PATH/metrics.json           layers, bytes, weight errors, seconds
+    OUTPUT_PATH/metrics.json           layers, bytes, weight errors, seconds, memory
 """
 
 import argparse
 import gc
 import json
+import resource
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import FluxPipeline
 from huggingface_hub import snapshot_download
@@ -213,6 +216,11 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
+def peak_rss() -> int:
+    """The most bytes of memory that this process has had so far, files mapped into it included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def draw(pipe: FluxPipeline, prompts: list[str], args: argparse.Namespace, desc: str) -> Tensor:
     pipe.to(args.device)
     return generate_images(
@@ -311,7 +319,9 @@ def main() -> None:
             "bytes_before": folder_bytes(source / "transformer"),
             "bytes_after": folder_bytes(folder / "transformer"),
             "layers": errors.table(), "seconds": round(quantizing, 1),
-            "device": device_name(args.device), "torch": torch.__version__,
+            "gb_per_second": round(folder_bytes(source / "transformer") / quantizing / 1e9, 3),
+            "peak_rss_bytes": peak_rss(), "device": device_name(args.device), "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
         }  # fmt: skip
         if args.num_images:
             student = FluxTransformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)
@@ -326,9 +336,10 @@ def main() -> None:
     for kind, row in metrics["layers"].items():
         print(f"{kind:<10}{row['layers']:>8}{row['weight_error']:>14.4f}")
     before, after = metrics["bytes_before"], metrics["bytes_after"]
-    speed = before / metrics["seconds"] / 1e9 if metrics["seconds"] else float("nan")
     print(f"transformer: {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({before / after:.1f}x)")
-    print(f"quantized in {metrics['seconds']:.0f} s ({speed:.3f} GB/s), {time.time() - started:.0f} s in all\n")
+    speed, peak = metrics["gb_per_second"], metrics["peak_rss_bytes"] / 1e9
+    print(f"quantized in {metrics['seconds']:.0f} s ({speed:.3f} GB/s, {peak:.1f} GB of memory at most), ", end="")
+    print(f"{time.time() - started:.0f} s in all\n")
     log.info("pipeline: %s", args.output_path)
 
 
