@@ -18,6 +18,7 @@ It writes
 import argparse
 import gc
 import json
+import math
 import resource
 import shutil
 import sys
@@ -34,7 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.modeling_flux_quant import FluxTransformer2DModel, is_quantized
-from models.packing import FORMAT, PackedLinear, PackedWriter, row_chunks, store_codes, to_disk
+from models.packing import FORMAT, PackedLinear, PackedWriter, disk_row_bytes, row_chunks, store_codes, to_disk
 from models.utils_quant import check_bits, code_grid
 from utils.oneshot import INGREDIENTS, METHODS, calibrate, record_inputs, round_weight
 from utils.utils import (
@@ -102,6 +103,16 @@ def packed_skeleton(config: dict, w_bits: int) -> FluxTransformer2DModel:
         return FluxTransformer2DModel.from_config({**config, "w_bits": w_bits, "packed": FORMAT})
 
 
+def packed_bytes(source: Path, w_bits: int) -> int:
+    """Bytes that the transformer in `source` will take on disk, what is not quantized counted at 4 each."""
+    skeleton, total = packed_skeleton(json.loads((source / "config.json").read_text()), w_bits), 0
+    for layer in skeleton.modules():
+        total += 4 * sum(p.numel() for p in layer.parameters(recurse=False) if p.dtype != torch.uint8)
+        if isinstance(layer, PackedLinear):
+            total += layer.out_features * disk_row_bytes(layer.in_features, w_bits)
+    return total
+
+
 class Errors:
     """Squared errors and energies of the weights, by kind of layer."""
 
@@ -124,12 +135,13 @@ def quantize_matrix(weight: Tensor, args: argparse.Namespace) -> tuple[Tensor, T
     stored, alphas, error, energy = [], [], 0.0, 0.0
     for rows in row_chunks(*weight.shape):
         part = weight[rows].to(args.device).float()
-        if not part.isfinite().all():
+        square = part.square().sum().item()
+        if not math.isfinite(square) and not part.isfinite().all():  # the sum alone is four times as fast
             raise ValueError("holds NaN or inf")
         codes, alpha = round_weight(part, args.w_bits, args.method, args.threshold_ratio)
         stored.append(store_codes(codes, args.w_bits).cpu())
         alphas.append(alpha.cpu())
-        energy += part.square().sum().item()
+        energy += square
         error += codes.float().add_(s).mul_(alpha / n).sub_(part).square_().sum().item()
     return torch.cat(stored), torch.cat(alphas), error, energy
 
@@ -139,12 +151,17 @@ def stream(source: Path, target: Path, args: argparse.Namespace, errors: Errors)
     skeleton = packed_skeleton(json.loads((source / "config.json").read_text()), args.w_bits)
     writer = PackedWriter(target)
     total = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    expected = {name for name, _ in skeleton.named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
+    missing = set(shapes)
+    layers = {name: m for name, m in skeleton.named_modules() if isinstance(m, PackedLinear)}
+    shapes |= {f"{name}.weight": (layer.out_features, layer.in_features) for name, layer in layers.items()}
     with tqdm(total=total, desc=args.method, unit="B", unit_scale=True) as bar:
         for name, tensor in stored_tensors(source):
             path, _, kind = name.rpartition(".")
-            layer = skeleton.get_submodule(path) if path else skeleton
-            if isinstance(layer, PackedLinear) and kind == "weight":
+            if shapes.get(name) != tensor.shape:
+                expected = f"expected {list(shapes[name])}" if name in shapes else "not expected by its config.json"
+                raise ValueError(f"{source}: {name} has shape {list(tensor.shape)}, {expected}; download it again")
+            if path in layers and kind == "weight":
                 try:
                     stored, alpha, error, energy = quantize_matrix(tensor, args)
                 except ValueError as problem:
@@ -155,10 +172,10 @@ def stream(source: Path, target: Path, args: argparse.Namespace, errors: Errors)
                 found = {name: tensor}
             for key, value in found.items():
                 writer.add(key, value)
-            expected -= set(found)
+            missing -= set(found)
             bar.update(tensor.nbytes)
-    if expected:
-        raise ValueError(f"{source}: {min(expected)} is missing; download the model again")
+    if missing:
+        raise ValueError(f"{source}: {min(missing)} is missing; download the model again")
     skeleton.save_config(target)
     writer.close(dict(skeleton.config))
 
@@ -194,6 +211,7 @@ def calibrated(pipe: FluxPipeline, target: Path, args: argparse.Namespace, error
             writer.add(f"{name}.bias", packed.bias.to(dtype))
         done.update((f"{name}.weight", f"{name}.bias"))
 
+    pipe.transformer = None
     calibrate(transformer, calls, weights, args.w_bits, keep, args.device, without=args.without)
     for name, parameter in transformer.named_parameters():
         if name not in done:
@@ -290,20 +308,19 @@ def main() -> None:
     if args.output_path.exists() and (not args.output_path.is_dir() or any(args.output_path.iterdir())):
         raise ValueError(f"--output_path {args.output_path}: exists and is not empty; choose another")
     rest = sum(f.stat().st_size for f in source.rglob("*.safetensors") if f.parent.name != "transformer")
-    check_disk(args.output_path, rest + folder_bytes(source / "transformer") // 2, "the quantized pipeline")
+    check_disk(args.output_path, rest + packed_bytes(source / "transformer", args.w_bits), "the quantized pipeline")
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32"))
     name = "1.58 bit" if args.w_bits == 0 else f"{args.w_bits} bit"
 
-    pipe, teacher_images, prompts = None, None, []
-    if args.method == "calibrated" or args.num_images:
-        pipe = load_pipeline(str(source), dtype)
-        args.resolution = args.resolution or native_size(pipe)
-    if args.num_images:
-        prompts = read_prompts(pipe, args)
-        teacher_images = draw(pipe, prompts, args, "teacher")
-
-    errors, quantizing = Errors(), time.time()
-    with whole_folder(args.output_path) as folder:
+    pipe, teacher_images, prompts, errors = None, None, [], Errors()
+    with whole_folder(args.output_path) as folder:  # a place that cannot be written to shows here
+        if args.method == "calibrated" or args.num_images:
+            pipe = load_pipeline(str(source), dtype)
+            args.resolution = args.resolution or native_size(pipe)
+        if args.num_images:
+            prompts = read_prompts(pipe, args)
+            teacher_images = draw(pipe, prompts, args, "teacher")
+        quantizing = time.time()
         if args.method == "calibrated":
             calibrated(pipe, folder / "transformer", args, errors)
         else:

@@ -50,6 +50,10 @@ from utils.utils import (
 log = get_logger("test")
 NMSE_PROMPTS = 24  # the velocity error is measured along the teacher's trajectories of so many prompts
 GRID_PROMPTS = 8
+SHAPE = (
+    "in_channels", "num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim",
+    "joint_attention_dim", "pooled_projection_dim", "guidance_embeds",
+)  # fmt: skip
 
 
 def transformer_folder(checkpoint: Path) -> Path:
@@ -58,6 +62,24 @@ def transformer_folder(checkpoint: Path) -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise ValueError(f"{checkpoint}: neither a transformer nor a pipeline (no config.json there); check the path")
+
+
+def find_teacher(checkpoint: Path) -> str:
+    """The pipeline that run.py made `checkpoint` from, if it is such a pipeline, else the embedded one."""
+    try:
+        return json.loads((checkpoint / "metrics.json").read_text())["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "assets/tiny-flux"
+
+
+def check_shapes(checkpoint: Path, student: FluxTransformer2DModel, model: str, teacher: nn.Module) -> None:
+    """ValueError, naming the first difference, unless both transformers are of one shape."""
+    for name in SHAPE:
+        if student.config[name] != teacher.config[name]:
+            raise ValueError(
+                f"{checkpoint}: {name}={student.config[name]}, but {name}={teacher.config[name]} in {model}; "
+                "name the checkpoint's teacher with --model"
+            )
 
 
 def resident_bytes(model: nn.Module) -> int:
@@ -152,7 +174,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a quantized transformer, or a pipeline with one")
     parser.add_argument("w_bits", type=int, help="what it was quantized to; 0 is 1.58 bit")
-    parser.add_argument("--model", help="the teacher; default: CHECKPOINT's own pipeline if it is one made by run.py, "
+    parser.add_argument("--model", help="the teacher; default: what run.py made CHECKPOINT from if it is from there, "
                         "else assets/tiny-flux")  # fmt: skip
     parser.add_argument("--output_dir", type=Path, default=Path("test"), help="pictures and figures go here")
     parser.add_argument("--num_images", type=int, default=24, help="pictures to draw and to measure on")
@@ -194,8 +216,9 @@ def main() -> None:
 
     folder = transformer_folder(args.checkpoint)
     student = FluxTransformer2DModel.from_pretrained(folder, w_bits=args.w_bits, dtype=dtype)
-    model = args.model or "assets/tiny-flux"
+    model = args.model or find_teacher(args.checkpoint)
     pipe = load_pipeline(model, dtype)
+    check_shapes(args.checkpoint, student, model, pipe.transformer)
     args.resolution = args.resolution or native_size(pipe)
     name = "1.58 bit" if args.w_bits == 0 else f"{args.w_bits} bit"
     if args.geneval or args.prompt_list:

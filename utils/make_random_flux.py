@@ -5,7 +5,7 @@
 
 It writes a folder that run.py takes with `--method threshold` or `mse` and `--num_images 0`: model_index.json and
 transformer/ in bfloat16, in shards as the hub has them. Matrices are N(0, 1/in), so that activations keep their size,
-norms one, biases zero. Tensor i depends on the seed and i only. No more than a shard is in memory.
+norms one, biases zero. Tensor i depends on the seed and i only. Memory holds two shards at most.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="must not hold anything yet")
     parser.add_argument("--config", choices=CONFIGS, default="flux-dev", help="whose shape")
     parser.add_argument("--blocks", type=int, nargs=2, metavar=("DOUBLE", "SINGLE"), help="other numbers of blocks")
-    parser.add_argument("--shard_gb", type=float, default=5.0, help="size of a shard, and of what is in memory")
+    parser.add_argument("--shard_gb", type=float, default=2.0, help="size of a shard; memory holds two of them")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.blocks and min(args.blocks) < 1:

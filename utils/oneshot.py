@@ -62,8 +62,9 @@ def threshold_codes(weight: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     weight = weight.float()
     magnitude = weight.abs()
     kept = magnitude >= ratio * magnitude.amax(1, keepdim=True)
-    scale = (magnitude * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
-    return (weight.sign() * kept).to(torch.int8), (1.5 * scale).clamp(min=1e-5)
+    codes = weight.sign().mul_(kept)
+    scale = (weight * codes).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
+    return codes.to(torch.int8), (1.5 * scale).clamp(min=1e-5)
 
 
 def round_weight(weight: Tensor, w_bits: int, method: str, ratio: float) -> tuple[Tensor, Tensor]:
