@@ -139,3 +139,62 @@ def test_calibration_covers_every_block_linear_once_frees_it_and_leaves_no_hooks
     for name, parameter in pipe.transformer.named_parameters():
         assert parameter.is_meta if name in freed else torch.equal(parameter, before[name]), name
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.transformer.modules())
+
+
+def test_recorded_inputs_are_those_of_the_wanted_calls(pipeline_folder):
+    pipe = FluxPipeline.from_pretrained(pipeline_folder)
+    with record_velocities(pipe.transformer) as every, oneshot.record_inputs(pipe.transformer, (1, 2).count) as calls:
+        generate_images(pipe, ["a red star"], num_inference_steps=4)
+    assert len(calls) == 2 and not pipe.transformer._forward_pre_hooks
+    for found, (wanted, _) in zip(calls, every[1:3], strict=True):
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert torch.equal(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value
+    assert calls[0]["encoder_hidden_states"] is calls[1]["encoder_hidden_states"]
+
+
+def test_moments_are_those_of_each_layers_own_inputs(pipeline_folder):
+    """Layers with one input share one object; the teacher's inputs are those that the original parameters make."""
+    pipe = FluxPipeline.from_pretrained(pipeline_folder)
+    with oneshot.record_inputs(pipe.transformer, lambda number: True) as calls:
+        generate_images(pipe, ["a red star", "two rings"], num_inference_steps=2)
+    block, cpu = pipe.transformer.transformer_blocks[0], torch.device("cpu")
+    streams = [oneshot.block_inputs(pipe.transformer, calls, cpu)] * 2
+    original = {name: p.detach() * 1.5 for name, p in block.named_parameters()}
+    layers = {name: m for name, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
+    weights = [1.0, 2.0, 3.0, 4.0]
+    found = oneshot._collect(block, original, layers, streams, weights, cpu)
+    assert found["attn.to_q"] is found["attn.to_v"] and found["attn.to_q"] is not found["attn.add_q_proj"]
+    assert len(found) == len(layers) == 14
+
+    def inputs(parameters):
+        seen = {name: [] for name in layers}
+        hooks = [m.register_forward_pre_hook(lambda _, args, n=n: seen[n].append(args[0])) for n, m in layers.items()]
+        for call in streams[0]:
+            with torch.no_grad():
+                torch.func.functional_call(block, parameters, kwargs=call)
+        for hook in hooks:
+            hook.remove()
+        return seen
+
+    students, teachers = inputs({}), inputs(original)
+    for name, layer in layers.items():
+        expected = oneshot.Statistics(layer.in_features, cpu)
+        for x, t, weight in zip(students[name], teachers[name], weights, strict=True):
+            expected.add(x, t, weight)
+        for a, b in zip(found[name].moments(), expected.moments(), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_only_one_block_and_one_call_are_away_from_the_cpu(pipeline_folder, monkeypatch):
+    """As seen from the calls of .to(): each block goes to the device once, the next only when it is back."""
+    pipe = FluxPipeline.from_pretrained(pipeline_folder)
+    with oneshot.record_inputs(pipe.transformer, lambda number: True) as calls:
+        generate_images(pipe, ["a red star"], num_inference_steps=1)
+    moves, device = [], torch.device("cpu", 0)
+    blocks = [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks]
+    for i, block in enumerate(blocks):
+        monkeypatch.setattr(block, "to", lambda where, i=i: moves.append((i, where)))
+        monkeypatch.setattr(block, "_apply", lambda fn, i=i: moves.append((i, fn(torch.zeros(1)).device)))
+    oneshot.calibrate(pipe.transformer, calls, [1.0], 0, lambda *found: None, device)
+    assert moves == [(0, device), (0, torch.device("cpu")), (1, device), (1, torch.device("cpu"))]
