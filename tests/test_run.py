@@ -23,8 +23,8 @@ FAST = ("--steps", 2, "--device", "cpu", "--calibration_prompts", 2, "--calibrat
 def call(pipeline_folder, tmp_path, monkeypatch, capsys):
     """call("--w_bits", 2) runs the script in this process, into `folder`; the result has returncode and last line."""
 
-    def call(*flags, model=pipeline_folder, folder=tmp_path / "out"):
-        argv = ["run.py", "--model_id", model, "--output_path", folder, *FAST, *flags]
+    def call(*flags, model=pipeline_folder, folder=tmp_path / "out", fast=FAST):
+        argv = ["run.py", "--model_id", model, "--output_path", folder, *fast, *flags]
         monkeypatch.setattr(sys, "argv", [str(word) for word in argv])
         capsys.readouterr()
         try:
@@ -82,6 +82,21 @@ def test_the_published_flags_and_prompts_of_ones_own(call, tmp_path):
                   "--prompts_json", tmp_path / "prompts.json")  # fmt: skip
     assert result.returncode == 0, result.line
     assert len(list((result.folder / "samples/full").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize(("pixels", "prompts"), [(64, 5), (80, 3)])
+def test_large_pictures_need_fewer_of_them(call, monkeypatch, pixels, prompts):
+    for name, value in (("MANY_PIXELS", 64), ("MANY_PROMPTS", 5), ("FEW_PROMPTS", 3)):
+        monkeypatch.setattr(script, name, value)
+    given = []
+    monkeypatch.setattr(
+        script, "calibrate", lambda model, calls, weights, *args, **kwargs: given.append((calls, weights))
+    )
+    result = call("--num_images", 0, "--resolution", pixels, "--batch_size", 1, fast=("--steps", 8, "--device", "cpu"))
+    assert result.returncode == 0, result.line
+    [(calls, weights)] = given
+    assert len(calls) == len(weights) == prompts * 2  # steps 0 and 4
+    assert weights[:2] == weights[2:4] and all(weight > 0 for weight in weights)
 
 
 def test_a_transformer_alone_is_enough_where_nothing_is_drawn(call, copy):
