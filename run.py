@@ -12,17 +12,21 @@ It writes
 
     OUTPUT_PATH/                       the whole pipeline, for FluxPipeline.from_pretrained and test.py
     OUTPUT_PATH/samples/               teacher and quantized pictures of a few prompts, and grid.png
-    OUTPUT_PATH/metrics.json           layers, bytes, weight errors, seconds
+    OUTPUT_PATH/metrics.json           layers, bytes, weight errors, seconds, memory
 """
 
 import argparse
 import gc
 import json
+import math
+import resource
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import FluxPipeline
 from huggingface_hub import snapshot_download
@@ -31,9 +35,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.modeling_flux_quant import FluxTransformer2DModel, is_quantized
-from models.packing import FORMAT, PackedLinear, PackedWriter, row_chunks, store_codes, to_disk
+from models.packing import FORMAT, PackedLinear, PackedWriter, disk_row_bytes, row_chunks, store_codes, to_disk
 from models.utils_quant import check_bits, code_grid
-from utils.oneshot import INGREDIENTS, METHODS, calibrate, round_weight
+from utils.oneshot import INGREDIENTS, METHODS, calibrate, record_inputs, round_weight
 from utils.utils import (
     check_disk,
     device_name,
@@ -44,7 +48,6 @@ from utils.utils import (
     native_size,
     pick_device,
     pick_prompts,
-    record_velocities,
     run_script,
     save_grid,
     save_images,
@@ -53,6 +56,9 @@ from utils.utils import (
 
 log = get_logger("run")
 CALIBRATION_SEED = 2_000_000  # neither training nor evaluation starts from these
+# Calibration prompts, by the pixels a side: one picture of 1024 pixels has 4,096 tokens, so that 16 at 7 steps give
+# half a million samples of the inputs of a layer, of which there are at most 15,360.
+MANY_PROMPTS, MANY_PIXELS, FEW_PROMPTS = 64, 512, 16
 KINDS = ("norm", "attn", "ff", "proj")  # of layers, by a part of their name
 
 
@@ -97,6 +103,16 @@ def packed_skeleton(config: dict, w_bits: int) -> FluxTransformer2DModel:
         return FluxTransformer2DModel.from_config({**config, "w_bits": w_bits, "packed": FORMAT})
 
 
+def packed_bytes(source: Path, w_bits: int) -> int:
+    """Bytes that the transformer in `source` will take on disk, what is not quantized counted at 4 each."""
+    skeleton, total = packed_skeleton(json.loads((source / "config.json").read_text()), w_bits), 0
+    for layer in skeleton.modules():
+        total += 4 * sum(p.numel() for p in layer.parameters(recurse=False) if p.dtype != torch.uint8)
+        if isinstance(layer, PackedLinear):
+            total += layer.out_features * disk_row_bytes(layer.in_features, w_bits)
+    return total
+
+
 class Errors:
     """Squared errors and energies of the weights, by kind of layer."""
 
@@ -119,12 +135,13 @@ def quantize_matrix(weight: Tensor, args: argparse.Namespace) -> tuple[Tensor, T
     stored, alphas, error, energy = [], [], 0.0, 0.0
     for rows in row_chunks(*weight.shape):
         part = weight[rows].to(args.device).float()
-        if not part.isfinite().all():
+        square = part.square().sum().item()
+        if not math.isfinite(square) and not part.isfinite().all():  # the sum alone is four times as fast
             raise ValueError("holds NaN or inf")
         codes, alpha = round_weight(part, args.w_bits, args.method, args.threshold_ratio)
         stored.append(store_codes(codes, args.w_bits).cpu())
         alphas.append(alpha.cpu())
-        energy += part.square().sum().item()
+        energy += square
         error += codes.float().add_(s).mul_(alpha / n).sub_(part).square_().sum().item()
     return torch.cat(stored), torch.cat(alphas), error, energy
 
@@ -134,12 +151,17 @@ def stream(source: Path, target: Path, args: argparse.Namespace, errors: Errors)
     skeleton = packed_skeleton(json.loads((source / "config.json").read_text()), args.w_bits)
     writer = PackedWriter(target)
     total = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    expected = {name for name, _ in skeleton.named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
+    missing = set(shapes)
+    layers = {name: m for name, m in skeleton.named_modules() if isinstance(m, PackedLinear)}
+    shapes |= {f"{name}.weight": (layer.out_features, layer.in_features) for name, layer in layers.items()}
     with tqdm(total=total, desc=args.method, unit="B", unit_scale=True) as bar:
         for name, tensor in stored_tensors(source):
             path, _, kind = name.rpartition(".")
-            layer = skeleton.get_submodule(path) if path else skeleton
-            if isinstance(layer, PackedLinear) and kind == "weight":
+            if shapes.get(name) != tensor.shape:
+                expected = f"expected {list(shapes[name])}" if name in shapes else "not expected by its config.json"
+                raise ValueError(f"{source}: {name} has shape {list(tensor.shape)}, {expected}; download it again")
+            if path in layers and kind == "weight":
                 try:
                     stored, alpha, error, energy = quantize_matrix(tensor, args)
                 except ValueError as problem:
@@ -150,10 +172,10 @@ def stream(source: Path, target: Path, args: argparse.Namespace, errors: Errors)
                 found = {name: tensor}
             for key, value in found.items():
                 writer.add(key, value)
-            expected -= set(found)
+            missing -= set(found)
             bar.update(tensor.nbytes)
-    if expected:
-        raise ValueError(f"{source}: {min(expected)} is missing; download the model again")
+    if missing:
+        raise ValueError(f"{source}: {min(missing)} is missing; download the model again")
     skeleton.save_config(target)
     writer.close(dict(skeleton.config))
 
@@ -161,33 +183,36 @@ def stream(source: Path, target: Path, args: argparse.Namespace, errors: Errors)
 def calibrated(pipe: FluxPipeline, target: Path, args: argparse.Namespace, errors: Errors) -> None:
     """Record the teacher on the calibration prompts, round layer after layer, write the packed transformer."""
     transformer, dtype = pipe.transformer, pipe.transformer.dtype
-    prompts, source = pick_prompts(pipe, args.calibration_prompts, split="train")
+    count = args.calibration_prompts or (FEW_PROMPTS if args.resolution > MANY_PIXELS else MANY_PROMPTS)
+    prompts, source = pick_prompts(pipe, count, split="train")
     log.info("calibration: %d prompts, every %d. step: %s", len(prompts), args.calibration_stride, source)
     pipe.to(args.device)
-    with record_velocities(transformer) as calls:
+    used = range(0, args.steps, args.calibration_stride)
+    with record_inputs(transformer, lambda number: number % args.steps in used) as calls:
         generate_images(
             pipe, prompts, CALIBRATION_SEED, num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
             size=args.resolution, batch_size=args.batch_size, desc="teacher",
         )  # fmt: skip
+    pipe.to("cpu")
+    empty_cache(args.device)
     # An error of the velocity enters the picture times the step that is taken with it.
     lengths = (pipe.scheduler.sigmas[:-1] - pipe.scheduler.sigmas[1:]).abs().tolist()
-    steps = [i % args.steps for i in range(len(calls))]
-    kept = [inputs for step, (inputs, _) in zip(steps, calls, strict=True) if step % args.calibration_stride == 0]
-    counts = [lengths[step] * args.steps for step in steps if step % args.calibration_stride == 0]
+    weights = [lengths[step] * args.steps for step in used] * (len(calls) // len(used))
     skeleton = packed_skeleton(dict(transformer.config), args.w_bits)
-    weights = {name: p.detach().cpu().clone() for name, p in transformer.named_parameters() if p.ndim == 2}
     writer, done = PackedWriter(target), set()
 
-    def keep(name: str, packed: PackedLinear) -> None:
-        packed, weight = packed.cpu(), weights.pop(f"{name}.weight").float()
+    def keep(name: str, packed: PackedLinear, weight: Tensor) -> None:
+        weight = weight.float()
+        energy, error = weight.square().sum().item(), (weight - packed.dequantize()).square().sum().item()
+        errors.add(name, error, energy)
         writer.add(f"{name}.weight_codes", to_disk(packed.weight_codes, packed.w_bits, packed.in_features))
         writer.add(f"{name}.weight_clip_val", packed.weight_clip_val)
         if packed.bias is not None:
             writer.add(f"{name}.bias", packed.bias.to(dtype))
-        errors.add(name, (weight - packed.dequantize()).square().sum().item(), weight.square().sum().item())
         done.update((f"{name}.weight", f"{name}.bias"))
 
-    calibrate(transformer, kept, counts, args.w_bits, keep, without=args.without)
+    pipe.transformer = None
+    calibrate(transformer, calls, weights, args.w_bits, keep, args.device, without=args.without)
     for name, parameter in transformer.named_parameters():
         if name not in done:
             writer.add(name, parameter)
@@ -209,6 +234,11 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
+def peak_rss() -> int:
+    """The most bytes of memory that this process has had so far, files mapped into it included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def draw(pipe: FluxPipeline, prompts: list[str], args: argparse.Namespace, desc: str) -> Tensor:
     pipe.to(args.device)
     return generate_images(
@@ -224,7 +254,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--method", choices=METHODS, default="calibrated")
     parser.add_argument("--w_bits", type=int, default=0, help="0 (1.58 bit, ternary), 1 to 8")
     parser.add_argument("--threshold_ratio", type=float, default=0.05, help="with --method threshold")
-    parser.add_argument("--calibration_prompts", type=int, default=64, help="training prompts to calibrate on")
+    parser.add_argument("--calibration_prompts", type=int,
+                        help=f"training prompts to calibrate on; default: {MANY_PROMPTS}, above {MANY_PIXELS} pixels "
+                        f"{FEW_PROMPTS}")  # fmt: skip
     parser.add_argument("--calibration_stride", type=int, default=4, help="of the steps, every so many-th is used")
     parser.add_argument("--without", nargs="+", choices=INGREDIENTS, default=[], metavar="INGREDIENT",
                         help=f"leave out of the calibration: {', '.join(INGREDIENTS)}")  # fmt: skip
@@ -247,7 +279,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if not 0 <= args.threshold_ratio < 1:
             raise ValueError(f"--threshold_ratio must be at least 0 and below 1, got {args.threshold_ratio}")
         for name in ("calibration_prompts", "calibration_stride", "steps", "batch_size"):
-            if getattr(args, name) < 1:
+            if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
         if args.num_images < 0:
             raise ValueError(f"--num_images must not be negative, got {args.num_images}")
@@ -276,20 +308,19 @@ def main() -> None:
     if args.output_path.exists() and (not args.output_path.is_dir() or any(args.output_path.iterdir())):
         raise ValueError(f"--output_path {args.output_path}: exists and is not empty; choose another")
     rest = sum(f.stat().st_size for f in source.rglob("*.safetensors") if f.parent.name != "transformer")
-    check_disk(args.output_path, rest + folder_bytes(source / "transformer") // 2, "the quantized pipeline")
+    check_disk(args.output_path, rest + packed_bytes(source / "transformer", args.w_bits), "the quantized pipeline")
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32"))
     name = "1.58 bit" if args.w_bits == 0 else f"{args.w_bits} bit"
 
-    pipe, teacher_images, prompts = None, None, []
-    if args.method == "calibrated" or args.num_images:
-        pipe = load_pipeline(str(source), dtype)
-        args.resolution = args.resolution or native_size(pipe)
-    if args.num_images:
-        prompts = read_prompts(pipe, args)
-        teacher_images = draw(pipe, prompts, args, "teacher")
-
-    errors, quantizing = Errors(), time.time()
-    with whole_folder(args.output_path) as folder:
+    pipe, teacher_images, prompts, errors = None, None, [], Errors()
+    with whole_folder(args.output_path) as folder:  # a place that cannot be written to shows here
+        if args.method == "calibrated" or args.num_images:
+            pipe = load_pipeline(str(source), dtype)
+            args.resolution = args.resolution or native_size(pipe)
+        if args.num_images:
+            prompts = read_prompts(pipe, args)
+            teacher_images = draw(pipe, prompts, args, "teacher")
+        quantizing = time.time()
         if args.method == "calibrated":
             calibrated(pipe, folder / "transformer", args, errors)
         else:
@@ -305,7 +336,9 @@ def main() -> None:
             "bytes_before": folder_bytes(source / "transformer"),
             "bytes_after": folder_bytes(folder / "transformer"),
             "layers": errors.table(), "seconds": round(quantizing, 1),
-            "device": device_name(args.device), "torch": torch.__version__,
+            "gb_per_second": round(folder_bytes(source / "transformer") / quantizing / 1e9, 3),
+            "peak_rss_bytes": peak_rss(), "device": device_name(args.device), "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
         }  # fmt: skip
         if args.num_images:
             student = FluxTransformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)
@@ -320,9 +353,10 @@ def main() -> None:
     for kind, row in metrics["layers"].items():
         print(f"{kind:<10}{row['layers']:>8}{row['weight_error']:>14.4f}")
     before, after = metrics["bytes_before"], metrics["bytes_after"]
-    speed = before / metrics["seconds"] / 1e9 if metrics["seconds"] else float("nan")
     print(f"transformer: {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({before / after:.1f}x)")
-    print(f"quantized in {metrics['seconds']:.0f} s ({speed:.3f} GB/s), {time.time() - started:.0f} s in all\n")
+    speed, peak = metrics["gb_per_second"], metrics["peak_rss_bytes"] / 1e9
+    print(f"quantized in {metrics['seconds']:.0f} s ({speed:.3f} GB/s, {peak:.1f} GB of memory at most), ", end="")
+    print(f"{time.time() - started:.0f} s in all\n")
     log.info("pipeline: %s", args.output_path)
 
 

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
 from models.packing import PackedLinear, disk_row_bytes
+from models.utils_quant import FULL_PRECISION_BITS
 from utils import scenes
 from utils.metrics import learned_scores, nmse, psnr, scene_score, ssim
 from utils.utils import (
@@ -50,6 +51,10 @@ from utils.utils import (
 log = get_logger("test")
 NMSE_PROMPTS = 24  # the velocity error is measured along the teacher's trajectories of so many prompts
 GRID_PROMPTS = 8
+SHAPE = (
+    "in_channels", "num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim",
+    "joint_attention_dim", "pooled_projection_dim", "guidance_embeds",
+)  # fmt: skip
 
 
 def transformer_folder(checkpoint: Path) -> Path:
@@ -58,6 +63,37 @@ def transformer_folder(checkpoint: Path) -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise ValueError(f"{checkpoint}: neither a transformer nor a pipeline (no config.json there); check the path")
+
+
+def check_quantized(folder: Path, w_bits: int) -> None:
+    """ValueError if the transformer in `folder` is full-precision: loading would quantize it on the spot."""
+    try:
+        found = json.loads((folder / "config.json").read_text()).get("w_bits", FULL_PRECISION_BITS)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: cannot be read ({error}); save it again") from None
+    if isinstance(found, int) and found >= FULL_PRECISION_BITS:
+        raise ValueError(
+            f"{folder}: w_bits={found} is not quantized, asked for w_bits={w_bits}; give what train.py, run.py or "
+            "sanity.py wrote"
+        )
+
+
+def find_teacher(checkpoint: Path) -> str:
+    """The pipeline that run.py made `checkpoint` from, if it is such a pipeline, else the embedded one."""
+    try:
+        return json.loads((checkpoint / "metrics.json").read_text())["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "assets/tiny-flux"
+
+
+def check_shapes(checkpoint: Path, student: FluxTransformer2DModel, model: str, teacher: nn.Module) -> None:
+    """ValueError, naming the first difference, unless both transformers are of one shape."""
+    for name in SHAPE:
+        if student.config[name] != teacher.config[name]:
+            raise ValueError(
+                f"{checkpoint}: {name}={student.config[name]}, but {name}={teacher.config[name]} in {model}; "
+                "name the checkpoint's teacher with --model"
+            )
 
 
 def resident_bytes(model: nn.Module) -> int:
@@ -105,13 +141,18 @@ def velocity_errors(transformer: nn.Module, calls: list[tuple[dict, Tensor]], st
 def write_geneval(pipe: FluxPipeline, args: argparse.Namespace, folder: Path) -> None:
     """GenEval's layout: folder/00000/metadata.jsonl and samples/00000.png …; what is there already is left alone."""
     file = args.geneval or args.prompt_list
+    wanted = 'JSON lines with a "prompt"' if args.geneval else "UTF-8 text, a prompt a line"
     try:
         lines = [line for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         items = [json.loads(line) if args.geneval else {"prompt": line.strip()} for line in lines]
         prompts = [item["prompt"] for item in items]
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise TypeError("a prompt that is no string")
     except (OSError, ValueError, KeyError, TypeError) as error:
         wanted = 'JSON lines with a "prompt"' if args.geneval else "UTF-8 text, a prompt a line"
         raise ValueError(f"{file}: cannot be read as {wanted} ({error!r})") from None
+    if not prompts:
+        raise ValueError(f"{file}: no prompts in it; write {wanted}")
     done = 0
     for number, (item, prompt) in enumerate(zip(items, tqdm(prompts, desc="prompts", unit="prompt"), strict=True)):
         samples = folder / f"{number:05d}" / "samples"
@@ -152,7 +193,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a quantized transformer, or a pipeline with one")
     parser.add_argument("w_bits", type=int, help="what it was quantized to; 0 is 1.58 bit")
-    parser.add_argument("--model", help="the teacher; default: CHECKPOINT's own pipeline if it is one made by run.py, "
+    parser.add_argument("--model", help="the teacher; default: what run.py made CHECKPOINT from if it is from there, "
                         "else assets/tiny-flux")  # fmt: skip
     parser.add_argument("--output_dir", type=Path, default=Path("test"), help="pictures and figures go here")
     parser.add_argument("--num_images", type=int, default=24, help="pictures to draw and to measure on")
@@ -193,9 +234,11 @@ def main() -> None:
     dtype = getattr(torch, args.dtype or default)
 
     folder = transformer_folder(args.checkpoint)
+    check_quantized(folder, args.w_bits)
     student = FluxTransformer2DModel.from_pretrained(folder, w_bits=args.w_bits, dtype=dtype)
-    model = args.model or "assets/tiny-flux"
+    model = args.model or find_teacher(args.checkpoint)
     pipe = load_pipeline(model, dtype)
+    check_shapes(args.checkpoint, student, model, pipe.transformer)
     args.resolution = args.resolution or native_size(pipe)
     name = "1.58 bit" if args.w_bits == 0 else f"{args.w_bits} bit"
     if args.geneval or args.prompt_list:
@@ -258,7 +301,7 @@ def main() -> None:
         metrics["scene_score"] = scene_score(images, prompts)
         if teacher_images is not None:
             metrics["scene_score_teacher"] = scene_score(teacher_images, prompts)
-    metrics["disk_bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    metrics["disk_bytes"] = sum(file.stat().st_size for file in folder.glob("diffusion_pytorch_model*.safetensors"))
     metrics["resident_bytes"] = resident_bytes(student)
     metrics["packed"] = bool(student.config.packed)
     metrics["bits_per_weight"] = bits_per_weight(student)

@@ -251,8 +251,11 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
             problem = " ".join(str(error).split())[:200]
             raise ValueError(f"{folder / 'config.json'}: describes no transformer ({problem}); save it again") from None
         device_map = kwargs.get("device_map")
-        device = next(iter(device_map.values())) if isinstance(device_map, dict) else device_map
+        device = next(iter(device_map.values()), None) if isinstance(device_map, dict) else device_map
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        dtype = None if dtype == "auto" else dtype  # as they are stored
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype={dtype!r} is not supported: name a torch dtype, such as torch.bfloat16, or 'auto'")
         load_packed(model, folder, index, dtype, torch.device("cpu" if device is None else device))
         model.register_to_config(_name_or_path=str(path))
         return model.eval()
@@ -267,7 +270,11 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
 def _check_device_map(device_map) -> None:
     """ValueError unless it is one device: the hooks that spread a model over several would not survive the swap."""
     devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-    if len(devices) > 1 or devices & {"auto", "balanced", "balanced_low_0", "sequential", "disk"}:
+    try:
+        known = all(torch.device(device) for device in devices - {None})
+    except (RuntimeError, TypeError):  # "auto" and the like are no devices
+        known = False
+    if len(devices) > 1 or not known:
         raise ValueError(f"device_map={device_map!r} is not supported: name one device, such as 'cuda'")
 
 

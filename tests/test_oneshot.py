@@ -1,7 +1,6 @@
-"""One-shot rounding against plain formulas and brute force; then run.py and test.py from end to end."""
+"""One-shot rounding against plain formulas and brute force."""
 
 import itertools
-import json
 
 import pytest
 import torch
@@ -124,84 +123,78 @@ def test_a_calibrated_layer_keeps_its_outputs_better_than_a_rounded_one():
     torch.testing.assert_close(mean, layer(inputs).mean(0).detach(), atol=1e-4, rtol=0)
 
 
-def test_calibration_covers_every_block_linear_once_and_leaves_no_hooks(pipeline_folder):
+def test_calibration_covers_every_block_linear_once_frees_it_and_leaves_no_hooks(pipeline_folder):
     pipe = FluxPipeline.from_pretrained(pipeline_folder)
+    before = {name: p.detach().clone() for name, p in pipe.transformer.named_parameters()}
     with record_velocities(pipe.transformer) as calls:
         generate_images(pipe, ["a red star", "two rings"], num_inference_steps=2, batch_size=2)
     done = []
     oneshot.calibrate(
-        pipe.transformer, [inputs for inputs, _ in calls], [1.0, 1.0], 2, lambda n, p: done.append((n, p))
+        pipe.transformer, [inputs for inputs, _ in calls], [1.0, 1.0], 2, lambda *found: done.append(found)
     )
     student = FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer", w_bits=2).pack()
-    assert sorted(n for n, _ in done) == sorted(n for n, m in student.named_modules() if isinstance(m, PackedLinear))
-    assert all(torch.equal(pipe.transformer.get_submodule(n).weight, p.dequantize()) for n, p in done)
+    assert sorted(n for n, *_ in done) == sorted(n for n, m in student.named_modules() if isinstance(m, PackedLinear))
+    assert all(torch.equal(weight, before[f"{name}.weight"]) for name, _, weight in done)
+    freed = {f"{name}.{kind}" for name, *_ in done for kind in ("weight", "bias")}
+    for name, parameter in pipe.transformer.named_parameters():
+        assert parameter.is_meta if name in freed else torch.equal(parameter, before[name]), name
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.transformer.modules())
 
 
-@pytest.mark.parametrize(("method", "bits"), [("threshold", 0), ("mse", 0), ("calibrated", 3)])
-def test_run_writes_a_pipeline_that_loads_and_that_test_judges(method, bits, run, pipeline_folder, tmp_path):
-    target = tmp_path / "quantized"
-    flags = ("--steps", 2, "--device", "cpu")
-    calibration = ("--calibration_prompts", 2, "--calibration_stride", 1)
-    made = run("run.py", "--model_id", pipeline_folder, "--output_path", target, "--method", method, "--w_bits", bits,
-               "--num_images", 2, *flags, *calibration)  # fmt: skip
-    assert made.returncode == 0, made.stderr
-    assert (target / "samples" / "grid.png").is_file()
-    pipe = FluxPipeline.from_pretrained(target)
-    assert pipe.transformer.config.w_bits == bits and pipe.transformer.config.packed
-    if method == "mse":
-        expected = FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer", w_bits=0).pack()
-        for name, parameter in expected.named_parameters():
-            assert torch.equal(pipe.transformer.get_parameter(name), parameter), name
-
-    judged = run("test.py", target, bits, "--model", pipeline_folder, "--num_images", 2, *flags,
-                 "--output_dir", tmp_path / "test")  # fmt: skip
-    assert judged.returncode == 0, judged.stderr
-    metrics = json.loads((tmp_path / "test" / "metrics.json").read_text())
-    assert metrics["w_bits"] == bits and len(metrics["nmse_by_step"]) == 2 and metrics["nmse"] > 0
-    assert (tmp_path / "test" / "samples" / "full" / "sample_001.png").is_file()
-
-    again = run("run.py", "--model_id", pipeline_folder, "--output_path", target, "--method", method, "--w_bits", bits)
-    assert again.returncode == 1 and again.stderr.strip().endswith("exists and is not empty; choose another")
+def test_recorded_inputs_are_those_of_the_wanted_calls(pipeline_folder):
+    pipe = FluxPipeline.from_pretrained(pipeline_folder)
+    with record_velocities(pipe.transformer) as every, oneshot.record_inputs(pipe.transformer, (1, 2).count) as calls:
+        generate_images(pipe, ["a red star"], num_inference_steps=4)
+    assert len(calls) == 2 and not pipe.transformer._forward_pre_hooks
+    for found, (wanted, _) in zip(calls, every[1:3], strict=True):
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert torch.equal(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value
+    assert calls[0]["encoder_hidden_states"] is calls[1]["encoder_hidden_states"]
 
 
-def test_test_names_both_bit_widths(run, pipeline_folder, tmp_path):
-    FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer", w_bits=4).save_pretrained(tmp_path)
-    judged = run("test.py", tmp_path, 2, "--model", pipeline_folder)
-    assert judged.returncode == 1
-    line = judged.stderr.strip().splitlines()[-1]
-    assert line.startswith("test.py: error: ") and "w_bits=2" in line and "w_bits=4" in line
+def test_moments_are_those_of_each_layers_own_inputs(pipeline_folder):
+    """Layers with one input share one object; the teacher's inputs are those that the original parameters make."""
+    pipe = FluxPipeline.from_pretrained(pipeline_folder)
+    with oneshot.record_inputs(pipe.transformer, lambda number: True) as calls:
+        generate_images(pipe, ["a red star", "two rings"], num_inference_steps=2)
+    block, cpu = pipe.transformer.transformer_blocks[0], torch.device("cpu")
+    streams = [oneshot.block_inputs(pipe.transformer, calls, cpu)] * 2
+    original = {name: p.detach() * 1.5 for name, p in block.named_parameters()}
+    layers = {name: m for name, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
+    weights = [1.0, 2.0, 3.0, 4.0]
+    found = oneshot._collect(block, original, layers, streams, weights, cpu)
+    assert found["attn.to_q"] is found["attn.to_v"] and found["attn.to_q"] is not found["attn.add_q_proj"]
+    assert len(found) == len(layers) == 14
+
+    def inputs(parameters):
+        seen = {name: [] for name in layers}
+        hooks = [m.register_forward_pre_hook(lambda _, args, n=n: seen[n].append(args[0])) for n, m in layers.items()]
+        for call in streams[0]:
+            with torch.no_grad():
+                torch.func.functional_call(block, parameters, kwargs=call)
+        for hook in hooks:
+            hook.remove()
+        return seen
+
+    students, teachers = inputs({}), inputs(original)
+    for name, layer in layers.items():
+        expected = oneshot.Statistics(layer.in_features, cpu)
+        for x, t, weight in zip(students[name], teachers[name], weights, strict=True):
+            expected.add(x, t, weight)
+        for a, b in zip(found[name].moments(), expected.moments(), strict=True):
+            torch.testing.assert_close(a, b)
 
 
-def test_geneval_folders_are_filled_where_something_is_missing(run, pipeline_folder, tmp_path):
-    FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer", w_bits=0).save_pretrained(tmp_path)
-    prompts = [{"tag": "single_object", "prompt": "a photo of a bench"}, {"prompt": "two clocks"}]
-    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(item) + "\n" for item in prompts))
-    command = ("test.py", tmp_path, 0, "--model", pipeline_folder, "--geneval", tmp_path / "metadata.jsonl",
-               "--output_dir", tmp_path, "--steps", 1, "--samples_per_prompt", 2, "--device", "cpu")  # fmt: skip
-    assert run(*command).returncode == 0
-    folder = tmp_path / "geneval" / "bits_0"
-    pictures = {file: file.read_bytes() for file in folder.rglob("*.png")}
-    expected = [f"{i:05d}/samples/{j:05d}.png" for i in range(2) for j in range(2)]
-    assert sorted(str(file.relative_to(folder)) for file in pictures) == expected
-    assert [json.loads((folder / f"{i:05d}" / "metadata.jsonl").read_text()) for i in range(2)] == prompts
-    gone = folder / expected[1]
-    gone.unlink()
-    assert run(*command).returncode == 0
-    assert {file: file.read_bytes() for file in folder.rglob("*.png")} == pictures
-
-
-@pytest.mark.parametrize(
-    ("flags", "status", "message"),
-    [
-        (("--model_id", "nowhere"), 1, "nowhere: neither a folder nor"),
-        (("--method", "threshold", "--w_bits", 4), 2, "--method threshold is a ternary rule"),
-        (("--w_bits", 16), 2, "--w_bits 16: nothing to quantize"),
-        (("--prompts_json", "nowhere.json"), 1, "--prompts_json nowhere.json: cannot be read"),
-    ],
-)
-def test_run_errors_are_one_line(flags, status, message, run, pipeline_folder, tmp_path):
-    result = run("run.py", "--model_id", pipeline_folder, "--output_path", tmp_path / "out", *flags)
-    assert result.returncode == status
-    assert message in result.stderr.strip().splitlines()[-1]
-    assert not (tmp_path / "out").exists()
+def test_only_one_block_and_one_call_are_away_from_the_cpu(pipeline_folder, monkeypatch):
+    """As seen from the calls of .to(): each block goes to the device once, the next only when it is back."""
+    pipe = FluxPipeline.from_pretrained(pipeline_folder)
+    with oneshot.record_inputs(pipe.transformer, lambda number: True) as calls:
+        generate_images(pipe, ["a red star"], num_inference_steps=1)
+    moves, device = [], torch.device("cpu", 0)
+    blocks = [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks]
+    for i, block in enumerate(blocks):
+        monkeypatch.setattr(block, "to", lambda where, i=i: moves.append((i, where)))
+        monkeypatch.setattr(block, "_apply", lambda fn, i=i: moves.append((i, fn(torch.zeros(1)).device)))
+    oneshot.calibrate(pipe.transformer, calls, [1.0], 0, lambda *found: None, device)
+    assert moves == [(0, device), (0, torch.device("cpu")), (1, device), (1, torch.device("cpu"))]

@@ -499,10 +499,27 @@ def test_loading_says_what_diffusers_would_say(ternary):
     assert not any(info.values())
 
 
-@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, None])
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, {}, None])
 def test_a_device_can_be_named(ternary, device_map):
     loaded = FluxTransformer2DModel.from_pretrained(ternary[1], device_map=device_map)
     assert same_parameters(loaded, ternary[0])
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_an_automatic_dtype_is_the_stored_one(ternary, tmp_path, name):
+    copy.deepcopy(ternary[0]).to(torch.bfloat16).save_pretrained(tmp_path)
+    assert FluxTransformer2DModel.from_pretrained(tmp_path, **{name: "auto"}).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("dtype", "half"), ("torch_dtype", {"default": torch.float16}), ("device_map", "auto"), ("device_map", "nowhere"),
+     ("device_map", {"a": "cpu", "b": "meta"}), ("device_map", {"": "disk"})],
+)  # fmt: skip
+def test_dtypes_and_devices_that_cannot_be_are_named(ternary, name, value):
+    with pytest.raises(ValueError) as caught:
+        FluxTransformer2DModel.from_pretrained(ternary[1], **{name: value})
+    assert str(caught.value).startswith(f"{name.removeprefix('torch_')}={value!r} is not supported: name ")
 
 
 def test_loading_from_the_cache_of_the_hub(ternary, tmp_path):

@@ -17,9 +17,19 @@ and C = Σ xx̃ᵀ over all calibration samples
     5. bias      b + W E[x] − Q E[x̃]
 
 Each of these can be left out, to see what it gives.
+
+What must fit where, for blocks of width d and M tokens in a call (FLUX.1-dev in 16 bits at 1024 pixels: d 3072, M 4608
+a picture)
+
+    host    the transformer once, whose layers are freed one after the other as they are quantized (24 GB); the two
+            streams, 2·M·d values for each picture and step (57 MB: 6.3 GB for 16 prompts at 7 steps each)
+    device  one block twice, one call on its way through it, and of the layers that are quantized together the two
+            moments, of one also some copies of them: about ten fp32 matrices of in × in (15360: 9 GB)
 """
 
-from collections.abc import Callable, Collection, Iterable
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +37,10 @@ from tqdm import tqdm
 
 from models.packing import PackedLinear
 from models.utils_quant import code_grid, init_clip_val, quantize_codes
+from utils.utils import get_logger
 
+log = get_logger("oneshot")
+CPU = torch.device("cpu")
 METHODS = ("threshold", "mse", "calibrated")
 INGREDIENTS = ("target", "rounding", "descent", "scales", "bias")
 # The linears of a block in the order in which they compute; those of one group share their inputs' making.
@@ -49,8 +62,9 @@ def threshold_codes(weight: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     weight = weight.float()
     magnitude = weight.abs()
     kept = magnitude >= ratio * magnitude.amax(1, keepdim=True)
-    scale = (magnitude * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
-    return (weight.sign() * kept).to(torch.int8), (1.5 * scale).clamp(min=1e-5)
+    codes = weight.sign().mul_(kept)
+    scale = (weight * codes).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
+    return codes.to(torch.int8), (1.5 * scale).clamp(min=1e-5)
 
 
 def round_weight(weight: Tensor, w_bits: int, method: str, ratio: float) -> tuple[Tensor, Tensor]:
@@ -178,24 +192,66 @@ class _Reached(Exception):
     """Raised to stop a forward pass where the blocks begin."""
 
 
+@contextmanager
+def record_inputs(transformer: nn.Module, wanted: Callable[[int], bool]) -> Iterator[list[dict]]:
+    """Within the block, keep the keyword arguments of those calls of `transformer` whose number is wanted, on the CPU.
+
+    A tensor that stands in several calls in a row, such as a text embedding, is kept once.
+    """
+    calls: list[dict] = []
+    moved: dict[str, tuple[Tensor, Tensor]] = {}  # the last one under each name, and where it went
+    numbers = itertools.count()
+
+    def keep(module, args, kwargs):
+        if not wanted(next(numbers)):
+            return
+        for name, value in kwargs.items():
+            if isinstance(value, Tensor) and (name not in moved or moved[name][0] is not value):
+                moved[name] = value, value.cpu()
+        calls.append({name: moved[name][1] if isinstance(value, Tensor) else value for name, value in kwargs.items()})
+
+    hook = transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def _to(value, device: torch.device):
+    """A call's arguments, or a part of them, with their tensors on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _to(part, device) for name, part in value.items()}
+    return tuple(_to(part, device) for part in value) if isinstance(value, tuple) else value
+
+
 @torch.no_grad()
-def block_inputs(transformer: nn.Module, calls: Iterable[dict]) -> list[dict]:
-    """What the first block gets in each of the transformer's calls (keyword arguments)."""
+def block_inputs(transformer: nn.Module, calls: Iterable[dict], device: torch.device) -> list[dict]:
+    """What the first block gets in each of the transformer's calls (keyword arguments), on the CPU.
+
+    Of the transformer only what comes before the blocks is taken to `device`, and back to the CPU.
+    """
     found: list[dict] = []
+    before = [module for module in transformer.children() if not isinstance(module, nn.ModuleList)]
 
     def stop(module, args, kwargs):
-        found.append(dict(kwargs))
+        found.append(_to(dict(kwargs), CPU))
         raise _Reached
 
     hook = transformer.transformer_blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+    for module in before:
+        module.to(device)
     try:
         for inputs in calls:
             try:
-                transformer(**inputs)
+                transformer(**_to(inputs, device))
             except _Reached:
                 pass
     finally:
         hook.remove()
+        for module in before:
+            module.to(CPU)
     return found
 
 
@@ -205,41 +261,54 @@ def calibrate(
     calls: list[dict],
     weights: list[float],
     w_bits: int,
-    keep: Callable[[str, PackedLinear], None],
+    keep: Callable[[str, PackedLinear, Tensor], None],
+    device: torch.device = CPU,
     skip: Callable[[str], bool] = lambda name: False,
     without: Collection[str] = (),
 ) -> None:
     """Quantize the linears inside the blocks of `transformer` one after the other, from calibration `calls` of it.
 
-    A call counts by its weight.
-    Each finished layer is handed over as keep(name, packed); what `skip(name)` names stays as it is. The transformer is
-    used up: its weights are the quantized ones afterwards.
+    A call counts by its weight. Transformer and calls are on the CPU; block after block goes to `device` and back.
+    Each finished layer is handed over as keep(name, packed, weight), on `device`, with the full-precision weight
+    [out, in] that it stands for; what `skip(name)` names stays as it is. The transformer is used up: the finished
+    layers are freed, on the meta device.
     """
-    streams = [block_inputs(transformer, calls), block_inputs(transformer, calls)]  # the student's, the teacher's
+    tokens = sum(call[name].shape[:-1].numel() for call in calls for name in ("hidden_states", "encoder_hidden_states"))
+    size = 2 * tokens * transformer.inner_dim * transformer.dtype.itemsize
+    log.info("calibration: %d calls, whose hidden states take %.1f GB of host memory", len(calls), size / 1e9)
+    streams = [block_inputs(transformer, calls, device)]  # the student's, the teacher's
+    streams.append(list(streams[0]))
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     names = {module: name for name, module in transformer.named_modules()}
     total = sum(isinstance(m, nn.Linear) and not skip(names[m]) for b in blocks for m in b.modules())
     with tqdm(total=total, desc="layers", unit="layer") as bar:
         for block in blocks:
+            block.to(device)
             original = {name: p.detach().clone() for name, p in block.named_parameters()}
+            done = []
             for group in GROUPS:
                 layers = {n: m for n, m in block.named_modules() if n in group and isinstance(m, nn.Linear)}
                 layers = {n: m for n, m in layers.items() if not skip(names[m])}
                 if not layers:
                     continue
-                statistics = _collect(block, original, layers, streams, weights)
+                statistics = _collect(block, original, layers, streams, weights, device)
                 for name, layer in layers.items():
-                    codes, alpha, bias = calibrate_layer(layer, statistics[name], w_bits, without)
+                    codes, alpha, bias = calibrate_layer(layer, statistics.pop(name), w_bits, without)
                     packed = PackedLinear.from_codes(codes, alpha, bias, w_bits)
-                    keep(names[layer], packed)
+                    keep(names[layer], packed, original[f"{name}.weight"])
                     layer.weight.copy_(packed.dequantize())
                     if bias is not None:
                         layer.bias.copy_(bias)
+                    done.append(layer)
                     bar.update()
             for i in range(len(calls)):
                 for stream, parameters in zip(streams, (None, original), strict=True):
-                    text, image = _run(block, parameters, stream[i])
-                    stream[i] = stream[i] | {"encoder_hidden_states": text, "hidden_states": image}
+                    text, image = _run(block, parameters, _to(stream[i], device))
+                    stream[i] = stream[i] | {"encoder_hidden_states": text.to(CPU), "hidden_states": image.to(CPU)}
+            for layer in done:
+                layer.to("meta")
+            block._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(CPU))
+            del original
 
 
 def _run(block: nn.Module, parameters: dict[str, Tensor] | None, inputs: dict) -> tuple[Tensor, Tensor]:
@@ -249,21 +318,29 @@ def _run(block: nn.Module, parameters: dict[str, Tensor] | None, inputs: dict) -
     return torch.func.functional_call(block, parameters, kwargs=inputs)
 
 
-def _collect(block: nn.Module, original: dict, layers: dict, streams: list[list[dict]], weights: list[float]) -> dict:
-    """Statistics of the inputs of `layers`, by name."""
+def _collect(
+    block: nn.Module, original: dict, layers: dict, streams: list[list[dict]], weights: list[float],
+    device: torch.device,
+) -> dict[str, Statistics]:  # fmt: skip
+    """Statistics of the inputs of `layers`, by name; layers with the same input, such as q, k and v, share theirs."""
     seen: dict[str, Tensor] = {}
     hooks = [
         layer.register_forward_pre_hook(lambda module, args, name=name: seen.__setitem__(name, args[0]))
         for name, layer in layers.items()
     ]
-    statistics = {name: Statistics(layer.in_features, layer.weight.device) for name, layer in layers.items()}
+    statistics: dict[str, Statistics] = {}
     try:
         for student, teacher, weight in zip(*streams, weights, strict=True):
-            _run(block, original, teacher)
+            _run(block, original, _to(teacher, device))
             reference = dict(seen)
-            _run(block, None, student)
-            for name in layers:
-                statistics[name].add(seen[name], reference[name], weight)
+            _run(block, None, _to(student, device))
+            first: dict[int, str] = {}  # of the layers that get this very tensor
+            for name, tensor in seen.items():
+                leader = first.setdefault(id(tensor), name)
+                if name not in statistics:
+                    statistics[name] = Statistics(tensor.shape[-1], device) if leader == name else statistics[leader]
+                if leader == name:
+                    statistics[name].add(tensor, reference[name], weight)
     finally:
         for hook in hooks:
             hook.remove()

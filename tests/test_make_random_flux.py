@@ -1,0 +1,106 @@
+"""utils/make_random_flux.py: diffusers' own shapes, the promised numbers, whole folders only."""
+
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from utils import make_random_flux
+from utils.utils import run_script
+
+
+@pytest.fixture
+def make(monkeypatch, capsys, tmp_path):
+    """make("--seed", 1) runs the script in this process; the result has returncode, stderr and the folder."""
+
+    def make(*flags, folder=tmp_path / "flux"):
+        argv = ["make_random_flux", "--output", folder, "--config", "tiny", *flags]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in argv])
+        try:
+            run_script(make_random_flux.main)
+            code = 0
+        except SystemExit as exit:
+            code = exit.code
+        return SimpleNamespace(returncode=code, stderr=capsys.readouterr().err, folder=folder)
+
+    return make
+
+
+def tensors(folder):
+    return {n: t for f in (folder / "transformer").glob("*.safetensors") for n, t in load_file(f).items()}
+
+
+def test_diffusers_loads_it_and_its_numbers_are_those_promised(make):
+    result = make("--blocks", 2, 3, "--shard_gb", 2e-5)
+    assert result.returncode == 0, result.stderr
+    model = diffusers.FluxTransformer2DModel.from_pretrained(result.folder / "transformer", dtype=torch.bfloat16)
+    assert (len(model.transformer_blocks), len(model.single_transformer_blocks)) == (2, 3)
+    stored = tensors(result.folder)
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: t.shape for n, t in stored.items()}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, stored[name])
+        if parameter.ndim == 2:
+            spread = parameter.float().std().item() * math.sqrt(parameter.shape[1])
+            assert spread == pytest.approx(1, abs=5 / math.sqrt(2 * parameter.numel()))
+        else:
+            assert (parameter == (1 if "norm" in name and name.endswith("weight") else 0)).all(), name
+    assert len(list((result.folder / "transformer").glob("*.safetensors"))) > 5
+    index = json.loads((result.folder / "model_index.json").read_text())
+    assert (index["_class_name"], index["transformer"]) == ("FluxPipeline", ["diffusers", "FluxTransformer2DModel"])
+
+
+def test_the_seed_decides_whatever_the_shards(make, tmp_path):
+    one = tensors(make().folder)
+    same = tensors(make("--shard_gb", 1e-5, folder=tmp_path / "same").folder)
+    other = tensors(make("--seed", 1000, folder=tmp_path / "other").folder)
+    assert one.keys() == same.keys() and all(torch.equal(one[name], same[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in one if one[name].ndim == 2)
+
+
+def test_flux_devs_shape_is_flux_devs():
+    """11.901 B parameters in 19 and 38 blocks, as published."""
+    model = make_random_flux.skeleton("flux-dev")
+    assert sum(p.numel() for p in model.parameters()) == 11_901_408_320
+    assert model.config.guidance_embeds and not make_random_flux.skeleton("flux-schnell").config.guidance_embeds
+
+
+def test_an_interruption_leaves_nothing(make, monkeypatch, tmp_path):
+    calls = []
+
+    def save(tensors, file, metadata):
+        calls.append(file)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(make_random_flux, "save_file", save)
+    with pytest.raises(KeyboardInterrupt):
+        make("--shard_gb", 1e-5)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (("--blocks", 0, 1), 2, "--blocks: at least one of each kind, got 0 1"),
+        (("--shard_gb", 0), 2, "--shard_gb must be above 0"),
+        (("--config", "flux-devil"), 2, "invalid choice: 'flux-devil'"),
+        ((), 1, "exists and is not empty; choose another"),
+    ],
+)
+def test_errors_are_one_line(make, flags, status, message, tmp_path):
+    (tmp_path / "flux").mkdir()
+    (tmp_path / "flux" / "mine").touch()
+    result = make(*flags)
+    assert result.returncode == status and message in result.stderr.strip().splitlines()[-1]
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(make, monkeypatch, tmp_path):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    result = make()
+    assert result.returncode == 1 and "make room or choose another folder" in result.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,218 @@
+"""run.py from end to end on a pipeline of random weights: what it writes, what it refuses, what it leaves behind."""
+
+import json
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from safetensors.torch import load_file, save_file
+
+import run as script
+from models.modeling_flux_quant import FluxTransformer2DModel
+from models.packing import PackedWriter
+from models.utils_quant import init_clip_val, quantize
+from utils.utils import run_script
+
+FAST = ("--steps", 2, "--device", "cpu", "--calibration_prompts", 2, "--calibration_stride", 1)
+
+
+@pytest.fixture
+def call(pipeline_folder, tmp_path, monkeypatch, capsys):
+    """call("--w_bits", 2) runs the script in this process, into `folder`; the result has returncode and last line."""
+
+    def call(*flags, model=pipeline_folder, folder=tmp_path / "out", fast=FAST):
+        argv = ["run.py", "--model_id", model, "--output_path", folder, *fast, *flags]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in argv])
+        capsys.readouterr()
+        try:
+            run_script(script.main)
+            code = 0
+        except SystemExit as exit:
+            code = exit.code
+        lines = capsys.readouterr().err.strip().splitlines()
+        return SimpleNamespace(returncode=code, line=lines[-1] if lines else "", folder=folder)
+
+    return call
+
+
+@pytest.fixture
+def copy(pipeline_folder, tmp_path):
+    """A copy of the pipeline to spoil."""
+    return shutil.copytree(pipeline_folder, tmp_path / "model")
+
+
+@pytest.mark.parametrize(("method", "bits"), [("threshold", 0), ("mse", 2), ("calibrated", 3)])
+def test_it_writes_a_pipeline_that_one_call_loads(method, bits, call, pipeline_folder):
+    result = call("--method", method, "--w_bits", bits, "--num_images", 2)
+    assert result.returncode == 0, result.line
+    written = {str(file.relative_to(result.folder / "samples")) for file in (result.folder / "samples").rglob("*.png")}
+    names = ("full", f"bits_{bits}")
+    assert written == {"grid.png"} | {f"{name}/sample_00{i}.png" for name in names for i in range(2)}
+    pipe = FluxPipeline.from_pretrained(result.folder)
+    assert pipe.transformer.config.w_bits == bits and pipe.transformer.config.packed
+    teacher = FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer")
+    quantized = {n for n, _ in pipe.transformer.named_parameters() if n.endswith("weight_codes")}
+    assert len(quantized) == 20
+    for name, parameter in teacher.named_parameters():
+        stem, _, kind = name.rpartition(".")
+        found = getattr(pipe.transformer.get_submodule(stem), kind)
+        if f"{stem}.weight_codes" not in quantized:
+            assert torch.equal(found, parameter), name
+        elif kind == "weight" and method == "mse":
+            assert torch.equal(found, quantize(parameter, init_clip_val(parameter, bits), bits)), name
+
+    metrics = json.loads((result.folder / "metrics.json").read_text())
+    before, after = (
+        sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
+        for folder in (pipeline_folder, result.folder)
+    )
+    assert (metrics["bytes_before"], metrics["bytes_after"]) == (before, after)
+    assert sum(row["layers"] for row in metrics["layers"].values()) == len(quantized)
+    assert 10**8 < metrics["peak_rss_bytes"] < 10**11
+    assert metrics["gb_per_second"] == pytest.approx(before / metrics["seconds"] / 1e9, rel=1, abs=1e-3)
+    assert (metrics["torch"], metrics["device"][-9:]) == (torch.__version__, "CPU cores")
+
+
+def test_the_published_flags_and_prompts_of_ones_own(call, tmp_path):
+    (tmp_path / "prompts.json").write_text(json.dumps(["a red star", "two rings", "a moon"]))
+    result = call("--method", "threshold", "--threshold_ratio", 0.05, "--num_images", 2, "--seed", 1,
+                  "--prompts_json", tmp_path / "prompts.json")  # fmt: skip
+    assert result.returncode == 0, result.line
+    assert len(list((result.folder / "samples/full").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize(("pixels", "prompts"), [(64, 5), (80, 3)])
+def test_large_pictures_need_fewer_of_them(call, monkeypatch, pixels, prompts):
+    for name, value in (("MANY_PIXELS", 64), ("MANY_PROMPTS", 5), ("FEW_PROMPTS", 3)):
+        monkeypatch.setattr(script, name, value)
+    given = []
+    monkeypatch.setattr(
+        script, "calibrate", lambda model, calls, weights, *args, **kwargs: given.append((calls, weights))
+    )
+    result = call("--num_images", 0, "--resolution", pixels, "--batch_size", 1, fast=("--steps", 8, "--device", "cpu"))
+    assert result.returncode == 0, result.line
+    [(calls, weights)] = given
+    assert len(calls) == len(weights) == prompts * 2  # steps 0 and 4
+    assert weights[:2] == weights[2:4] and all(weight > 0 for weight in weights)
+
+
+def test_a_transformer_alone_is_enough_where_nothing_is_drawn(call, copy):
+    for part in copy.iterdir():
+        if part.is_dir() and part.name != "transformer":
+            shutil.rmtree(part)
+    assert call("--method", "mse", "--num_images", 0, model=copy).returncode == 0
+    refused = call("--num_images", 0, model=copy, folder=copy.parent / "other")
+    assert refused.returncode == 1 and f"{copy}: cannot be loaded" in refused.line
+
+
+@pytest.mark.parametrize("method", ["threshold", "calibrated"])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_an_interruption_leaves_nothing(call, monkeypatch, tmp_path, method, kind):
+    def stop(*args):
+        raise kind
+
+    monkeypatch.setattr(PackedWriter, "close", stop)
+    if kind is KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt):
+            call("--method", method, "--num_images", 0)
+    else:
+        result = call("--method", method, "--num_images", 0)
+        assert result.returncode == 1 and "No space left on device" in result.line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(call, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    result = call("--method", "mse", "--num_images", 0)
+    assert result.returncode == 1 and result.line.endswith("exists and is not empty; choose another")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_any_work(call, copy, monkeypatch):
+    """Where the transformer packed and the rest of the pipeline do not fit; just enough is enough."""
+    needed = script.packed_bytes(copy / "transformer", 0)
+    needed += sum(f.stat().st_size for f in copy.rglob("*.safetensors") if f.parent.name != "transformer")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    result = call("--method", "mse", "--num_images", 0)
+    assert result.returncode == 1 and result.line.endswith("make room or choose another folder")
+    assert not result.folder.exists()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed))
+    result = call("--method", "mse", "--num_images", 0)
+    assert result.returncode == 0
+    weights = sum(
+        t.nbytes for f in (result.folder / "transformer").glob("*.safetensors") for t in load_file(f).values()
+    )
+    assert weights == script.packed_bytes(copy / "transformer", 0)
+
+
+def change(file, **entries):
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+def test_what_is_no_full_precision_flux_is_refused_by_name(call, copy, tmp_path):
+    quantized = call("--method", "mse", "--num_images", 0, folder=tmp_path / "quantized").folder
+    again = call(model=quantized)
+    assert again.returncode == 1 and "its transformer is quantized already; give the full-precision" in again.line
+    other = call(model=tmp_path)
+    assert other.returncode == 1 and f"{tmp_path}: not a pipeline with a transformer" in other.line
+    change(copy / "transformer/config.json", _class_name="SD3Transformer2DModel")
+    change(copy / "model_index.json", transformer=["diffusers", "SD3Transformer2DModel"])
+    result = call(model=copy)
+    assert result.returncode == 1
+    assert result.line.endswith("its transformer is a SD3Transformer2DModel, expected a FluxTransformer2DModel")
+    assert not result.folder.exists()
+
+
+@pytest.mark.parametrize("fault", ["nan", "missing", "truncated", "shape", "superfluous"])
+def test_a_damaged_transformer_is_named_and_nothing_is_left(call, copy, fault):
+    [file] = (copy / "transformer").glob("*.safetensors")
+    name = "transformer_blocks.0.attn.to_q.weight"
+    if fault == "truncated":
+        file.write_bytes(file.read_bytes()[:-8])
+    else:
+        tensors = load_file(file)
+        if fault == "nan":
+            tensors[name][1, 2] = float("nan")
+        elif fault == "missing":
+            del tensors[name]
+        elif fault == "superfluous":
+            tensors[name := "transformer_blocks.7.attn.to_q.weight"] = torch.zeros(2, 2)
+        else:
+            tensors[name] = tensors[name][:-1].contiguous()
+        save_file(tensors, file, metadata={"format": "pt"})
+    result = call("--method", "threshold", "--num_images", 0, model=copy)
+    assert result.returncode == 1 and result.line.startswith("run.py: error: ")
+    if fault != "truncated":
+        assert name.removesuffix(".weight") in result.line
+    assert not result.folder.exists() and not result.folder.with_name("out.tmp").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (("--model_id", "nowhere"), 1, "nowhere: neither a folder nor"),
+        (("--method", "threshold", "--w_bits", 4), 2, "--method threshold is a ternary rule"),
+        (("--w_bits", 16), 2, "--w_bits 16: nothing to quantize"),
+        (("--w_bits", 9), 2, "w_bits=9 is not supported"),
+        (("--threshold_ratio", 1), 2, "--threshold_ratio must be at least 0 and below 1"),
+        (("--num_images", -1), 2, "--num_images must not be negative"),
+        (("--calibration_prompts", 0), 2, "--calibration_prompts must be at least 1"),
+        (("--device", "abacus"), 2, "--device abacus is not available here"),
+        (("--prompts_json", "nowhere.json"), 1, "--prompts_json nowhere.json: cannot be read"),
+    ],
+)
+def test_errors_are_one_line(flags, status, message, call):
+    result = call(*flags)
+    assert result.returncode == status and message in result.line
+    assert not result.folder.exists()
+
+
+def test_it_runs_as_a_script(run, pipeline_folder, tmp_path):
+    flags = ("--model_id", pipeline_folder, "--output_path", tmp_path / "out", "--method", "threshold", *FAST)
+    made = run("run.py", *flags, "--num_images", 0)
+    assert made.returncode == 0, made.stderr
+    assert "GB of memory at most" in made.stdout and "weight error" in made.stdout

@@ -1,0 +1,246 @@
+"""test.py from end to end on a pipeline of random weights: every kind of checkpoint, what it measures, what it refuses.
+
+References: the velocities and pictures of diffusers' own pipeline, and the sizes of files.
+"""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+
+import run as run_py
+import train as train_py
+from models.modeling_flux_quant import FluxTransformer2DModel
+from utils.utils import generate_images, record_velocities, run_script
+
+# Under its own name it would hide Python's package `test`.
+spec = importlib.util.spec_from_file_location("test_script", Path(__file__).parents[1] / "test.py")
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+
+STEPS, SEED = 2, 5
+KINDS = ("sanity", "trainer", "trained", "packed", "pipeline")
+
+
+def start(main, *argv) -> int:
+    """The exit status of a script's main() in this process."""
+    old, sys.argv = sys.argv, [str(word) for word in argv]
+    try:
+        run_script(main)
+        return 0
+    except SystemExit as exit:
+        return exit.code
+    finally:
+        sys.argv = old
+
+
+@pytest.fixture(scope="module")
+def checkpoints(pipeline_folder, tmp_path_factory) -> dict[str, Path]:
+    """A ternary checkpoint of each of KINDS, made the way the project makes it."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    model = FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer", w_bits=0)
+    model.save_pretrained(folder / "cache" / "bits_0")
+    model.pack().save_pretrained(folder / "packed")
+    flags = ["--model_id", pipeline_folder, "--output_path", folder / "oneshot", "--method", "mse"]
+    assert start(run_py.main, "run.py", *flags, "--num_images", 0, "--device", "cpu") == 0
+    flags = ["--input_model_filename", pipeline_folder, "--output_dir", folder / "run", "--local_dir", folder]
+    flags += "--output_model_filename student --device cpu --resolution 64 --num_train_prompts 2 --num_images 1".split()
+    flags += "--num_inference_steps 2 --max_steps 1 --save_steps 1 --report_to none --disable_tqdm True".split()
+    assert start(train_py.main, "train.py", *flags, "--per_device_train_batch_size", 2) == 0
+    return {
+        "sanity": folder / "cache" / "bits_0",
+        "trainer": folder / "run" / "checkpoint-1",
+        "trained": folder / "models" / "student",
+        "packed": folder / "packed",
+        "pipeline": folder / "oneshot",
+    }
+
+
+@pytest.fixture
+def call(pipeline_folder, tmp_path, capsys):
+    """call(checkpoint, 0, "--seed", 1) runs test.py; the result has returncode, stdout, stderr's last line, metrics."""
+
+    def call(checkpoint, w_bits, *flags, model=pipeline_folder):
+        flags = ["--device", "cpu", "--steps", STEPS, "--seed", SEED, "--output_dir", tmp_path / "test", *flags]
+        flags += ["--model", model] if model else []
+        capsys.readouterr()
+        code = start(script.main, "test.py", checkpoint, w_bits, *flags)
+        output = capsys.readouterr()
+        lines = output.err.strip().splitlines()
+        file = tmp_path / "test" / "metrics.json"
+        metrics = json.loads(file.read_text()) if file.exists() else None
+        return SimpleNamespace(
+            returncode=code, stdout=output.out, line=lines[-1] if lines else "", metrics=metrics,
+            folder=tmp_path / "test",
+        )  # fmt: skip
+
+    return call
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_checkpoint_is_judged(kind, checkpoints, call, pipeline_folder):
+    result = call(checkpoints[kind], 0, "--num_images", 2, "--resolution", 64)
+    assert result.returncode == 0, result.line
+    metrics = result.metrics
+    packed = kind in ("packed", "pipeline")
+    folder = checkpoints[kind] / "transformer" if kind == "pipeline" else checkpoints[kind]
+    assert (metrics["w_bits"], metrics["packed"], metrics["model"]) == (0, packed, str(pipeline_folder))
+    weights = [f for f in folder.glob("*.safetensors") if f.name != "training_state.safetensors"]
+    assert metrics["disk_bytes"] == sum(file.stat().st_size for file in weights)
+    assert (metrics["bits_per_weight"] < 8) == packed
+    assert len(metrics["nmse_by_step"]) == STEPS and 0 < metrics["nmse"] < 10 and 0 < metrics["psnr"] < 100
+    assert {f.name for f in (result.folder / "samples/full").iterdir()} == {"sample_000.png", "sample_001.png"}
+    assert "seconds a picture" in result.stdout
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_bit_width_than_the_checkpoints_is_an_error_that_names_both(kind, checkpoints, call):
+    result = call(checkpoints[kind], 4)
+    assert result.returncode == 1
+    assert result.line.startswith("test.py: error: ")
+    assert "w_bits=4" in result.line and "w_bits=0" in result.line
+    assert not result.folder.exists()
+
+
+def test_what_is_measured_is_what_diffusers_draws(checkpoints, call, pipeline_folder):
+    """Velocities at the teacher's own states; pictures from the same noise."""
+    result = call(checkpoints["packed"], 0, "--num_images", 2, "--batch_size", 2)
+    pipe = FluxPipeline.from_pretrained(pipeline_folder)
+    prompts = script.pick_prompts(pipe, 2)[0]
+    with record_velocities(pipe.transformer) as calls:
+        full = generate_images(pipe, prompts, SEED, num_inference_steps=STEPS, batch_size=2)
+    student = FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer", w_bits=0)
+    with torch.no_grad():
+        errors = [(student(**inputs)[0] - v).double().square().sum() for inputs, v in calls]
+    energies = [v.double().square().sum() for _, v in calls]
+    by_step = [(e / n).item() for e, n in zip(errors, energies, strict=True)]
+    assert result.metrics["nmse_by_step"] == pytest.approx(by_step, rel=1e-4)
+    assert result.metrics["nmse"] == pytest.approx((sum(errors) / sum(energies)).item(), rel=1e-4)
+    drawn = generate_images(
+        FluxPipeline(**pipe.components | {"transformer": student}), prompts, SEED, num_inference_steps=STEPS
+    )
+    ratio = torch.stack([-10 * (a - b).square().mean().log10() for a, b in zip(drawn, full, strict=True)]).mean()
+    assert result.metrics["psnr"] == pytest.approx(ratio.item(), abs=0.01)
+    for name, images in (("full", full), ("bits_0", drawn)):
+        picture = torch.frombuffer(
+            bytearray(Image.open(result.folder / "samples" / name / "sample_001.png").tobytes()), dtype=torch.uint8
+        )
+        expected = (images[1] * 255).permute(1, 2, 0).flatten()
+        assert (picture.float() - expected).abs().max() <= 1
+    assert result.metrics["scene_score"]["stderr"] >= 0
+    assert Image.open(result.folder / "samples" / "grid.png").width > 3 * 128  # teacher, checkpoint, difference
+
+
+def test_without_the_teacher(checkpoints, call):
+    result = call(checkpoints["packed"], 0, "--num_images", 1, "--no_teacher")
+    assert result.returncode == 0
+    assert not {"nmse", "psnr", "ssim"} & set(result.metrics)
+    assert [folder.name for folder in (result.folder / "samples").iterdir() if folder.is_dir()] == ["bits_0"]
+
+
+def test_the_teacher_is_found_or_asked_for(checkpoints, call, pipeline_folder):
+    """run.py's pipeline knows it; anything else is taken for tiny-flux, whose shape this checkpoint has not."""
+    flags = ("--num_images", 1, "--resolution", 64)
+    assert call(checkpoints["pipeline"], 0, *flags, model=None).metrics["model"] == str(pipeline_folder)
+    result = call(checkpoints["packed"], 0, *flags, model=None)
+    assert result.returncode == 1
+    assert f"{checkpoints['packed']}: " in result.line and "assets/tiny-flux" in result.line
+    assert result.line.endswith("name the checkpoint's teacher with --model")
+
+
+def test_weights_that_are_not_measured_say_so(checkpoints, call, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    result = call(checkpoints["packed"], 0, "--num_images", 1, "--resolution", 64)
+    for name in ("lpips", "clip_score"):
+        assert result.metrics[name].startswith("not measured: ")
+
+
+# --------------------------------------------------------------------------------- folders for outside benchmarks
+
+
+def pictures(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.png")}
+
+
+@pytest.mark.parametrize("flag", ["--geneval", "--prompt_list"])
+def test_benchmark_folders_are_laid_out_and_filled_where_something_is_missing(flag, checkpoints, call, tmp_path):
+    items = [{"tag": "single_object", "prompt": "a photo of a bench"}, {"prompt": "zwei Uhren, süß"}]
+    if flag == "--prompt_list":
+        items = [{"prompt": item["prompt"]} for item in items]
+    lines = [json.dumps(item) if flag == "--geneval" else item["prompt"] for item in items]
+    (tmp_path / "prompts").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    command = (checkpoints["packed"], 0, flag, tmp_path / "prompts", "--samples_per_prompt", 2, "--resolution", 64)
+    assert call(*command).returncode == 0
+    folder = tmp_path / "test" / "geneval" / "bits_0"
+    first = pictures(folder)
+    expected = [f"{i:05d}/samples/{j:05d}.png" for i in range(2) for j in range(2)]
+    assert sorted(first) == expected and len(set(first.values())) == 4
+    assert [json.loads((folder / f"{i:05d}" / "metadata.jsonl").read_text()) for i in range(2)] == items
+    assert not (tmp_path / "test" / "metrics.json").exists()
+
+    (folder / expected[1]).unlink()
+    kept = (folder / expected[0]).stat().st_mtime_ns
+    assert call(*command).returncode == 0
+    assert pictures(folder) == first and (folder / expected[0]).stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize(
+    ("flag", "content", "message"),
+    [
+        ("--geneval", b"a photo of a bench", 'cannot be read as JSON lines with a "prompt"'),
+        ("--geneval", b'{"tag": "x"}', 'cannot be read as JSON lines with a "prompt"'),
+        ("--geneval", b"[1]", 'cannot be read as JSON lines with a "prompt"'),
+        ("--geneval", b'{"prompt": 7}', 'cannot be read as JSON lines with a "prompt"'),
+        ("--geneval", b"\n", "no prompts in it"),
+        ("--prompt_list", b"\xff\xfe\x00", "cannot be read as UTF-8 text"),
+        ("--prompt_list", b"", "no prompts in it"),
+    ],
+)
+def test_prompt_files_that_hold_none_are_refused(flag, content, message, checkpoints, call, tmp_path):
+    (tmp_path / "prompts").write_bytes(content)
+    result = call(checkpoints["packed"], 0, flag, tmp_path / "prompts")
+    assert result.returncode == 1 and f"{tmp_path / 'prompts'}: " in result.line and message in result.line
+    assert not result.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (("--num_images", 0), 2, "--num_images must be at least 1"),
+        (("--resolution", 100), 2, "--resolution must be a multiple of 16"),
+        (("--geneval", "a", "--prompt_list", "b"), 2, "--geneval and --prompt_list: give one of them"),
+        (("--offload",), 2, "--offload needs a GPU"),
+        (("--device", "abacus"), 2, "--device abacus is not available here"),
+        (("--prompts", "nowhere.txt"), 1, "--prompts nowhere.txt: cannot be read"),
+        (("--geneval", "nowhere.jsonl"), 1, "nowhere.jsonl: cannot be read"),
+        (("--model", "nowhere"), 1, "nowhere: neither a folder nor a hub id"),
+    ],
+)
+def test_errors_are_one_line(flags, status, message, checkpoints, call):
+    result = call(checkpoints["packed"], 0, *flags, model=None if "--model" in flags else checkpoints["pipeline"])
+    assert result.returncode == status and message in result.line
+
+
+def test_a_checkpoint_that_is_none_is_named(call, tmp_path, checkpoints, pipeline_folder):
+    assert call(tmp_path / "nowhere", 0).line.endswith("no config.json there); check the path")
+    for w_bits in (0, 16):
+        plain = call(pipeline_folder, w_bits)
+        assert plain.returncode == 1 and f"w_bits=16 is not quantized, asked for w_bits={w_bits}" in plain.line
+    broken = shutil.copytree(checkpoints["packed"], tmp_path / "broken")
+    [file] = broken.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "damaged" in call(broken, 0).line
+
+
+def test_it_runs_as_a_script(run, checkpoints, pipeline_folder, tmp_path):
+    flags = ("--model", pipeline_folder, "--num_images", 1, "--steps", 1, "--resolution", 64, "--device", "cpu")
+    judged = run("test.py", checkpoints["packed"], 0, *flags, "--output_dir", tmp_path)
+    assert judged.returncode == 0, judged.stderr
+    assert (tmp_path / "metrics.json").is_file()
