@@ -27,6 +27,7 @@ from diffusers.configuration_utils import register_to_config
 from huggingface_hub import snapshot_download
 from torch import nn
 
+from models.kernels import MODES
 from models.packing import FORMAT, INDEX, PackedLinear, PackedWriter, load_packed, read_index, stored_tensors
 from models.utils_quant import (
     FULL_PRECISION_BITS,
@@ -158,6 +159,20 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
         if not self.config.packed:
             self._pack_linears()
             self.register_to_config(packed=FORMAT, lora_r=0)
+        return self
+
+    def set_inference_mode(self, mode: str) -> "FluxTransformer2DModel":
+        """How a packed model multiplies: "exact" (the default) or "fast", with activations in 8 bits (see kernels.py).
+
+        Returns the model. ValueError on another word or a model that is not packed.
+        """
+        if mode not in MODES:
+            raise ValueError(f"inference mode {mode!r}: expected one of {', '.join(MODES)}")
+        if not self.config.packed:
+            raise ValueError(f"inference mode {mode!r}: this model holds weights, not codes; pack() it first")
+        for module in self.modules():
+            if isinstance(module, PackedLinear):
+                module.mode = mode
         return self
 
     def train(self, mode: bool = True) -> "FluxTransformer2DModel":
