@@ -235,7 +235,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--guidance_scale", type=float, default=3.5)
     parser.add_argument("--resolution", type=int, help="pixels a side; default: what the autoencoder was made for")
     parser.add_argument("--batch_size", type=int, default=8, help="pictures drawn at a time")
-    parser.add_argument("--mode", choices=MODES, default="exact", help="how pictures are drawn; fast: 8-bit activations")
+    parser.add_argument("--mode", choices=MODES, default="exact", help="to draw in; fast: 8-bit activations")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA")
     parser.add_argument("--device", help="default: cuda if there, else mps, else cpu")
     parser.add_argument("--seed", type=int, default=42, help="picture i starts from the noise of seed + i")
@@ -303,7 +303,8 @@ def main() -> None:
         quantizing = time.time() - quantizing
         copy_rest(source, folder)
         metrics = {
-            "model": args.model_id, "method": args.method, "w_bits": args.w_bits, "without": args.without, "mode": args.mode,
+            "model": args.model_id, "method": args.method, "w_bits": args.w_bits, "without": args.without,
+            "mode": args.mode,
             "bytes_before": folder_bytes(source / "transformer"),
             "bytes_after": folder_bytes(folder / "transformer"),
             "layers": errors.table(), "seconds": round(quantizing, 1),

@@ -35,6 +35,7 @@ PLANES = {0: (2,), 1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7
 SMALL = 16  # tokens up to which a layer is memory-bound
 FP8 = torch.float8_e4m3fn
 FP8_BITS = 4  # codes up to so many bits are exact in e4m3: integers to 16
+_CPU_ROWS = 1024  # of a product on a CPU: a few MB of cache
 _CHUNK = 2**20  # codes worked on at a time: bounds the memory of packing and unpacking, and fits a cache
 
 
@@ -278,10 +279,9 @@ def quantize_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         version, *found = getattr(x, "_quantized", (None,))
         if version == (x._version, dtype):
             return tuple(found)
-    largest = torch.linalg.vector_norm(x, ord=float("inf"), dim=-1, keepdim=True)
-    scale = largest.float().clamp(min=1e-30) / (448 if dtype == FP8 else 127)
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-30) / (448 if dtype == FP8 else 127)
     q = x / scale
-    q = (q if dtype == FP8 else q.round()).to(dtype)
+    q = (q if dtype == FP8 else q.round_()).to(dtype)
     if shared:
         x._quantized = (x._version, dtype), q, scale  # an attribute, so that it goes when x goes
     return q, scale
@@ -314,10 +314,13 @@ def fast_linear(
         out = out if bias is None or inside else out + bias
         return out.view(*q.shape[:-1], out_features)
     out = torch.empty(len(tokens), out_features, dtype=dtype, device=q.device)
-    chunks = [slice(0, out_features)] if q.is_cuda else row_chunks(out_features, in_features)
-    for rows in chunks:  # on a CPU as much as its cache holds
+    size = out_features if q.is_cuda else _CPU_ROWS
+    for rows in (slice(start, start + size) for start in range(0, out_features, size)):
         product = torch._int_mm(tokens, integers(codes[rows], w_bits, in_features, torch.int8).t()) * steps[:, rows]
-        out[:, rows] = product.mul_(scale) if bias is None else torch.addcmul(bias[rows].float(), product, scale)
+        if bias is None:
+            torch.mul(product, scale, out=out[:, rows])
+        else:
+            torch.addcmul(bias[rows].float(), product, scale, out=out[:, rows])
     return out.view(*q.shape[:-1], out_features)
 
 
