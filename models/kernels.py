@@ -95,9 +95,9 @@ if triton is not None:
     @triton.jit
     def _few_tokens(
         x, codes, alpha, bias, out, rows, columns, in_features, alpha_stride, shift, factor,
-        WIDTH: tl.constexpr, TERNARY: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+        WIDTH: tl.constexpr, LIFT: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
-        """out[m, n] = Σ_k x[m, k]·W[n, k] + bias[n] in fp32, W rounded to x's dtype; a program has ROWS rows, one m."""
+        """out[m, n] = Σ_k x[m, k]·W[n, k] + bias[n] in fp32, W rounded to x's dtype; one m and ROWS rows a program."""
         n, m = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
         dtype = x.dtype.element_ty
         step = tl.load(alpha + n * alpha_stride, mask=n < rows, other=0)
@@ -112,17 +112,17 @@ if triton is not None:
                 k = i * columns + column
                 x_i = tl.load(x + m * in_features + k, mask=(column < columns) & (k < in_features), other=0)
                 x_i = x_i.to(tl.float32)
-                if TERNARY:
-                    # The field in the upper mantissa of 1.5, its sign bit flipped, is 1.5 + c/4: no conversion.
-                    lifted = byte << (21 - 2 * i) if i < 3 else byte << 15
-                    total += (((lifted & 0x600000) ^ 0x3FC00000).to(tl.float32, bitcast=True)) * x_i[None, :]
+                if LIFT:
+                    # In the uppermost bits of a mantissa, and with its sign flipped, the field reads 1.5 + c/4.
+                    lifted = ((byte << (21 - 2 * i)) & 0x600000) ^ 0x3FC00000
+                    total += lifted.to(tl.float32, bitcast=True) * x_i[None, :]
                     x_total += x_i
                 else:
                     field = (byte >> (i * WIDTH)) & ((1 << WIDTH) - 1)
                     level = ((field ^ (1 << (WIDTH - 1))) - (1 << (WIDTH - 1)) + shift) * factor
                     total += (level * step[:, None]).to(dtype).to(tl.float32) * x_i[None, :]
         y = tl.sum(total, 1)
-        if TERNARY:
+        if LIFT:
             y = (y - 1.5 * tl.sum(x_total, 0)) * 4 * (step * factor).to(dtype).to(tl.float32)
         if BIASED:
             y += tl.load(bias + n, mask=n < rows, other=0).to(tl.float32)
@@ -223,10 +223,11 @@ def exact_linear(x: Tensor, codes: Tensor, alpha: Tensor, bias: Tensor | None, w
     (n, s), x = code_grid(w_bits), x.contiguous()
     out = x.new_empty(*x.shape[:-1], len(codes))
     rows = 16
+    lift = w_bits == 0 and x.dtype != torch.float32  # costs three bits of the sum
     with torch.cuda.device_of(x):
         _few_tokens[(triton.cdiv(len(codes), rows), tokens)](
             x, codes, alpha, x if bias is None else bias, out, len(codes), codes.shape[1], x.shape[-1],
-            int(alpha.numel() > 1), s, 1 / n, PLANES[w_bits][0], w_bits == 0, bias is not None, rows, 256,
+            int(alpha.numel() > 1), s, 1 / n, PLANES[w_bits][0], lift, bias is not None, rows, 256,
         )  # fmt: skip
     return out
 
