@@ -273,19 +273,26 @@ def token_dtype(x: Tensor, out_features: int, w_bits: int) -> torch.dtype | None
 
 
 def quantize_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x [..., in] as q [..., in] in int8 or e4m3 and scale [..., 1] (fp32), x ≈ q·scale: each token's max|x| is 127 or
-    448. A second call with the same tensor, as of q, k and v, gives the same result while x lives unchanged."""
-    shared = not torch.compiler.is_compiling() and not x.is_inference()
-    if shared:
-        version, *found = getattr(x, "_quantized", (None,))
-        if version == (x._version, dtype):
-            return tuple(found)
+    """x [..., in] as q [..., in] in int8 or e4m3 and scale [..., 1] (fp32), x ≈ q·scale; max|q| is 127 or 448."""
     scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-30) / (448 if dtype == FP8 else 127)
     q = x / scale
-    q = (q if dtype == FP8 else q.round_()).to(dtype)
-    if shared:
-        x._quantized = (x._version, dtype), q, scale  # an attribute, so that it goes when x goes
-    return q, scale
+    return (q if dtype == FP8 else q.round_()).to(dtype), scale
+
+
+class Siblings:
+    """What layers of one input (q, k and v) share: the first quantizes its tokens, the last lets go of them.
+
+    Without it a compiled block would hold the quantized tokens as often as they are used.
+    """
+
+    def __init__(self):
+        self.x = self.quantized = None
+
+    def quantize(self, x: Tensor, dtype: torch.dtype, last: bool) -> tuple[Tensor, Tensor]:
+        """quantize_tokens(x, dtype), for the layer that is the last of them or for another."""
+        quantized = self.quantized if self.x is x else quantize_tokens(x, dtype)
+        self.x, self.quantized = (None, None) if last else (x, quantized)
+        return quantized
 
 
 def grid_step(w_bits: int) -> float:
@@ -328,12 +335,3 @@ def fast_linear(
 @fast_linear.register_fake
 def _(q, scale, codes, alpha, bias, w_bits, dtype):
     return q.new_empty(*q.shape[:-1], len(codes), dtype=dtype)
-
-
-def linear(x: Tensor, codes: Tensor, alpha: Tensor, bias: Tensor | None, w_bits: int, mode: str) -> Tensor:
-    """x [..., in] -> [..., out] in x's dtype; exactly also where x wants a gradient, or token_dtype has none for it."""
-    dtype = token_dtype(x, len(codes), w_bits) if mode == "fast" else None
-    if dtype is None or (x.requires_grad and torch.is_grad_enabled()):
-        return exact_linear(x, codes, alpha, bias, w_bits)
-    q, scale = quantize_tokens(x, dtype)
-    return fast_linear(q, scale * grid_step(w_bits), codes, alpha, bias, w_bits, x.dtype)

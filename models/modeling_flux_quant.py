@@ -49,6 +49,10 @@ DEFAULT_SETTINGS = {
     "quantize_modulation": True,
     "packed": 0,
 }
+SIBLINGS = (  # inside a block, layers that are called with the same input, in this order
+    ("proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v"),
+    ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+)
 MODULATION = ("norm1.linear", "norm1_context.linear", "norm.linear")  # AdaLN, inside a block
 
 
@@ -170,9 +174,13 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
             raise ValueError(f"inference mode {mode!r}: expected one of {', '.join(MODES)}")
         if not self.config.packed:
             raise ValueError(f"inference mode {mode!r}: this model holds weights, not codes; pack() it first")
-        for module in self.modules():
-            if isinstance(module, PackedLinear):
-                module.mode = mode
+        for block in (*self.transformer_blocks, *self.single_transformer_blocks):
+            layers = {n.removesuffix(".base_layer"): m for n, m in block.named_modules() if isinstance(m, PackedLinear)}
+            for layer in layers.values():
+                layer.mode = mode
+            for names in SIBLINGS:
+                if siblings := [layers[name] for name in names if name in layers]:
+                    PackedLinear.share_tokens(siblings)
         return self
 
     def train(self, mode: bool = True) -> "FluxTransformer2DModel":

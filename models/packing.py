@@ -146,6 +146,7 @@ class PackedLinear(Fp32Parameters, nn.Linear):
         nn.Module.__init__(self)  # not Linear's, which would allocate the weight
         self.in_features, self.out_features = in_features, out_features
         self.w_bits, self.weight_layerwise = check_bits(w_bits), weight_layerwise
+        self.siblings, self.last_sibling = kernels.Siblings(), True
 
         def parameter(*shape: int, dtype: torch.dtype | None) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
@@ -170,6 +171,13 @@ class PackedLinear(Fp32Parameters, nn.Linear):
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return layer.eval()
+
+    @staticmethod
+    def share_tokens(layers: list["PackedLinear"]) -> None:
+        """Quantize the input of these layers once in fast mode; they are called with it one after the other."""
+        siblings = kernels.Siblings()
+        for layer in layers:
+            layer.siblings, layer.last_sibling = siblings, layer is layers[-1]
 
     @classmethod
     @torch.no_grad()
@@ -219,7 +227,12 @@ class PackedLinear(Fp32Parameters, nn.Linear):
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        return kernels.linear(input, self.weight_codes, self.weight_clip_val, bias, self.w_bits, self.mode)
+        weight = (self.weight_codes, self.weight_clip_val, bias, self.w_bits)
+        dtype = kernels.token_dtype(input, self.out_features, self.w_bits) if self.mode == "fast" else None
+        if dtype is None or (input.requires_grad and torch.is_grad_enabled()):
+            return kernels.exact_linear(input, *weight)
+        q, scale = self.siblings.quantize(input, dtype, self.last_sibling)
+        return kernels.fast_linear(q, scale * kernels.grid_step(self.w_bits), *weight, input.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, w_bits={self.w_bits}"

@@ -141,7 +141,8 @@ def test_calibration_covers_every_block_linear_once_and_leaves_no_hooks(pipeline
 @pytest.mark.parametrize(("method", "bits"), [("threshold", 0), ("mse", 0), ("calibrated", 3)])
 def test_run_writes_a_pipeline_that_loads_and_that_test_judges(method, bits, run, pipeline_folder, tmp_path):
     target = tmp_path / "quantized"
-    flags = ("--steps", 2, "--device", "cpu")
+    mode = "fast" if method == "threshold" else "exact"
+    flags = ("--steps", 2, "--device", "cpu", "--mode", mode)
     calibration = ("--calibration_prompts", 2, "--calibration_stride", 1)
     made = run("run.py", "--model_id", pipeline_folder, "--output_path", target, "--method", method, "--w_bits", bits,
                "--num_images", 2, *flags, *calibration)  # fmt: skip
@@ -158,7 +159,8 @@ def test_run_writes_a_pipeline_that_loads_and_that_test_judges(method, bits, run
                  "--output_dir", tmp_path / "test")  # fmt: skip
     assert judged.returncode == 0, judged.stderr
     metrics = json.loads((tmp_path / "test" / "metrics.json").read_text())
-    assert metrics["w_bits"] == bits and len(metrics["nmse_by_step"]) == 2 and metrics["nmse"] > 0
+    assert metrics["w_bits"] == bits and metrics["mode"] == mode
+    assert len(metrics["nmse_by_step"]) == 2 and metrics["nmse"] > 0
     assert (tmp_path / "test" / "samples" / "full" / "sample_001.png").is_file()
 
     again = run("run.py", "--model_id", pipeline_folder, "--output_path", target, "--method", method, "--w_bits", bits)
