@@ -119,6 +119,28 @@ def test_fast_mode_rounds_nothing_but_the_tokens(w_bits, dtype):
 
 
 @pytest.mark.kernels
+@DTYPES
+@pytest.mark.parametrize("eight", [torch.int8, FP8], ids=["int8", "e4m3"])
+def test_the_fused_kernel(eight, dtype, monkeypatch):
+    if GPU and eight == FP8 and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no e4m3")
+    if not kernels.has_triton(torch.empty(0, device=DEVICE)):
+        pytest.skip("needs Triton")
+    for shape in [(48, 512), (130, 256)] + [(3072, 3072)] * GPU:
+        monkeypatch.setattr(kernels, "FUSED", {shape})
+        for bias, layerwise in ((True, False), (False, True)):
+            layer, codes = packed_layer(*shape, 0, bias, layerwise, dtype)
+            weight = levels(layer, codes, torch.float32)
+            for count in [7, 150] + [4608] * GPU:
+                q, scale = kernels.quantize_tokens(tokens_of(count, shape[1], dtype), eight)
+                expected = F.linear(q.double() * scale.double(), weight, layer.bias.double() if bias else None)
+                step = scale * kernels.grid_step(0)
+                found = kernels.fast_linear(q, step, layer.weight_codes, layer.weight_clip_val, layer.bias, 0, dtype)
+                assert found.dtype == dtype
+                assert_close(found, expected, max(TOLERANCE[dtype], 2e-3 if GPU and eight == FP8 else 0))
+
+
+@pytest.mark.kernels
 def test_leading_dimensions_strides_and_no_tokens_at_all():
     layer, codes = packed_layer(32, 64, 0)
     for mode in kernels.MODES:
