@@ -61,11 +61,13 @@ if triton is not None:
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         row, column = at // columns, at % columns
         byte = tl.load(codes + at, mask=at < count, other=0).to(tl.int32)
+        if SCALED:
+            step = tl.load(alpha + row * alpha_stride, mask=at < count, other=0)
         for i in tl.static_range(8 // WIDTH):
             field = (byte >> (i * WIDTH)) & ((1 << WIDTH) - 1)
             value = ((field ^ (1 << (WIDTH - 1))) - (1 << (WIDTH - 1)) + shift) * factor
             if SCALED:
-                value *= tl.load(alpha + row * alpha_stride, mask=at < count, other=0)
+                value *= step
             k = i * columns + column
             value = value.to(out.dtype.element_ty)
             tl.store(out + row.to(tl.int64) * in_features + k, value, mask=(at < count) & (k < in_features))
@@ -75,6 +77,8 @@ if triton is not None:
         """The integers of the fast mode, four bytes at a time; codes and out are words, `columns` of codes a row."""
         WIDTH: tl.constexpr = 1 if BITS == 1 else 4 if BITS == 4 else 2
         MASK: tl.constexpr = 0x01010101 * ((1 << WIDTH) - 1)
+        ODD: tl.constexpr = BITS == 1 or BITS == 2
+        SIGN: tl.constexpr = 1 << WIDTH if ODD else 1 << (WIDTH - 1)
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         row, column = at // columns, at % columns
         word = tl.load(codes + at, mask=at < count, other=0)
@@ -88,8 +92,7 @@ if triton is not None:
                 else:
                     value = (0x38383838 + ((field ^ (field >> 1)) & 0x01010101) * 0x0C) | (field & 0x02020202) << 6
             else:
-                SIGN: tl.constexpr = 1 << WIDTH if BITS == 1 or BITS == 2 else 1 << (WIDTH - 1)
-                if BITS == 1 or BITS == 2:
+                if ODD:
                     field = field * 2 + 0x01010101
                 value = field | (field & (0x01010101 * SIGN)) * (256 // SIGN - 2)
             tl.store(out + (row * (8 // WIDTH) + i) * columns + column, value, mask=at < count)
