@@ -302,11 +302,11 @@ def _has_fp8(device: torch.device) -> bool:
 def token_dtype(x: Tensor, out_features: int, w_bits: int) -> torch.dtype | None:
     """What fast mode quantizes the tokens x [..., in] to for this layer; None where exact mode serves as well.
 
-    That is up to SMALL tokens, off CPU and CUDA, and for shapes that the 8-bit products do not take.
+    On CUDA that is up to SMALL tokens, and shapes that the 8-bit products do not take; also every other device but CPU.
     """
-    if x.numel() <= SMALL * x.shape[-1] or x.device.type not in ("cpu", "cuda"):
-        return None
-    if x.device.type == "cuda" and (x.shape[-1] % 16 or out_features % 16):
+    if x.device.type == "cpu":
+        return torch.int8 if x.numel() else None
+    if x.device.type != "cuda" or x.numel() <= SMALL * x.shape[-1] or x.shape[-1] % 16 or out_features % 16:
         return None
     return FP8 if w_bits <= FP8_BITS and _has_fp8(x.device) else torch.int8
 

@@ -242,6 +242,8 @@ def test_blocks_compile_whole_and_once(small, blocks, mode):
 
 @pytest.mark.parametrize(("blocks", "inputs"), [("transformer_blocks", 8), ("single_transformer_blocks", 2)])
 def test_q_k_and_v_share_their_quantized_tokens(small, blocks, inputs, monkeypatch):
+    if not GPU:  # where modulation is exact
+        inputs += 2 if blocks == "transformer_blocks" else 1
     calls = []
     quantize = kernels.quantize_tokens
     monkeypatch.setattr(kernels, "quantize_tokens", lambda *args: calls.append(args) or quantize(*args))
@@ -310,7 +312,8 @@ def test_fast_mode_hardly_changes_the_velocity_of_tiny_flux():
         exact = model(**inputs).sample.double()
         fast = model.set_inference_mode("fast")(**inputs).sample.double()
     nmse = ((fast - exact).square().sum() / exact.square().sum()).item()
-    assert 0 < nmse < (5e-2 if kernels.token_dtype(torch.empty(64, 256, device=DEVICE), 256, 0) == FP8 else 5e-3)
+    eight = kernels.token_dtype(inputs["hidden_states"], 256, 0)
+    assert 0 < nmse < (1e-2 if eight == FP8 else 1e-3)
 
 
 # Triton
@@ -324,6 +327,39 @@ def test_every_kernel_in_the_interpreter_of_triton():
         cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-4000:]
+
+
+CODES = {"codes": "*u8", "alpha": "*fp32", "columns": "i32", "alpha_stride": "i32"}
+LEVELS = {"in_features": "i32", "shift": "fp32", "factor": "fp32"}
+WORDS = {"codes": "*i32", "out": "*i32", "count": "i32"}
+OUTPUT = {"scale": "*fp32", "bias": "*bf16", "out": "*bf16", "tokens": "i32", "rows": "i32"}
+TILE = {"BIASED": True, "ROWS": 16, "COLUMNS": 64}
+
+
+@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests above ran the kernels")
+@pytest.mark.parametrize(
+    ("kernel", "types", "constants"),
+    [
+        ("_unpack", LEVELS | {"out": "*bf16", "count": "i32"}, {"WIDTH": 2, "SCALED": True, "BLOCK": 1024}),
+        ("_unpack", LEVELS | {"out": "*fp8e4nv", "count": "i32"}, {"WIDTH": 4, "SCALED": False, "BLOCK": 1024}),
+        ("_unpack_words", WORDS, {"BITS": 0, "IS_FP8": True, "BLOCK": 1024}),
+        ("_unpack_words", WORDS, {"BITS": 2, "IS_FP8": False, "BLOCK": 1024}),
+        ("_few_tokens", LEVELS | OUTPUT | {"x": "*bf16"}, TILE | {"WIDTH": 2, "LIFT": True}),
+        ("_few_tokens", LEVELS | OUTPUT | {"x": "*bf16"}, TILE | {"WIDTH": 4, "LIFT": False}),
+        ("_fused", OUTPUT | {"q": "*fp8e4nv"}, TILE | {"ROWS": 128, "TOKENS": 128}),
+    ],
+)
+def test_the_kernels_compile_for_a_gpu_that_is_not_there(kernel, types, constants):
+    """The interpreter accepts what the compiler does not."""
+    triton = pytest.importorskip("triton", reason="Triton is made for Linux only")
+    function, types = getattr(kernels, kernel), CODES | types
+    source = triton.compiler.ASTSource(
+        function,
+        {name: "constexpr" if name in constants else types[name] for name in function.arg_names},
+        {(number,): constants[name] for number, name in enumerate(function.arg_names) if name in constants},
+    )
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    assert "ptx" in triton.compile(source, target=target, options={"num_warps": 4}).asm
 
 
 def test_without_triton_there_is_plain_torch(run):
