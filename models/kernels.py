@@ -3,17 +3,17 @@
 W[n, k] = α[n]·(c[n, k] + s)/n_grid for integer codes c (utils_quant.code_grid), a few bits each, laid out in planes
 (packing.py). Two ways to multiply:
 
-    exact   W in the dtype of x, tile by tile out of the codes into a scratch matrix, then F.linear: the numbers of the
-            dequantized layer up to the order of the sum.
+    exact   W unpacked into a scratch matrix in the dtype of x, then F.linear: the numbers of the dequantized layer up
+            to the order of the sum.
     fast    every token of x in 8 bits (e4m3 from compute capability 8.9, else int8), x ≈ q·scale; the codes as the
             integers g with W = α·g·grid_step in 8 bits, which hold them exactly; an 8-bit product on the tensor cores
             (torch._scaled_mm, torch._int_mm) and the scales in its epilogue. Only x is rounded: 2.7 % of its norm in
-            e4m3 and 0.9 % in int8 if it is Gaussian.
+            e4m3 and 0.8 % in int8 if it is Gaussian. `_fused` does all of it without a scratch matrix.
 
-Up to SMALL tokens (modulation has one a picture) the layer is memory traffic and nothing else: `_few_tokens` reads the
-codes once and multiplies in fp32, in either mode. A scratch matrix lives inside one call; the caching allocator, or
-the pool of a CUDA graph, gives the same memory to the next. The ops are opaque to torch.compile; quantize_tokens is
-plain torch, so that it is fused into what comes before it.
+Up to SMALL tokens (modulation has one a picture) a layer is memory traffic and nothing else: on a GPU `_few_tokens`
+reads the codes once and multiplies in fp32, in either mode. A scratch matrix lives inside one call; the caching
+allocator, or the pool of a CUDA graph, gives the same memory to the next. The ops are opaque to torch.compile;
+quantize_tokens is plain torch, so that it is fused into what comes before it.
 """
 
 from collections.abc import Iterator
@@ -341,12 +341,12 @@ def grid_step(w_bits: int) -> float:
 
 
 def _launch_fused(q, scale, codes, alpha, bias, dtype: torch.dtype) -> Tensor:
-    q, rows, tokens, columns = q.contiguous(), len(codes), len(q), 64
+    tokens, rows = len(q), len(codes)
     out = torch.empty(tokens, rows, dtype=dtype, device=q.device)
     with torch.cuda.device_of(q):
         _fused[(triton.cdiv(tokens, 128), triton.cdiv(rows, 128))](
-            q, scale.contiguous(), codes, alpha, out if bias is None else bias, out, tokens, rows, codes.shape[1],
-            int(alpha.numel() > 1), bias is not None, 128, 128, columns, num_warps=8, num_stages=3,
+            q, scale, codes, alpha, out if bias is None else bias, out, tokens, rows, codes.shape[1],
+            int(alpha.numel() > 1), bias is not None, 128, 128, 64, num_warps=8, num_stages=3,
         )  # fmt: skip
     return out
 
@@ -361,7 +361,7 @@ def fast_linear(
     (uint8), alpha [out, 1] or [1, 1] (fp32), bias [out] in `dtype`. In e4m3 the product is rounded to bf16.
     """
     in_features, out_features = q.shape[-1], len(codes)
-    tokens, scale = q.reshape(-1, in_features), scale.reshape(-1, 1)
+    tokens, scale = q.reshape(-1, in_features).contiguous(), scale.reshape(-1, 1).contiguous()
     if (out_features, in_features) in FUSED and w_bits == 0 and has_triton(q):
         return _launch_fused(tokens, scale, codes, alpha, bias, dtype).view(*q.shape[:-1], out_features)
     steps = alpha.view(1, -1).expand(1, out_features).contiguous()
