@@ -285,7 +285,8 @@ def _save_codes(ctx, inputs, output) -> None:
 def _exact_backward(ctx, grad: Tensor):
     codes, alpha = ctx.saved_tensors
     grad_x = grad @ dequantize(codes, alpha, ctx.w_bits, ctx.in_features, grad.dtype)
-    return grad_x, None, None, grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None, None
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
+    return grad_x, None, None, grad_bias, None
 
 
 exact_linear.register_autograd(_exact_backward, setup_context=_save_codes)

@@ -129,8 +129,8 @@ def from_disk(stored: Tensor, w_bits: int, in_features: int) -> Tensor:
 class PackedLinear(Fp32Parameters, nn.Linear):
     """A linear layer that holds codes instead of weights; for inference.
 
-    x [..., in] -> [..., out] in the autocast dtype, else in x's; `mode` "exact" gives the same numbers as
-    QuantizeLinear, "fast" those of activations in 8 bits (kernels.py). Parameters, none
+    x [..., in] -> [..., out] in the autocast dtype, else in x's; `mode` "exact" gives the numbers of
+    QuantizeLinear up to the order of the sum, "fast" those of activations in 8 bits (kernels.py). Parameters, none
     of which wants a gradient: weight_codes [out, row_bytes] uint8, weight_clip_val [out, 1] or [1, 1] fp32, bias [out].
     `weight` is computed when it is asked for: it has the shape and the dtype that LoRA adapters look for, and
     writing to it has no effect.
