@@ -34,6 +34,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from models.kernels import MODES
 from models.modeling_flux_quant import FluxTransformer2DModel, is_quantized
 from models.packing import FORMAT, PackedLinear, PackedWriter, disk_row_bytes, row_chunks, store_codes, to_disk
 from models.utils_quant import check_bits, code_grid
@@ -266,6 +267,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--guidance_scale", type=float, default=3.5)
     parser.add_argument("--resolution", type=int, help="pixels a side; default: what the autoencoder was made for")
     parser.add_argument("--batch_size", type=int, default=8, help="pictures drawn at a time")
+    parser.add_argument("--mode", choices=MODES, default="exact", help="to draw in; fast: 8-bit activations")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA")
     parser.add_argument("--device", help="default: cuda if there, else mps, else cpu")
     parser.add_argument("--seed", type=int, default=42, help="picture i starts from the noise of seed + i")
@@ -333,6 +335,7 @@ def main() -> None:
         copy_rest(source, folder)
         metrics = {
             "model": args.model_id, "method": args.method, "w_bits": args.w_bits, "without": args.without,
+            "mode": args.mode,
             "bytes_before": folder_bytes(source / "transformer"),
             "bytes_after": folder_bytes(folder / "transformer"),
             "layers": errors.table(), "seconds": round(quantizing, 1),
@@ -342,7 +345,7 @@ def main() -> None:
         }  # fmt: skip
         if args.num_images:
             student = FluxTransformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)
-            pipe.register_modules(transformer=student)
+            pipe.register_modules(transformer=student.set_inference_mode(args.mode))
             images = draw(pipe, prompts, args, name)
             save_images(teacher_images, folder / "samples" / "full")
             save_images(images, folder / "samples" / f"bits_{args.w_bits}")

@@ -4,6 +4,7 @@
     python test.py output/models/tiny-flux-1.58bit 0 --num_images 1200           # what train.py left
     python test.py output/train/run/checkpoint-200 0                             # one of its checkpoints
     python test.py CHECKPOINT 0 --model black-forest-labs/FLUX.1-dev --offload   # the real one on a small card
+    python test.py output/oneshot 0 --mode fast                                  # 8-bit activations (models/kernels.py)
     python test.py CHECKPOINT 0 --geneval evaluation_metadata.jsonl              # GenEval's folders, four a prompt
 
 CHECKPOINT is a transformer or a whole pipeline, W_BITS what it was quantized to (0: 1.58 bit). Teacher and checkpoint
@@ -27,6 +28,7 @@ from diffusers import FluxPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from models.kernels import MODES
 from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
 from models.packing import PackedLinear, disk_row_bytes
 from models.utils_quant import FULL_PRECISION_BITS
@@ -203,6 +205,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samples_per_prompt", type=int, default=4, help="with --geneval or --prompt_list")
     parser.add_argument("--no_teacher", action="store_true", help="draw with the checkpoint only")
     parser.add_argument("--offload", action="store_true", help="keep on the device only the part that computes")
+    parser.add_argument("--mode", choices=MODES, default="exact", help="to compute in; fast: 8-bit activations")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA")
     parser.add_argument("--device", help="default: cuda if there, else mps, else cpu")
     parser.add_argument("--seed", type=int, default=42, help="picture i starts from the noise of seed + i")
@@ -236,6 +239,8 @@ def main() -> None:
     folder = transformer_folder(args.checkpoint)
     check_quantized(folder, args.w_bits)
     student = FluxTransformer2DModel.from_pretrained(folder, w_bits=args.w_bits, dtype=dtype)
+    if args.mode != "exact":
+        student.set_inference_mode(args.mode)
     model = args.model or find_teacher(args.checkpoint)
     pipe = load_pipeline(model, dtype)
     check_shapes(args.checkpoint, student, model, pipe.transformer)
@@ -282,7 +287,7 @@ def main() -> None:
     metrics = {
         "checkpoint": str(args.checkpoint), "w_bits": args.w_bits, "model": model, "prompts": len(prompts),
         "prompt_source": source, "seed": args.seed, "steps": args.steps, "guidance_scale": args.guidance_scale,
-        "resolution": args.resolution, "dtype": str(dtype), "batch_size": args.batch_size,
+        "resolution": args.resolution, "dtype": str(dtype), "mode": args.mode, "batch_size": args.batch_size,
         "device": device_name(device),
         "torch": torch.__version__,
     }  # fmt: skip

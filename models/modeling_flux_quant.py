@@ -27,6 +27,7 @@ from diffusers.configuration_utils import register_to_config
 from huggingface_hub import snapshot_download
 from torch import nn
 
+from models.kernels import MODES
 from models.packing import FORMAT, INDEX, PackedLinear, PackedWriter, load_packed, read_index, stored_tensors
 from models.utils_quant import (
     FULL_PRECISION_BITS,
@@ -48,6 +49,10 @@ DEFAULT_SETTINGS = {
     "quantize_modulation": True,
     "packed": 0,
 }
+SIBLINGS = (  # inside a block, layers that are called with the same input, in this order
+    ("proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v"),
+    ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+)
 MODULATION = ("norm1.linear", "norm1_context.linear", "norm.linear")  # AdaLN, inside a block
 
 
@@ -158,6 +163,24 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
         if not self.config.packed:
             self._pack_linears()
             self.register_to_config(packed=FORMAT, lora_r=0)
+        return self
+
+    def set_inference_mode(self, mode: str) -> "FluxTransformer2DModel":
+        """How a packed model multiplies: "exact" (the default) or "fast", with activations in 8 bits (see kernels.py).
+
+        Returns the model. ValueError on another word or a model that is not packed.
+        """
+        if mode not in MODES:
+            raise ValueError(f"inference mode {mode!r}: expected one of {', '.join(MODES)}")
+        if not self.config.packed:
+            raise ValueError(f"inference mode {mode!r}: this model holds weights, not codes; pack() it first")
+        for block in (*self.transformer_blocks, *self.single_transformer_blocks):
+            layers = {n.removesuffix(".base_layer"): m for n, m in block.named_modules() if isinstance(m, PackedLinear)}
+            for layer in layers.values():
+                layer.mode = mode
+            for names in SIBLINGS:
+                if siblings := [layers[name] for name in names if name in layers]:
+                    PackedLinear.share_tokens(siblings)
         return self
 
     def train(self, mode: bool = True) -> "FluxTransformer2DModel":

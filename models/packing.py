@@ -27,13 +27,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.utils_quant import ALPHA_FLOOR, Fp32Parameters, QuantizeLinear, check_bits, code_grid, quantize_codes
+from models import kernels
+from models.kernels import PLANES, row_chunks, unpack_codes
+from models.utils_quant import ALPHA_FLOOR, Fp32Parameters, QuantizeLinear, check_bits, quantize_codes
 
 FORMAT = 1
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
-PLANES = {0: (2,), 1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}  # widths in bits
 TRITS = 5  # a byte: 3^5 = 243 of its 256 values
-_CHUNK = 2**20  # codes worked on at a time: bounds the memory of packing and unpacking, and fits a cache
 
 # ------------------------------------------------------------------------------------------------- codes and bytes
 
@@ -67,17 +67,6 @@ def pack_codes(codes: Tensor, w_bits: int) -> Tensor:
     return torch.cat(planes, 1)
 
 
-def unpack_codes(packed: Tensor, w_bits: int, in_features: int) -> Tensor:
-    """Bytes [rows, row_bytes] back to signed codes [rows, in_features] (int8)."""
-    codes, shift = None, 0
-    sizes = [-(-in_features // (8 // width)) for width in PLANES[w_bits]]
-    for width, plane in zip(PLANES[w_bits], packed.split(sizes, 1), strict=True):
-        fields = torch.cat([(plane >> i * width) & (2**width - 1) for i in range(8 // width)], 1)[:, :in_features]
-        codes = fields if codes is None else codes | (fields << shift)
-        shift += width
-    return (codes << 8 - shift).view(torch.int8) >> 8 - shift  # extends the sign
-
-
 def pack_trits(codes: Tensor) -> Tensor:
     """Ternary codes [rows, in] (int8, −1 0 1) to bytes [rows, ⌈in/5⌉] (uint8).
 
@@ -106,13 +95,6 @@ def unpack_trits(packed: Tensor, in_features: int) -> Tensor:
     if codes[:, in_features:].any():
         raise ValueError("the padding is not zero")
     return codes[:, :in_features]
-
-
-def row_chunks(rows: int, in_features: int) -> Iterator[slice]:
-    """Slices of the rows of a matrix, some million elements each."""
-    size = max(1, _CHUNK // in_features)
-    for start in range(0, rows, size):
-        yield slice(start, min(start + size, rows))
 
 
 def store_codes(codes: Tensor, w_bits: int) -> Tensor:
@@ -147,13 +129,15 @@ def from_disk(stored: Tensor, w_bits: int, in_features: int) -> Tensor:
 class PackedLinear(Fp32Parameters, nn.Linear):
     """A linear layer that holds codes instead of weights; for inference.
 
-    x [..., in] -> [..., out] in the autocast dtype, else in x's, the same numbers as QuantizeLinear's. Parameters, none
+    x [..., in] -> [..., out] in the autocast dtype, else in x's; `mode` "exact" gives the numbers of
+    QuantizeLinear up to the order of the sum, "fast" those of activations in 8 bits (kernels.py). Parameters, none
     of which wants a gradient: weight_codes [out, row_bytes] uint8, weight_clip_val [out, 1] or [1, 1] fp32, bias [out].
     `weight` is computed when it is asked for: it has the shape and the dtype that LoRA adapters look for, and
     writing to it has no effect.
     """
 
     _fp32_parameters = ("weight_clip_val",)
+    mode = "exact"
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None, *, w_bits: int,
@@ -162,6 +146,7 @@ class PackedLinear(Fp32Parameters, nn.Linear):
         nn.Module.__init__(self)  # not Linear's, which would allocate the weight
         self.in_features, self.out_features = in_features, out_features
         self.w_bits, self.weight_layerwise = check_bits(w_bits), weight_layerwise
+        self.siblings, self.last_sibling = kernels.Siblings(), True
 
         def parameter(*shape: int, dtype: torch.dtype | None) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
@@ -186,6 +171,13 @@ class PackedLinear(Fp32Parameters, nn.Linear):
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return layer.eval()
+
+    @staticmethod
+    def share_tokens(layers: list["PackedLinear"]) -> None:
+        """Quantize the input of these layers once in fast mode; they are called with it one after the other."""
+        siblings = kernels.Siblings()
+        for layer in layers:
+            layer.siblings, layer.last_sibling = siblings, layer is layers[-1]
 
     @classmethod
     @torch.no_grad()
@@ -213,13 +205,7 @@ class PackedLinear(Fp32Parameters, nn.Linear):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [out, in], equal to the quantizer's output."""
-        n, s = code_grid(self.w_bits)
-        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight_codes.device)
-        steps = self.weight_clip_val.expand(self.out_features, 1)
-        for rows in row_chunks(*weight.shape):
-            codes = unpack_codes(self.weight_codes[rows], self.w_bits, self.in_features)
-            weight[rows] = codes.float().add_(s).div_(n).mul_(steps[rows])
-        return weight
+        return kernels.dequantize(self.weight_codes, self.weight_clip_val, self.w_bits, self.in_features, dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -241,7 +227,12 @@ class PackedLinear(Fp32Parameters, nn.Linear):
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        return F.linear(input, self.dequantize(input.dtype), bias)
+        weight = (self.weight_codes, self.weight_clip_val, bias, self.w_bits)
+        dtype = kernels.token_dtype(input, self.out_features, self.w_bits) if self.mode == "fast" else None
+        if dtype is None or (input.requires_grad and torch.is_grad_enabled()):
+            return kernels.exact_linear(input, *weight)
+        q, scale = self.siblings.quantize(input, dtype, self.last_sibling)
+        return kernels.fast_linear(q, scale * kernels.grid_step(self.w_bits), *weight, input.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, w_bits={self.w_bits}"

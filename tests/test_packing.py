@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from models import packing
+from models import kernels, packing
 from models.modeling_flux_quant import FluxTransformer2DModel
 from models.packing import INDEX, PackedLinear
 from models.utils_quant import ALPHA_FLOOR, LoRAQuantizeLinear, QuantizeLinear
@@ -44,7 +44,7 @@ def ids(shape):
 def chunks(request, monkeypatch):
     """Rows are worked on in chunks of a million elements: more than these shapes have, so once in tiny ones."""
     if request.param:
-        monkeypatch.setattr(packing, "_CHUNK", request.param)
+        monkeypatch.setattr(kernels, "_CHUNK", request.param)
 
 
 def random_codes(rows, columns, w_bits, seed=0):

@@ -46,7 +46,8 @@ def copy(pipeline_folder, tmp_path):
 
 @pytest.mark.parametrize(("method", "bits"), [("threshold", 0), ("mse", 2), ("calibrated", 3)])
 def test_it_writes_a_pipeline_that_one_call_loads(method, bits, call, pipeline_folder):
-    result = call("--method", method, "--w_bits", bits, "--num_images", 2)
+    mode = "fast" if method == "threshold" else "exact"
+    result = call("--method", method, "--w_bits", bits, "--num_images", 2, "--mode", mode)
     assert result.returncode == 0, result.line
     written = {str(file.relative_to(result.folder / "samples")) for file in (result.folder / "samples").rglob("*.png")}
     names = ("full", f"bits_{bits}")
@@ -71,6 +72,7 @@ def test_it_writes_a_pipeline_that_one_call_loads(method, bits, call, pipeline_f
     )
     assert (metrics["bytes_before"], metrics["bytes_after"]) == (before, after)
     assert sum(row["layers"] for row in metrics["layers"].values()) == len(quantized)
+    assert metrics["mode"] == mode
     assert 10**8 < metrics["peak_rss_bytes"] < 10**11
     assert metrics["gb_per_second"] == pytest.approx(before / metrics["seconds"] / 1e9, rel=1, abs=1e-3)
     assert (metrics["torch"], metrics["device"][-9:]) == (torch.__version__, "CPU cores")

@@ -138,6 +138,15 @@ def test_what_is_measured_is_what_diffusers_draws(checkpoints, call, pipeline_fo
     assert Image.open(result.folder / "samples" / "grid.png").width > 3 * 128  # teacher, checkpoint, difference
 
 
+def test_fast_mode_is_another_computation_of_the_same_picture(checkpoints, call):
+    flags = ("--num_images", 1, "--resolution", 64)
+    exact, fast = (call(checkpoints["packed"], 0, *flags, "--mode", mode).metrics for mode in ("exact", "fast"))
+    assert (exact["mode"], fast["mode"]) == ("exact", "fast")
+    assert fast["nmse"] != exact["nmse"] and fast["nmse"] == pytest.approx(exact["nmse"], rel=0.1)
+    refused = call(checkpoints["sanity"], 0, *flags, "--mode", "fast")
+    assert refused.returncode == 1 and "this model holds weights, not codes; pack() it first" in refused.line
+
+
 def test_without_the_teacher(checkpoints, call):
     result = call(checkpoints["packed"], 0, "--num_images", 1, "--no_teacher")
     assert result.returncode == 0

@@ -15,12 +15,12 @@ setup_fail() { echo "setup: $*" >&2; exit 1; }
 # takes milliseconds where importing torch takes seconds.
 with_packages() {
     "$1" - 2>/dev/null <<'PY'
-import re, sys
+import platform, re, sys
 from importlib.metadata import version
 
 assert sys.version_info >= (3, 11)
 for line in open("requirements.txt"):
-    if name := re.match(r"[\w.-]+", line):
+    if (name := re.match(r"[\w.-]+", line)) and ("platform_system" not in line or platform.system() in line):
         version(name[0])  # raises if it is not installed
 print(sys.executable)
 PY

@@ -1,0 +1,390 @@
+"""y = x·Wᵀ + b from packed codes: Triton kernels on a GPU, the same in plain torch wherever Triton is missing.
+
+W[n, k] = α[n]·(c[n, k] + s)/n_grid for integer codes c (utils_quant.code_grid), a few bits each, laid out in planes
+(packing.py). Two ways to multiply:
+
+    exact   W unpacked into a scratch matrix in the dtype of x, then F.linear: the numbers of the dequantized layer up
+            to the order of the sum.
+    fast    every token of x in 8 bits (e4m3 from compute capability 8.9, else int8), x ≈ q·scale; the codes as the
+            integers g with W = α·g·grid_step in 8 bits, which hold them exactly; an 8-bit product on the tensor cores
+            (torch._scaled_mm, torch._int_mm) and the scales in its epilogue. Only x is rounded: 2.7 % of its norm in
+            e4m3 and 0.8 % in int8 if it is Gaussian. `_fused` does all of it without a scratch matrix.
+
+Up to SMALL tokens (modulation has one a picture) a layer is memory traffic and nothing else: on a GPU `_few_tokens`
+reads the codes once and multiplies in fp32, in either mode. A scratch matrix lives inside one call; the caching
+allocator, or the pool of a CUDA graph, gives the same memory to the next. The ops are opaque to torch.compile;
+quantize_tokens is plain torch, so that it is fused into what comes before it.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.utils_quant import code_grid
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+MODES = ("exact", "fast")
+PLANES = {0: (2,), 1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}  # widths in bits
+SMALL = 16  # tokens up to which a layer is memory-bound
+FP8 = torch.float8_e4m3fn
+FP8_BITS = 4  # codes up to so many bits are exact in e4m3: integers to 16
+# (out, in) of the ternary layers that `_fused` multiplies faster than unpacking first; in is a multiple of 256.
+FUSED: set[tuple[int, int]] = set()
+_CPU_ROWS = 1024  # of a product on a CPU: a few MB of cache
+_CHUNK = 2**20  # codes worked on at a time: bounds the memory of packing and unpacking, and fits a cache
+
+
+def row_chunks(rows: int, in_features: int) -> Iterator[slice]:
+    """Slices of the rows of a matrix, some million elements each."""
+    size = max(1, _CHUNK // in_features)
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+# ---------------------------------------------------------------------------------------------------------- in Triton
+
+if triton is not None:
+
+    @triton.jit
+    def _unpack(
+        codes, alpha, out, count, columns, in_features, alpha_stride, shift, factor,
+        WIDTH: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """out[n, k] = (c + shift)·factor, times α[n] if SCALED, in out's dtype; `count` bytes, `columns` a row."""
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        row, column = at // columns, at % columns
+        byte = tl.load(codes + at, mask=at < count, other=0).to(tl.int32)
+        if SCALED:
+            step = tl.load(alpha + row * alpha_stride, mask=at < count, other=0)
+        for i in tl.static_range(8 // WIDTH):
+            field = (byte >> (i * WIDTH)) & ((1 << WIDTH) - 1)
+            value = ((field ^ (1 << (WIDTH - 1))) - (1 << (WIDTH - 1)) + shift) * factor
+            if SCALED:
+                value *= step
+            k = i * columns + column
+            value = value.to(out.dtype.element_ty)
+            tl.store(out + row.to(tl.int64) * in_features + k, value, mask=(at < count) & (k < in_features))
+
+    @triton.jit
+    def _unpack_words(codes, out, count, columns, BITS: tl.constexpr, IS_FP8: tl.constexpr, BLOCK: tl.constexpr):
+        """The integers of the fast mode, four bytes at a time; codes and out are words, `columns` of codes a row."""
+        WIDTH: tl.constexpr = 1 if BITS == 1 else 4 if BITS == 4 else 2
+        MASK: tl.constexpr = 0x01010101 * ((1 << WIDTH) - 1)
+        ODD: tl.constexpr = BITS == 1 or BITS == 2
+        SIGN: tl.constexpr = 1 << WIDTH if ODD else 1 << (WIDTH - 1)
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        row, column = at // columns, at % columns
+        word = tl.load(codes + at, mask=at < count, other=0)
+        for i in tl.static_range(8 // WIDTH):
+            field = (word >> (i * WIDTH)) & MASK
+            if IS_FP8:  # 1 is 0x38, 3 is 0x44, the sign is bit 7
+                if BITS == 0:
+                    value = (field & 0x01010101) * 0x38 | (field & 0x02020202) << 6
+                elif BITS == 1:
+                    value = 0x38383838 | field << 7
+                else:
+                    value = (0x38383838 + ((field ^ (field >> 1)) & 0x01010101) * 0x0C) | (field & 0x02020202) << 6
+            else:
+                if ODD:
+                    field = field * 2 + 0x01010101
+                value = field | (field & (0x01010101 * SIGN)) * (256 // SIGN - 2)
+            tl.store(out + (row * (8 // WIDTH) + i) * columns + column, value, mask=at < count)
+
+    @triton.jit
+    def _few_tokens(
+        x, codes, alpha, bias, out, rows, columns, in_features, alpha_stride, shift, factor,
+        WIDTH: tl.constexpr, LIFT: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        """out[m, n] = Σ_k x[m, k]·W[n, k] + bias[n] in fp32, W rounded to x's dtype; one m and ROWS rows a program."""
+        n, m = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+        dtype = x.dtype.element_ty
+        step = tl.load(alpha + n * alpha_stride, mask=n < rows, other=0)
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)
+        x_total = tl.zeros([COLUMNS], tl.float32)
+        for start in range(0, columns, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            inside = (n < rows)[:, None] & (column < columns)[None, :]
+            byte = tl.load(codes + n.to(tl.int64)[:, None] * columns + column[None, :], mask=inside, other=0)
+            byte = byte.to(tl.int32)
+            for i in tl.static_range(8 // WIDTH):
+                k = i * columns + column
+                x_i = tl.load(x + m * in_features + k, mask=(column < columns) & (k < in_features), other=0)
+                x_i = x_i.to(tl.float32)
+                if LIFT:
+                    # In the uppermost bits of a mantissa, and with its sign flipped, the field reads 1.5 + c/4.
+                    lifted = ((byte << (21 - 2 * i)) & 0x600000) ^ 0x3FC00000
+                    total += lifted.to(tl.float32, bitcast=True) * x_i[None, :]
+                    x_total += x_i
+                else:
+                    field = (byte >> (i * WIDTH)) & ((1 << WIDTH) - 1)
+                    level = ((field ^ (1 << (WIDTH - 1))) - (1 << (WIDTH - 1)) + shift) * factor
+                    total += (level * step[:, None]).to(dtype).to(tl.float32) * x_i[None, :]
+        y = tl.sum(total, 1)
+        if LIFT:
+            y = (y - 1.5 * tl.sum(x_total, 0)) * 4 * (step * factor).to(dtype).to(tl.float32)
+        if BIASED:
+            y += tl.load(bias + n, mask=n < rows, other=0).to(tl.float32)
+        tl.store(out + m * rows + n, y.to(dtype), mask=n < rows)
+
+    @triton.jit
+    def _fused(
+        q, scale, codes, alpha, bias, out, tokens, rows, columns, alpha_stride,
+        BIASED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        """out[m, n] = Σ_k q[m, k]·c[n, k]·scale[m]·α[n] + bias[n] for ternary codes, columns a multiple of COLUMNS.
+
+        A byte feeds four products, one a plane. As W·qᵀ, since the decoded operand then stays in registers.
+        """
+        m = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+        n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        column = tl.arange(0, COLUMNS)
+        code_at = codes + (n % rows).to(tl.int64)[:, None] * columns + column[None, :]
+        q_at = q + (m % tokens).to(tl.int64)[None, :] * (4 * columns) + column[:, None]
+        IS_FP8: tl.constexpr = q.dtype.element_ty == tl.float8e4nv
+        total = tl.zeros([ROWS, TOKENS], tl.float32 if IS_FP8 else tl.int32)
+        for start in range(0, columns, COLUMNS):
+            byte = tl.load(code_at + start)
+            for i in tl.static_range(4):
+                field = (byte >> (2 * i)) & 3
+                if IS_FP8:
+                    c = ((field & 1) * 0x38 | (field & 2) << 6).to(tl.float8e4nv, bitcast=True)
+                    total = tl.dot(c, tl.load(q_at + i * columns + start), total)
+                else:
+                    c = (field ^ 2).to(tl.int8) - 2
+                    total = tl.dot(c, tl.load(q_at + i * columns + start), total, out_dtype=tl.int32)
+        y = total.to(tl.float32) * tl.load(alpha + n * alpha_stride, mask=n < rows, other=0)[:, None]
+        y *= tl.load(scale + m, mask=m < tokens, other=0)[None, :]
+        if BIASED:
+            y += tl.load(bias + n, mask=n < rows, other=0).to(tl.float32)[:, None]
+        y = tl.trans(y.to(out.dtype.element_ty))
+        at = m.to(tl.int64)[:, None] * rows + n[None, :]
+        tl.store(out + at, y, mask=(m < tokens)[:, None] & (n < rows)[None, :])
+
+
+def has_triton(tensor: Tensor) -> bool:
+    """Whether the kernels can work on this tensor; with TRITON_INTERPRET=1 also on a CPU."""
+    return triton is not None and (tensor.is_cuda or triton.knobs.runtime.interpret)
+
+
+# ---------------------------------------------------------------------------------------------------------- unpacking
+
+
+def unpack_codes(packed: Tensor, w_bits: int, in_features: int) -> Tensor:
+    """Bytes [rows, row_bytes] back to signed codes [rows, in_features] (int8)."""
+    codes, shift = None, 0
+    sizes = [-(-in_features // (8 // width)) for width in PLANES[w_bits]]
+    for width, plane in zip(PLANES[w_bits], packed.split(sizes, 1), strict=True):
+        fields = plane.new_empty(len(plane), 8 // width, plane.shape[1])
+        for i in range(8 // width):
+            torch.bitwise_right_shift(plane, i * width, out=fields[:, i])
+        fields = fields.bitwise_and_(2**width - 1).view(len(plane), -1)[:, :in_features]
+        codes = fields if codes is None else codes.bitwise_or_(fields.bitwise_left_shift_(shift))
+        shift += width
+    if shift == 8:
+        return codes.view(torch.int8)
+    return codes.bitwise_xor_(2 ** (shift - 1)).view(torch.int8).sub_(2 ** (shift - 1))  # extends the sign
+
+
+def _dequantize(codes: Tensor, alpha: Tensor, w_bits: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    n, s = code_grid(w_bits)
+    weight = torch.empty(len(codes), in_features, dtype=dtype, device=codes.device)
+    if has_triton(codes) and len(PLANES[w_bits]) == 1:
+        _launch_unpack(codes, alpha, weight, w_bits, s, 1 / n, scaled=True)
+        return weight
+    steps = alpha.expand(len(codes), 1)
+    for rows in row_chunks(*weight.shape):
+        levels = unpack_codes(codes[rows], w_bits, in_features).float().add_(s).div_(n)
+        weight[rows] = levels.mul_(steps[rows])
+    return weight
+
+
+def integers(codes: Tensor, w_bits: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    """The g of W = α·g·grid_step(w_bits), [rows, in_features], as int8 or as e4m3: c, or 2c + 1 at 1 and 2 bits."""
+    odd = code_grid(w_bits)[1] != 0
+    if not has_triton(codes) or len(PLANES[w_bits]) > 1:
+        values = unpack_codes(codes, w_bits, in_features)
+        return (values.mul_(2).add_(1) if odd else values).to(dtype)
+    if w_bits == 8:
+        return codes.view(torch.int8)
+    out = torch.empty(len(codes), in_features, dtype=dtype, device=codes.device)
+    whole = codes.shape[1] % 4 == 0 and codes.shape[1] * (8 // PLANES[w_bits][0]) == in_features
+    if whole and not (w_bits == 4 and dtype == FP8):
+        words, block = codes.view(torch.int32), 1024
+        with torch.cuda.device_of(codes):
+            _unpack_words[(triton.cdiv(words.numel(), block),)](
+                words, out.view(torch.int32), words.numel(), words.shape[1], w_bits, dtype == FP8, block
+            )
+    else:
+        shift, factor = (0.5, 2.0) if odd else (0.0, 1.0)
+        _launch_unpack(codes, codes, out, w_bits, shift, factor, scaled=False)
+    return out
+
+
+def _launch_unpack(codes, alpha, out, w_bits: int, shift: float, factor: float, scaled: bool) -> None:
+    block = 1024
+    with torch.cuda.device_of(codes):
+        _unpack[(triton.cdiv(codes.numel(), block),)](
+            codes, alpha, out, codes.numel(), codes.shape[1], out.shape[1], int(alpha.numel() > 1), shift, factor,
+            PLANES[w_bits][0], scaled, block,
+        )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------------- exact
+
+
+@torch.library.custom_op("flux158::dequantize", mutates_args=())
+def dequantize(codes: Tensor, alpha: Tensor, w_bits: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    """The weight [out, in_features] of codes [out, row_bytes] (uint8) and step sizes [out, 1] or [1, 1] (fp32)."""
+    return _dequantize(codes, alpha, w_bits, in_features, dtype)
+
+
+@dequantize.register_fake
+def _(codes, alpha, w_bits, in_features, dtype):
+    return codes.new_empty(len(codes), in_features, dtype=dtype)
+
+
+@torch.library.custom_op("flux158::exact_linear", mutates_args=())
+def exact_linear(x: Tensor, codes: Tensor, alpha: Tensor, bias: Tensor | None, w_bits: int) -> Tensor:
+    """F.linear(x [..., in], dequantized weight, bias [out]) -> [..., out] in x's dtype, up to the order of the sum.
+
+    codes [out, row_bytes] (uint8), alpha [out, 1] or [1, 1] (fp32). Differentiable in x and bias.
+    """
+    tokens = x.numel() // x.shape[-1]
+    if not has_triton(x) or len(PLANES[w_bits]) > 1 or not 0 < tokens <= SMALL:
+        return F.linear(x, _dequantize(codes, alpha, w_bits, x.shape[-1], x.dtype), bias)
+    (n, s), x = code_grid(w_bits), x.contiguous()
+    out = x.new_empty(*x.shape[:-1], len(codes))
+    rows = 16
+    lift = w_bits == 0 and x.dtype != torch.float32  # costs three bits of the sum
+    with torch.cuda.device_of(x):
+        _few_tokens[(triton.cdiv(len(codes), rows), tokens)](
+            x, codes, alpha, x if bias is None else bias, out, len(codes), codes.shape[1], x.shape[-1],
+            int(alpha.numel() > 1), s, 1 / n, PLANES[w_bits][0], lift, bias is not None, rows, 256,
+        )  # fmt: skip
+    return out
+
+
+@exact_linear.register_fake
+def _(x, codes, alpha, bias, w_bits):
+    return x.new_empty(*x.shape[:-1], len(codes))
+
+
+def _save_codes(ctx, inputs, output) -> None:
+    x, codes, alpha, _, ctx.w_bits = inputs
+    ctx.in_features = x.shape[-1]
+    ctx.save_for_backward(codes, alpha)
+
+
+def _exact_backward(ctx, grad: Tensor):
+    codes, alpha = ctx.saved_tensors
+    grad_x = grad @ dequantize(codes, alpha, ctx.w_bits, ctx.in_features, grad.dtype)
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
+    return grad_x, None, None, grad_bias, None
+
+
+exact_linear.register_autograd(_exact_backward, setup_context=_save_codes)
+
+# --------------------------------------------------------------------------------------------------------------- fast
+
+
+@torch.compiler.assume_constant_result
+def _has_fp8(device: torch.device) -> bool:
+    """Whether the tensor cores of this device multiply e4m3 by rows of scales."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def token_dtype(x: Tensor, out_features: int, w_bits: int) -> torch.dtype | None:
+    """What fast mode quantizes the tokens x [..., in] to for this layer; None where exact mode serves as well.
+
+    On CUDA that is up to SMALL tokens, and shapes that the 8-bit products do not take; also every other device but CPU.
+    """
+    if x.device.type == "cpu":
+        return torch.int8 if x.numel() else None
+    if x.device.type != "cuda" or x.numel() <= SMALL * x.shape[-1] or x.shape[-1] % 16 or out_features % 16:
+        return None
+    return FP8 if w_bits <= FP8_BITS and _has_fp8(x.device) else torch.int8
+
+
+def quantize_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [..., in] as q [..., in] in int8 or e4m3 and scale [..., 1] (fp32), x ≈ q·scale; max|q| is 127 or 448."""
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-30) / (448 if dtype == FP8 else 127)
+    q = x / scale
+    return (q if dtype == FP8 else q.round_()).to(dtype), scale
+
+
+class Siblings:
+    """What layers of one input (q, k and v) share: the first quantizes its tokens, the last lets go of them.
+
+    Without it a compiled block would hold the quantized tokens as often as they are used.
+    """
+
+    def __init__(self):
+        self.x = self.quantized = None
+
+    def quantize(self, x: Tensor, dtype: torch.dtype, last: bool) -> tuple[Tensor, Tensor]:
+        """quantize_tokens(x, dtype), for the layer that is the last of them or for another."""
+        quantized = self.quantized if self.x is x else quantize_tokens(x, dtype)
+        self.x, self.quantized = (None, None) if last else (x, quantized)
+        return quantized
+
+
+def grid_step(w_bits: int) -> float:
+    """The step of the grid that `integers` counts in, for α = 1."""
+    n, s = code_grid(w_bits)
+    return 1 / n if s == 0 else s / n
+
+
+def _launch_fused(q, scale, codes, alpha, bias, dtype: torch.dtype) -> Tensor:
+    tokens, rows = len(q), len(codes)
+    out = torch.empty(tokens, rows, dtype=dtype, device=q.device)
+    with torch.cuda.device_of(q):
+        _fused[(triton.cdiv(tokens, 128), triton.cdiv(rows, 128))](
+            q, scale, codes, alpha, out if bias is None else bias, out, tokens, rows, codes.shape[1],
+            int(alpha.numel() > 1), bias is not None, 128, 128, 64, num_warps=8, num_stages=3,
+        )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("flux158::fast_linear", mutates_args=())
+def fast_linear(
+    q: Tensor, scale: Tensor, codes: Tensor, alpha: Tensor, bias: Tensor | None, w_bits: int, dtype: torch.dtype
+) -> Tensor:
+    """q·g·scale·α + bias -> [..., out] in `dtype`, g the layer's `integers`.
+
+    q [..., in] in int8 or e4m3, scale [..., 1] (fp32; quantize_tokens' times grid_step), codes [out, row_bytes]
+    (uint8), alpha [out, 1] or [1, 1] (fp32), bias [out] in `dtype`. In e4m3 the product is rounded to bf16.
+    """
+    in_features, out_features = q.shape[-1], len(codes)
+    tokens, scale = q.reshape(-1, in_features).contiguous(), scale.reshape(-1, 1).contiguous()
+    if (out_features, in_features) in FUSED and w_bits == 0 and has_triton(q):
+        return _launch_fused(tokens, scale, codes, alpha, bias, dtype).view(*q.shape[:-1], out_features)
+    steps = alpha.view(1, -1).expand(1, out_features).contiguous()
+    if q.dtype == FP8:
+        inside = bias is not None and dtype == torch.bfloat16
+        out = torch._scaled_mm(
+            tokens, integers(codes, w_bits, in_features, FP8).t(), scale_a=scale, scale_b=steps,
+            bias=bias if inside else None, out_dtype=torch.bfloat16, use_fast_accum=True,
+        ).to(dtype)  # fmt: skip
+        out = out if bias is None or inside else out + bias
+        return out.view(*q.shape[:-1], out_features)
+    out = torch.empty(len(tokens), out_features, dtype=dtype, device=q.device)
+    size = out_features if q.is_cuda else _CPU_ROWS
+    for rows in (slice(start, start + size) for start in range(0, out_features, size)):
+        product = torch._int_mm(tokens, integers(codes[rows], w_bits, in_features, torch.int8).t()) * steps[:, rows]
+        if bias is None:
+            torch.mul(product, scale, out=out[:, rows])
+        else:
+            torch.addcmul(bias[rows].float(), product, scale, out=out[:, rows])
+    return out.view(*q.shape[:-1], out_features)
+
+
+@fast_linear.register_fake
+def _(q, scale, codes, alpha, bias, w_bits, dtype):
+    return q.new_empty(*q.shape[:-1], len(codes), dtype=dtype)

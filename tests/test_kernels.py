@@ -1,0 +1,379 @@
+"""Multiplication by packed codes against float64: exact and fast, for every bit width, odd shapes and every dtype.
+
+The tests marked `kernels` run on the GPU where there is one. Where there is none they run in plain torch, and once more
+in a process of their own in Triton's interpreter.
+"""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+from torch.nn import functional as F
+
+from models import kernels
+from models.kernels import FP8
+from models.modeling_flux_quant import FluxTransformer2DModel
+from models.packing import PackedLinear
+
+ROOT = Path(__file__).parents[1]
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BITS = [0, 1, 2, 4, 8] if INTERPRETED else range(9)  # the others have no kernels
+GRID = {0: (0, 1.5), 1: (0.5, 0.5), 2: (0.5, 2)} | dict.fromkeys(range(3, 9), (0, 1))  # level = (c + s)/n
+SHAPES = [(3, 7)] * (not INTERPRETED) + [(48, 272), (5, 1301)] + [(3072, 3072), (1040, 4112)] * GPU  # out, in
+TOKENS = [1, 3] if INTERPRETED else [1, 7, 16, 17, 512] + [4608] * GPU
+# Of the largest output: fp32 sums of some thousand terms, an ulp of the others.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16", "bf16"])
+
+
+def packed_layer(out_features, in_features, w_bits, bias=True, layerwise=False, dtype=torch.float32):
+    """A layer of random codes, and the integers and steps that it was made of."""
+    torch.manual_seed(out_features + in_features + w_bits)
+    low, high = (-1, 1) if w_bits == 0 else (-(2 ** (w_bits - 1)), 2 ** (w_bits - 1) - 1)
+    codes = torch.randint(low, high + 1, (out_features, in_features), dtype=torch.int8)
+    alpha = torch.rand(1, 1) + 0.1 if layerwise else torch.rand(out_features, 1) + 0.1
+    bias = torch.randn(out_features, dtype=dtype) if bias else None
+    return PackedLinear.from_codes(codes, alpha, bias, w_bits, layerwise).to(DEVICE), codes.to(DEVICE)
+
+
+def levels(layer, codes, dtype):
+    """The dequantized weight in float64, rounded to the dtype that it is multiplied in."""
+    s, n = GRID[layer.w_bits]
+    return ((codes.float() + s) / n * layer.weight_clip_val).to(dtype).double()
+
+
+def tokens_of(count, width, dtype):
+    torch.manual_seed(count + width)
+    return torch.randn(count, width, dtype=dtype).to(DEVICE)
+
+
+def assert_close(found, expected, tolerance):
+    assert (found.double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("w_bits", BITS)
+def test_dequantized_weights(w_bits):
+    for shape in SHAPES:
+        for dtype in TOLERANCE:
+            layer, codes = packed_layer(*shape, w_bits)
+            found, expected = layer.dequantize(dtype).double(), levels(layer, codes, dtype)
+            if INTERPRETED and dtype == torch.bfloat16:  # the interpreter cuts off where a GPU rounds
+                torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
+            else:
+                assert torch.equal(found, expected)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("w_bits", BITS)
+def test_integers_in_eight_bits(w_bits):
+    for shape in SHAPES:
+        for dtype in (torch.int8, FP8) if w_bits <= kernels.FP8_BITS else (torch.int8,):
+            layer, codes = packed_layer(*shape, w_bits)
+            found = kernels.integers(layer.weight_codes, w_bits, shape[1], dtype)
+            assert found.dtype == dtype
+            s, n = GRID[w_bits]
+            torch.testing.assert_close(found.double() * kernels.grid_step(w_bits), (codes.double() + s) / n)
+
+
+@pytest.mark.kernels
+@DTYPES
+@pytest.mark.parametrize("w_bits", BITS)
+def test_exact_mode_is_the_product_with_the_dequantized_weight(w_bits, dtype):
+    for shape in SHAPES:
+        for bias, layerwise in ((True, False), (False, True)):
+            layer, codes = packed_layer(*shape, w_bits, bias, layerwise, dtype)
+            weight = layer.dequantize(dtype).double() if INTERPRETED else levels(layer, codes, dtype)
+            for count in TOKENS:
+                x = tokens_of(count, shape[1], dtype)
+                found = layer(x)
+                assert found.dtype == dtype
+                expected = F.linear(x.double(), weight, layer.bias.double() if bias else None)
+                assert_close(found, expected, TOLERANCE[dtype])
+
+
+@DTYPES
+@pytest.mark.parametrize("w_bits", BITS)
+def test_fast_mode_rounds_nothing_but_the_tokens(w_bits, dtype):
+    for shape in SHAPES:
+        for bias, layerwise in ((True, False), (False, True)):
+            layer, codes = packed_layer(*shape, w_bits, bias, layerwise, dtype)
+            layer.mode = "fast"
+            for count in TOKENS:
+                x = tokens_of(count, shape[1], dtype)
+                eight = kernels.token_dtype(x, shape[0], w_bits)
+                weight, rounded = levels(layer, codes, dtype if eight is None else torch.float32), x.double()
+                if eight is not None:
+                    q, scale = kernels.quantize_tokens(x, eight)
+                    rounded = q.double() * scale.double()
+                expected = F.linear(rounded, weight, layer.bias.double() if bias else None)
+                # fp8 products are given out in bf16, and summed in fewer bits than fp32
+                assert_close(layer(x), expected, 2**-7 if eight == FP8 else TOLERANCE[dtype])
+
+
+@pytest.mark.kernels
+@DTYPES
+@pytest.mark.parametrize("eight", [torch.int8, FP8], ids=["int8", "e4m3"])
+def test_the_fused_kernel(eight, dtype, monkeypatch):
+    if GPU and eight == FP8 and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no e4m3")
+    if not kernels.has_triton(torch.empty(0, device=DEVICE)):
+        pytest.skip("needs Triton")
+    for shape in [(48, 512), (130, 256)] + [(3072, 3072)] * GPU:
+        monkeypatch.setattr(kernels, "FUSED", {shape})
+        for bias, layerwise in ((True, False), (False, True)):
+            layer, codes = packed_layer(*shape, 0, bias, layerwise, dtype)
+            weight = levels(layer, codes, torch.float32)
+            for count in [7, 150] + [4608] * GPU:
+                q, scale = kernels.quantize_tokens(tokens_of(count, shape[1], dtype), eight)
+                expected = F.linear(q.double() * scale.double(), weight, layer.bias.double() if bias else None)
+                step = scale * kernels.grid_step(0)
+                found = kernels.fast_linear(q, step, layer.weight_codes, layer.weight_clip_val, layer.bias, 0, dtype)
+                assert found.dtype == dtype
+                assert_close(found, expected, max(TOLERANCE[dtype], 2e-3 if GPU and eight == FP8 else 0))
+
+
+@pytest.mark.kernels
+def test_leading_dimensions_strides_and_no_tokens_at_all():
+    layer, codes = packed_layer(32, 64, 0)
+    for mode in kernels.MODES:
+        layer.mode = mode
+        for x in (torch.randn(2, 3, 64), torch.randn(64, 40).T, torch.randn(2, 80, 128)[:, :, ::2], torch.randn(64)):
+            x = x.to(DEVICE)
+            expected = F.linear(x.double(), levels(layer, codes, torch.float32), layer.bias.double())
+            assert layer(x).shape == expected.shape
+            assert_close(layer(x), expected, 2e-6 if mode == "exact" else 0.1)
+        assert layer(torch.empty(2, 0, 64, device=DEVICE)).shape == (2, 0, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, FP8], ids=["int8", "e4m3"])
+def test_tokens_are_rounded_to_eight_bits_of_their_own_maximum(dtype):
+    x = torch.randn(64, 512) * torch.logspace(-6, 3, 64)[:, None]
+    x[5] = 0
+    q, scale = kernels.quantize_tokens(x, dtype)
+    assert q.dtype == dtype and scale.shape == (64, 1) and scale.dtype == torch.float32
+    top = 127 if dtype == torch.int8 else 448
+    largest = q.float().abs().amax(1)
+    assert (largest[torch.arange(64) != 5] == top).all() and largest[5] == 0
+    error = (q.double() * scale.double() - x.double()).abs()
+    # int8: half a step. e4m3: half an ulp of a 3-bit mantissa, or half the smallest subnormal 2^-9.
+    bound = scale.double() / 2 if dtype == torch.int8 else (x.double().abs() / 16).clamp(min=scale.double() / 1024)
+    assert (error <= bound * 1.0001).all()
+    wide = torch.randn(64, 3072)
+    q, scale = kernels.quantize_tokens(wide, dtype)
+    error = (q.float() * scale - wide).square().mean().sqrt().item()
+    uniform = (scale.square().mean() / 12).sqrt().item()  # of rounding to a grid
+    assert error == pytest.approx(uniform if dtype == torch.int8 else 0.0265, rel=0.05)
+
+
+@pytest.mark.parametrize("mode", kernels.MODES)
+def test_gradients_reach_tokens_and_bias(mode):
+    layer, codes = packed_layer(48, 64, 2)
+    layer.mode = mode
+    layer.bias.requires_grad_()
+    x = tokens_of(40, 64, torch.float32).requires_grad_()
+    weight, upstream = levels(layer, codes, torch.float32), tokens_of(40, 48, torch.float32)
+    layer(x).backward(upstream)
+    assert_close(x.grad, upstream.double() @ weight, 2e-6)
+    assert_close(layer.bias.grad, upstream.double().sum(0), 2e-6)
+
+
+def test_the_ops_keep_the_rules_of_custom_ops():
+    layer, _ = packed_layer(32, 64, 0)
+    x = tokens_of(40, 64, torch.float32)
+    codes, alpha, bias = layer.weight_codes, layer.weight_clip_val, layer.bias
+    torch.library.opcheck(kernels.dequantize, (codes, alpha, 0, 64, torch.bfloat16))
+    torch.library.opcheck(kernels.exact_linear, (x.requires_grad_(), codes, alpha, bias, 0))
+    torch.library.opcheck(kernels.exact_linear, (x[:3].detach(), codes, alpha, None, 0))
+    q, scale = kernels.quantize_tokens(x.detach(), kernels.token_dtype(x, 32, 0))
+    torch.library.opcheck(kernels.fast_linear, (q, scale, codes, alpha, bias, 0, torch.float32))
+
+
+# Models
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A packed ternary transformer that the 8-bit products take everywhere."""
+    torch.manual_seed(0)
+    return (
+        FluxTransformer2DModel(
+            in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=4,
+            joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=(4, 6, 6), w_bits=0,
+        )
+        .eval()
+        .pack()
+        .to(DEVICE)
+    )  # fmt: skip
+
+
+def block_inputs(seed, text=24, image=40, width=64):
+    torch.manual_seed(seed)
+    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(8.0), torch.arange((text + image) // 8.0))
+    rotary = FluxPosEmbed(10000, [4, 6, 6])(ids)
+    return {
+        "hidden_states": torch.randn(1, image, width).to(DEVICE),
+        "encoder_hidden_states": torch.randn(1, text, width).to(DEVICE),
+        "temb": torch.randn(1, width).to(DEVICE),
+        "image_rotary_emb": tuple(part.to(DEVICE) for part in rotary),
+    }
+
+
+@pytest.mark.parametrize("mode", kernels.MODES)
+@pytest.mark.parametrize("blocks", ["transformer_blocks", "single_transformer_blocks"])
+def test_blocks_compile_whole_and_once(small, blocks, mode):
+    model = copy.deepcopy(small).set_inference_mode(mode)
+    block = getattr(model, blocks)[0]
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
+        for seed in range(3):
+            inputs = block_inputs(seed)
+            for found, expected in zip(compiled(**inputs), block(**inputs), strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("blocks", "inputs"), [("transformer_blocks", 8), ("single_transformer_blocks", 2)])
+def test_q_k_and_v_share_their_quantized_tokens(small, blocks, inputs, monkeypatch):
+    if not GPU:  # where modulation is exact
+        inputs += 2 if blocks == "transformer_blocks" else 1
+    calls = []
+    quantize = kernels.quantize_tokens
+    monkeypatch.setattr(kernels, "quantize_tokens", lambda *args: calls.append(args) or quantize(*args))
+    model = copy.deepcopy(small).set_inference_mode("fast")
+    block = getattr(model, blocks)[0]
+    layers = [module for module in block.modules() if isinstance(module, PackedLinear)]
+    with torch.no_grad():
+        found = block(**block_inputs(0))
+        assert len(calls) == inputs < len(layers)
+        assert all(layer.siblings.x is None and layer.siblings.quantized is None for layer in layers)
+        for layer in layers:
+            PackedLinear.share_tokens([layer])
+        assert all(torch.equal(a, b) for a, b in zip(found, block(**block_inputs(0)), strict=True))
+
+        calls.clear()
+        model.set_inference_mode("fast")
+        torch.compile(block, fullgraph=True, backend="eager")(**block_inputs(0))
+        assert len(calls) == inputs  # traced
+        assert all(layer.siblings.x is None and layer.siblings.quantized is None for layer in layers)
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("mode", kernels.MODES)
+def test_cuda_graphs_replay_both_modes(mode):
+    for w_bits in (0, 2, 4, 8):
+        layer, _ = packed_layer(256, 128, w_bits, dtype=torch.bfloat16)
+        layer.mode = mode
+        for count in (1, 64):
+            x, other = (torch.randn(count, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+            layer(x.clone())
+            graph = torch.cuda.CUDAGraph()
+            with torch.no_grad(), torch.cuda.graph(graph):
+                found = layer(x.view_as(x))
+            x.copy_(other)
+            graph.replay()
+            torch.testing.assert_close(found, layer(other.clone()))
+
+
+def test_the_mode_of_a_model_is_that_of_its_packed_layers(small):
+    model = copy.deepcopy(small)
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    assert packed and {layer.mode for layer in packed} == {"exact"}
+    assert model.set_inference_mode("fast") is model
+    assert {layer.mode for layer in packed} == {"fast"}
+    assert {layer.mode for layer in small.modules() if isinstance(layer, PackedLinear)} == {"exact"}
+    with pytest.raises(ValueError, match="inference mode 'quick': expected one of exact, fast"):
+        model.set_inference_mode("quick")
+    with pytest.raises(ValueError, match=r"holds weights, not codes; pack\(\) it first"):
+        FluxTransformer2DModel(**{**small.config, "packed": 0}).set_inference_mode("fast")
+
+
+def test_fast_mode_hardly_changes_the_velocity_of_tiny_flux():
+    model = FluxTransformer2DModel.from_pretrained(ROOT / "assets/tiny-flux/transformer", w_bits=0).pack().to(DEVICE)
+    torch.manual_seed(0)
+    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(8.0), torch.arange(8.0)).to(DEVICE)
+    inputs = {
+        "hidden_states": torch.randn(2, 64, model.config.in_channels, device=DEVICE),
+        "encoder_hidden_states": torch.randn(2, 24, model.config.joint_attention_dim, device=DEVICE),
+        "pooled_projections": torch.randn(2, model.config.pooled_projection_dim, device=DEVICE),
+        "timestep": torch.tensor([0.9, 0.4], device=DEVICE),
+        "guidance": torch.tensor([3.5, 3.5], device=DEVICE),
+        "img_ids": ids,
+        "txt_ids": torch.zeros(24, 3, device=DEVICE),
+    }
+    with torch.no_grad():
+        exact = model(**inputs).sample.double()
+        fast = model.set_inference_mode("fast")(**inputs).sample.double()
+    nmse = ((fast - exact).square().sum() / exact.square().sum()).item()
+    eight = kernels.token_dtype(inputs["hidden_states"], 256, 0)
+    assert 0 < nmse < (1e-2 if eight == FP8 else 1e-3)
+
+
+# Triton
+
+
+@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests above ran the kernels")
+def test_every_kernel_in_the_interpreter_of_triton():
+    pytest.importorskip("triton", reason="Triton is made for Linux only")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-m", "kernels", "-p", "no:cacheprovider", __file__],
+        cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-4000:]
+
+
+CODES = {"codes": "*u8", "alpha": "*fp32", "columns": "i32", "alpha_stride": "i32"}
+LEVELS = {"in_features": "i32", "shift": "fp32", "factor": "fp32"}
+WORDS = {"codes": "*i32", "out": "*i32", "count": "i32"}
+OUTPUT = {"scale": "*fp32", "bias": "*bf16", "out": "*bf16", "tokens": "i32", "rows": "i32"}
+TILE = {"BIASED": True, "ROWS": 16, "COLUMNS": 64}
+
+
+@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests above ran the kernels")
+@pytest.mark.parametrize(
+    ("kernel", "types", "constants"),
+    [
+        ("_unpack", LEVELS | {"out": "*bf16", "count": "i32"}, {"WIDTH": 2, "SCALED": True, "BLOCK": 1024}),
+        ("_unpack", LEVELS | {"out": "*fp8e4nv", "count": "i32"}, {"WIDTH": 4, "SCALED": False, "BLOCK": 1024}),
+        ("_unpack_words", WORDS, {"BITS": 0, "IS_FP8": True, "BLOCK": 1024}),
+        ("_unpack_words", WORDS, {"BITS": 2, "IS_FP8": False, "BLOCK": 1024}),
+        ("_few_tokens", LEVELS | OUTPUT | {"x": "*bf16"}, TILE | {"WIDTH": 2, "LIFT": True}),
+        ("_few_tokens", LEVELS | OUTPUT | {"x": "*bf16"}, TILE | {"WIDTH": 4, "LIFT": False}),
+        ("_fused", OUTPUT | {"q": "*fp8e4nv"}, TILE | {"ROWS": 128, "TOKENS": 128}),
+    ],
+)
+def test_the_kernels_compile_for_a_gpu_that_is_not_there(kernel, types, constants):
+    """The interpreter accepts what the compiler does not."""
+    triton = pytest.importorskip("triton", reason="Triton is made for Linux only")
+    function, types = getattr(kernels, kernel), CODES | types
+    source = triton.compiler.ASTSource(
+        function,
+        {name: "constexpr" if name in constants else types[name] for name in function.arg_names},
+        {(number,): constants[name] for number, name in enumerate(function.arg_names) if name in constants},
+    )
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    assert "ptx" in triton.compile(source, target=target, options={"num_warps": 4}).asm
+
+
+def test_without_triton_there_is_plain_torch(run):
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from models import kernels\n"
+        "from models.packing import PackedLinear\n"
+        "layer = PackedLinear.from_codes(torch.ones(8, 16, dtype=torch.int8), torch.full((8, 1), 1.5), None, 0)\n"
+        "assert not kernels.has_triton(layer.weight_codes)\n"
+        "for layer.mode in kernels.MODES:\n"
+        "    for count in (1, 40):\n"
+        "        print(layer(torch.ones(count, 16)).unique().tolist())\n"
+    )
+    result = run("-c", script)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["[16.0]"] * 4
