@@ -33,7 +33,7 @@ import statistics
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import matplotlib
@@ -72,6 +72,7 @@ CONFIGS = {  # architecture and T5 tokens
     "flux-dev": (FLUX | {"guidance_embeds": True}, 512),
     "flux-schnell": (FLUX | {"guidance_embeds": False}, 256),
 }
+MODES = ("exact", "fast")
 CPU_ROWS = 512  # M of the multiplications on a CPU, at most
 CPU_WEIGHTS = 10**9  # a larger transformer is cut down to a block of each kind there
 
@@ -104,9 +105,9 @@ def read_config(name: str) -> tuple[dict, int, list[int]]:
     return config, min(length, 512), [size] if size else [1024, 512]
 
 
-def step_inputs(config: dict, text: int, size: int, args: argparse.Namespace) -> dict[str, Tensor]:
-    """What a pipeline hands to the transformer in one step, batch 1, at `size` pixels a side and `text` tokens."""
-    side = size // 16
+def step_inputs(config: Mapping, size: int, args: argparse.Namespace) -> dict[str, Tensor]:
+    """What a pipeline hands to the transformer in one step, batch 1, at `size` pixels a side."""
+    side, text = size // 16, args.text_tokens
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     generator = torch.Generator().manual_seed(args.seed)
     inputs = {
@@ -142,7 +143,7 @@ def step_rivals(args: argparse.Namespace) -> list[Rival]:
     rivals = [Rival(f"{args.dtype_name}, {name}", args.dtype_name, compiled) for name, compiled in ways.items()]
     for kind in ("fp8 row-wise, torchao", "fp8 row-wise, torch._scaled_mm", "int8 codes, cast"):
         rivals.append(Rival(f"{kind}, {way}", kind, args.compile))
-    for mode in ("exact", "fast"):
+    for mode in args.mode:
         rivals += [Rival(f"ours {mode}, {name}", "ours", compiled, mode) for name, compiled in ways.items()]
     return rivals
 
@@ -189,7 +190,7 @@ def steps_at(
     return rows
 
 
-def bench_steps(args: argparse.Namespace, config: dict, packed: FluxTransformer2DModel) -> list[dict]:
+def bench_steps(args: argparse.Namespace, packed: FluxTransformer2DModel) -> list[dict]:
     """A row for each resolution and rival: its figures, or its `problem`."""
     rivals = step_rivals(args)
     full = [rival for rival in rivals if rival.kind == args.dtype_name]
@@ -206,7 +207,7 @@ def bench_steps(args: argparse.Namespace, config: dict, packed: FluxTransformer2
                 problems[kind] = one_line(error)
         for size in args.resolution:
             log.info("%d pixels: %s", size, "; ".join(models))
-            inputs = step_inputs(config, args.text_tokens, size, args)
+            inputs = step_inputs(packed.config, size, args)
             found = steps_at(inputs, [rival for rival in rivals if rival.kind in models], models, args)
             anchor = found.get(full[-1], {}).get("runs_ms")
             for rival, row in found.items():
@@ -240,7 +241,7 @@ def bench_layers(args: argparse.Namespace, whole: nn.Module, packed: FluxTransfo
     gpu = args.device.type == "cuda"
     flush = torch.empty(2**28, dtype=torch.uint8, device=args.device) if gpu else None
     tokens = {(size // 16) ** 2 + args.text_tokens for size in args.resolution}
-    kinds = dict.fromkeys([args.dtype_name, "bfloat16", *list(MAKERS)[3:], "ours exact", "ours fast"])
+    kinds = dict.fromkeys([args.dtype_name, "bfloat16", *list(MAKERS)[3:], *(f"ours {mode}" for mode in args.mode)])
     dtypes = {kind: torch.bfloat16 if kind == "bfloat16" else args.dtype for kind in kinds}
     problems = {kind: why_not(kind, dtypes[kind], args.device) for kind in kinds}
     rows = []
@@ -365,6 +366,13 @@ def chart(rows: list[dict], title: str, file: Path) -> None:
     os.replace(partial, file)
 
 
+def save(figures: dict, file: Path) -> None:
+    """Written after each part, so that a part that is cut off costs no other."""
+    partial = file.with_name(file.name + ".tmp")
+    partial.write_text(json.dumps(figures, indent=1) + "\n")
+    os.replace(partial, file)
+
+
 def versions() -> dict[str, str | None]:
     found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     for package in ("triton", "diffusers", "torchao", "gemlite"):
@@ -385,6 +393,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text_tokens", type=int, help="default: what the pipeline pads its prompts to")
     parser.add_argument("--layers", action="store_true", help="also time each GEMM shape of the blocks on its own")
     parser.add_argument("--load", action="store_true", help="also time loading a packed checkpoint from a warm disk")
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help="of ours; default: both")
     parser.add_argument("--no_steps", action="store_true", help="leave the denoising steps out")
     parser.add_argument("--device", help="default: cuda if there, else mps, else cpu")
     parser.add_argument("--dtype", dest="dtype_name", choices=["float32", "float16", "bfloat16"],
@@ -397,11 +406,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     try:
         args.device = pick_device(args.device)
         args.architecture, text_tokens, sizes = read_config(args.config)
-        args.text_tokens, args.resolution = args.text_tokens or text_tokens, args.resolution or sizes
+        args.text_tokens = text_tokens if args.text_tokens is None else args.text_tokens
+        args.resolution = args.resolution or sizes
         if bad := [size for size in args.resolution if size < 16 or size % 16]:
             raise ValueError(f"--resolution must be a multiple of 16, got {bad[0]}")
-        if args.rounds < 1:
-            raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
+        for name in ("rounds", "text_tokens"):
+            if getattr(args, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+        if args.no_steps and not (args.layers or args.load):
+            raise ValueError("--no_steps leaves nothing to measure: add --layers or --load")
     except ValueError as error:
         parser.error(str(error))
     gpu = args.device.type == "cuda"
@@ -432,19 +445,19 @@ def main(argv: list[str] | None = None) -> None:
         "threads": torch.get_num_threads(), "versions": versions(),
     }  # fmt: skip
     if not args.no_steps:
-        figures["steps"] = bench_steps(args, config, packed)
+        figures["steps"] = bench_steps(args, packed)
         print("\n" + table(figures["steps"], STEP_COLUMNS) + "\n")
         title = f"{args.config}, {figures['device']}, torch {torch.__version__}" + (f"\n{note}" if note else "")
         chart(figures["steps"], title, args.output / "bench.png")
+        save(figures, args.output / "bench.json")
     if args.layers:
         figures["layers"] = bench_layers(args, whole, packed)
         print("\n" + table(figures["layers"], LAYER_COLUMNS) + "\n")
+        save(figures, args.output / "bench.json")
     if args.load:
         figures["load"] = bench_load(args, packed)
         print("packed checkpoint: {bytes:,} bytes on disk, loaded in {seconds:.2f} s\n".format(**figures["load"]))
-    partial = args.output / "bench.json.tmp"
-    partial.write_text(json.dumps(figures, indent=1) + "\n")
-    os.replace(partial, args.output / "bench.json")
+        save(figures, args.output / "bench.json")
     log.info("figures: %s", args.output / "bench.json")
     for row in figures.get("steps", []) + figures.get("layers", []):
         if row["rival"].startswith(("ours", args.dtype_name)) and "problem" in row:

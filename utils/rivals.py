@@ -31,7 +31,7 @@ def skeleton(config: dict, dtype: torch.dtype) -> FluxTransformer2DModel:
             # diffusers' own .to() warns of the step sizes; they stay fp32 whatever it is called with.
             return nn.Module.to(FluxTransformer2DModel(**config, w_bits=0, packed=FORMAT), dtype)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"--config: describes no transformer ({' '.join(str(error).split())[:200]})") from None
+        raise ValueError(f"--config describes no transformer ({' '.join(str(error).split())[:200]})") from None
 
 
 @torch.no_grad()
