@@ -176,6 +176,31 @@ def test_bench_measures_every_rival(modes, folder, tmp_path, capsys):
     assert found["load"]["seconds"] > 0 and found["load"]["bytes"] > disk  # the headers and the index besides
 
 
+def test_compiled_rivals_beside_eager_ones(modes, folder, tmp_path, monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def compile_module(self, compile_module=torch.nn.Module.compile, **settings):  # with no C++ compiler at work
+        compile_module(self, backend=backend, **settings)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
+    found = measured(tmp_path, "--config", folder, "--resolution", 32, "--compile")
+    rows = {row["rival"]: row for row in found["steps"] if "ms" in row}
+    assert set(rows) == {
+        "float32, eager", "float32, compiled", "int8 codes, cast, compiled", "ours exact, eager",
+        "ours exact, compiled", "ours fast, eager", "ours fast, compiled",
+    }  # fmt: skip
+    assert rows["float32, compiled"]["ratio"] == 1
+    assert rows["ours exact, compiled"]["relative_error"] < 1e-4
+    fast = [rows[f"ours fast, {way}"]["relative_error"] for way in ("eager", "compiled")]
+    assert fast[0] == pytest.approx(fast[1], rel=0.05)
+    # Each compiled rival: the double blocks, the first single block, and the others, whose input has other strides.
+    assert len(graphs) == 4 * 3
+
+
 def test_where_memory_is_short_the_anchor_is_repeated(modes, folder, tmp_path, monkeypatch):
     groups = [["float32", "int8 codes, cast"], ["float32", "ours"]]
     monkeypatch.setattr(bench, "groups_that_fit", lambda packed, kinds, args: groups)
