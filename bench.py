@@ -329,7 +329,7 @@ STEP_COLUMNS = {
     "one denoising step": ("rival", str), "pixels": ("resolution", str), "ms": ("ms", _number(".2f")),
     "ratio": ("ratio", _number(".3f")), "resident GiB": ("resident_bytes", _number(".3f", 2**-30)),
     "peak GiB": ("peak_bytes", _number(".3f", 2**-30)), "disk GB": ("disk_bytes", _number(".3f", 1e-9)),
-    "rel. error": ("relative_error", _number(".5f")),
+    "rel. error": ("relative_error", _number(".1e")),
 }  # fmt: skip
 LAYER_COLUMNS = {
     "matrix multiplication": ("rival", str), "M": ("m", str), "N": ("n", str), "K": ("k", str),
@@ -339,25 +339,26 @@ LAYER_COLUMNS = {
 
 
 def chart(rows: list[dict], title: str, file: Path) -> None:
-    """Bars of milliseconds (a panel for each resolution) and of GiB, resident and at the peak."""
+    """Bars of milliseconds, a panel for each resolution, and of GiB at the first one; of what could be measured."""
+    rows = [row for row in rows if "ms" in row]
     sizes = list(dict.fromkeys(row["resolution"] for row in rows))
-    figure, panels = pyplot.subplots(
-        1, len(sizes) + 1, figsize=(4 + 3.2 * (len(sizes) + 1), 4.5), sharey=True, squeeze=False
-    )
-    for panel, size in zip(panels[0], sizes, strict=False):
+    if not sizes:
+        return
+    figure, panels = pyplot.subplots(1, len(sizes) + 1, figsize=(7 + 3.2 * len(sizes), 4.5), sharey=True)
+    for panel, size in zip(panels, sizes, strict=False):
         shown = [row for row in rows if row["resolution"] == size]
         colours = ["tab:orange" if row["rival"].startswith("ours") else "tab:blue" for row in shown]
-        bars = panel.barh([row["rival"] for row in shown], [row.get("ms", 0) for row in shown], color=colours)
-        labels = [f"{row['ms']:.3g}" if "ms" in row else "–" for row in shown]
-        panel.bar_label(bars, labels, padding=2, fontsize=8)
+        bars = panel.barh([row["rival"] for row in shown], [row["ms"] for row in shown], color=colours)
+        panel.bar_label(bars, [f"{row['ms']:.4g}" for row in shown], padding=2, fontsize=8)
         panel.set(title=f"one step at {size} pixels", xlabel="ms")
         panel.margins(x=0.2)
     for key, colour in (("peak_bytes", "lightgrey"), ("resident_bytes", "tab:green")):
-        values = [(row.get(key) or 0) / 2**30 for row in shown]
-        panels[0][-1].barh([row["rival"] for row in shown], values, color=colour, label=key.removesuffix("_bytes"))
-    panels[0][-1].set(title=f"memory at {sizes[-1]} pixels", xlabel="GiB")
-    panels[0][-1].legend(fontsize=8)
-    panels[0][0].invert_yaxis()
+        known = [row for row in rows if row["resolution"] == sizes[0] and row.get(key) is not None]
+        values = [row[key] / 2**30 for row in known]
+        panels[-1].barh([row["rival"] for row in known], values, color=colour, label=key.removesuffix("_bytes"))
+    panels[-1].set(title=f"memory at {sizes[0]} pixels", xlabel="GiB")
+    panels[-1].legend(fontsize=8)
+    panels[0].invert_yaxis()
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     partial = file.with_name(file.name + ".tmp")

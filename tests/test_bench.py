@@ -201,6 +201,18 @@ def test_compiled_rivals_beside_eager_ones(modes, folder, tmp_path, monkeypatch)
     assert len(graphs) == 4 * 3
 
 
+def test_rivals_share_the_memory_of_a_gpu_if_they_fit(monkeypatch):
+    packed = small_model(torch.bfloat16)
+    args = bench.parse_args(["--device", "cpu", "--dtype", "bfloat16"])
+    args.device = torch.device("cuda")  # of which nothing but its free memory is asked
+    weights = sum(m.in_features * m.out_features for m in packed.modules() if isinstance(m, PackedLinear))
+    kinds = ["bfloat16", "int8 codes, cast", "ours"]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * weights, 0))  # 2 and 1 bytes a weight: 3
+    assert bench.groups_that_fit(packed, kinds, args) == [kinds]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * weights, 0))
+    assert bench.groups_that_fit(packed, kinds, args) == [["bfloat16", "int8 codes, cast"], ["bfloat16", "ours"]]
+
+
 def test_where_memory_is_short_the_anchor_is_repeated(modes, folder, tmp_path, monkeypatch):
     groups = [["float32", "int8 codes, cast"], ["float32", "ours"]]
     monkeypatch.setattr(bench, "groups_that_fit", lambda packed, kinds, args: groups)
