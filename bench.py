@@ -354,8 +354,9 @@ def chart(rows: list[dict], title: str, file: Path) -> None:
         panel.margins(x=0.2)
     for key, colour in (("peak_bytes", "lightgrey"), ("resident_bytes", "tab:green")):
         known = [row for row in rows if row["resolution"] == sizes[0] and row.get(key) is not None]
-        values = [row[key] / 2**30 for row in known]
-        panels[-1].barh([row["rival"] for row in known], values, color=colour, label=key.removesuffix("_bytes"))
+        if known:
+            values = [row[key] / 2**30 for row in known]
+            panels[-1].barh([row["rival"] for row in known], values, color=colour, label=key.removesuffix("_bytes"))
     panels[-1].set(title=f"memory at {sizes[0]} pixels", xlabel="GiB")
     panels[-1].legend(fontsize=8)
     panels[0].invert_yaxis()
