@@ -1,0 +1,472 @@
+"""Speed, memory and size of a ternary FLUX transformer beside the alternatives, in one process.
+
+    python bench.py --config flux-dev --resolution 1024 512 --layers --load      # everything, on one 80 GB GPU
+    python bench.py --config flux-schnell --resolution 512
+    python bench.py --config tiny-flux --device cpu                              # on a laptop, in seconds
+    python bench.py --config flux-dev --device cpu --layers --no_steps           # its matrix multiplications only
+    python bench.py --config MY_MODEL                                            # a transformer's or pipeline's folder
+
+The transformer gets random ternary weights on the device itself; every rival holds the same numbers in its own form, so
+that the relative error ‖y − y_ref‖/‖y_ref‖ of the velocity says what that form costs. The reference is the uncompiled
+full-precision rival, for the fast mode the uncompiled exact mode. All compiled rivals are compiled block by block with
+the same settings; the eager ones are the same models with compilation switched off.
+
+    ms         median over rounds in which the rivals take turns, each after one untimed step of its own; batch 1
+    ratio      to the anchor: the full-precision rival, compiled if anything is
+    resident   bytes of the rival's own parameters
+    peak       resident + what it left allocated in its first steps + (largest allocation during a step − allocation
+               before it): its own, whatever else is on the card; only on CUDA
+    disk       bytes of its tensors in a checkpoint
+
+It writes OUTPUT/bench.json with every figure and OUTPUT/bench.png, a chart of the steps.
+"""
+
+import argparse
+import contextlib
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import matplotlib
+import torch
+from torch import Tensor, nn
+
+from models.modeling_flux_quant import DEFAULT_SETTINGS, MODULATION, FluxTransformer2DModel
+from models.packing import PackedLinear
+from utils.metrics import nmse
+from utils.rivals import (
+    MAKERS,
+    RUNS,
+    Allocations,
+    Rival,
+    model_bytes,
+    one_line,
+    random_packed,
+    seconds,
+    skeleton,
+    take_turns,
+    twin,
+    why_not,
+)
+from utils.utils import ROOT, check_disk, device_name, empty_cache, get_logger, pick_device, run_script
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402 (the backend is to be chosen first)
+
+log = get_logger("bench")
+FLUX = {
+    "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
+    "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768,
+    "axes_dims_rope": (16, 56, 56),
+}  # fmt: skip
+CONFIGS = {  # architecture and T5 tokens
+    "flux-dev": (FLUX | {"guidance_embeds": True}, 512),
+    "flux-schnell": (FLUX | {"guidance_embeds": False}, 256),
+}
+MODES = ("exact", "fast")
+CPU_ROWS = 512  # M of the multiplications on a CPU, at most
+CPU_WEIGHTS = 10**9  # a larger transformer is cut down to a block of each kind there
+
+
+# ------------------------------------------------------------------------------------------------------------ shapes
+
+
+def read_config(name: str) -> tuple[dict, int, list[int]]:
+    """Architecture, T5 tokens and pixels a side of a --config; ValueError if it is neither a name nor a folder."""
+    if name in CONFIGS:
+        return *CONFIGS[name], [1024, 512]
+    folder = ROOT / "assets" / name if name == "tiny-flux" else Path(name)
+    found = [path for path in (folder / "config.json", folder / "transformer" / "config.json") if path.is_file()]
+    if not found:
+        names = ", ".join((*CONFIGS, "tiny-flux"))
+        raise ValueError(f"--config {name}: use one of {names}, or a folder with a transformer's config.json")
+
+    def read(file: Path) -> dict:
+        try:
+            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"--config {name}: {file} is not JSON ({error}); save or download it again") from None
+
+    config = read(found[0])
+    if config.get("_class_name") != "FluxTransformer2DModel":
+        raise ValueError(f"--config {name}: describes a {config.get('_class_name')}, expected a FluxTransformer2DModel")
+    config = {key: value for key, value in config.items() if key[0] != "_" and key not in DEFAULT_SETTINGS}
+    length = read(folder / "tokenizer_2" / "tokenizer_config.json").get("model_max_length", 512)
+    size = read(folder / "vae" / "config.json").get("sample_size")
+    return config, min(length, 512), [size] if size else [1024, 512]
+
+
+def step_inputs(config: Mapping, size: int, args: argparse.Namespace) -> dict[str, Tensor]:
+    """What a pipeline hands to the transformer in one step, batch 1, at `size` pixels a side."""
+    side, text = size // 16, args.text_tokens
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    generator = torch.Generator().manual_seed(args.seed)
+    inputs = {
+        "hidden_states": torch.randn(1, side**2, config["in_channels"], generator=generator),
+        "encoder_hidden_states": torch.randn(1, text, config["joint_attention_dim"], generator=generator),
+        "pooled_projections": torch.randn(1, config["pooled_projection_dim"], generator=generator),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": torch.stack([torch.zeros(side**2), rows.flatten(), columns.flatten()], 1),
+        "txt_ids": torch.zeros(text, 3),
+    }
+    if config["guidance_embeds"]:
+        inputs["guidance"] = torch.tensor([3.5])
+    return {name: tensor.to(args.device, args.dtype) for name, tensor in inputs.items()}
+
+
+def layer_shapes(model: FluxTransformer2DModel) -> dict[tuple[bool, int, int], list[str]]:
+    """Names of the packed layers by (modulation?, out, in)."""
+    shapes: dict[tuple[bool, int, int], list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            key = (name.endswith(MODULATION), module.out_features, module.in_features)
+            shapes.setdefault(key, []).append(name)
+    return shapes
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+def step_rivals(args: argparse.Namespace) -> list[Rival]:
+    """In the order of the table: full precision, whose last is the anchor, the others, ours."""
+    ways = {"eager": False} | ({"compiled": True} if args.compile else {})
+    way = list(ways)[-1]
+    rivals = [Rival(f"{args.dtype_name}, {name}", args.dtype_name, compiled) for name, compiled in ways.items()]
+    for kind in ("fp8 row-wise, torchao", "fp8 row-wise, torch._scaled_mm", "int8 codes, cast"):
+        rivals.append(Rival(f"{kind}, {way}", kind, args.compile))
+    for mode in args.mode:
+        rivals += [Rival(f"ours {mode}, {name}", "ours", compiled, mode) for name, compiled in ways.items()]
+    return rivals
+
+
+def groups_that_fit(packed: nn.Module, kinds: list[str], args: argparse.Namespace) -> list[list[str]]:
+    """Kinds to hold in memory together: all, or where they do not fit each beside the first."""
+    weights = sum(m.in_features * m.out_features for m in packed.modules() if isinstance(m, PackedLinear))
+    needed = 1.1 * weights * sum({"ours": 0, args.dtype_name: args.dtype.itemsize}.get(kind, 1) for kind in kinds)
+    if args.device.type != "cuda" or needed < torch.cuda.mem_get_info(args.device)[0]:
+        return [kinds]
+    log.info("%s do not fit in memory together: each in its turn, beside %s", ", ".join(kinds), kinds[0])
+    return [[kinds[0], kind] for kind in kinds[1:]]
+
+
+def steps_at(
+    inputs: dict[str, Tensor], cast: list[Rival], models: dict[str, nn.Module], args: argparse.Namespace
+) -> dict[Rival, dict]:
+    """What is measured of each rival in steps on `inputs`, among it its "output"; or its `problem`."""
+    torch._dynamo.reset()  # the other resolution's code would be looked through at every call
+    rows: dict[Rival, dict] = {rival: {} for rival in cast}
+    cases, kept, memory = [], Counter(), Allocations(args.device)
+    for rival in cast:
+        model, before = models[rival.kind], memory.now()
+
+        def step(model=model) -> Tensor:
+            return model(**inputs, return_dict=False)[0]
+
+        try:
+            with rival.on_stage(model):
+                rows[rival]["output"] = step().float().cpu()
+            cases.append((rival, model, step))
+        except Exception as error:
+            rows[rival]["problem"] = one_line(error)
+        kept[rival.kind] += memory.now() - before
+    for rival, model, step in cases:
+        with rival.on_stage(model):
+            beyond = memory.peak_of(step)
+        resident, disk = model_bytes(model)
+        peak = None if beyond is None else resident + kept[rival.kind] + beyond
+        rows[rival] |= {"resident_bytes": resident, "peak_bytes": peak, "disk_bytes": disk}
+    for name, runs in take_turns(cases, args.rounds, args.device).items():
+        row = next(rows[rival] for rival in cast if rival.name == name)
+        row |= {"problem": runs} if isinstance(runs, str) else {"runs_ms": runs}
+    return rows
+
+
+def bench_steps(args: argparse.Namespace, packed: FluxTransformer2DModel) -> list[dict]:
+    """A row for each resolution and rival: its figures, or its `problem`."""
+    rivals = step_rivals(args)
+    full = [rival for rival in rivals if rival.kind == args.dtype_name]
+    problems = {rival.kind: why_not(rival.kind, args.dtype, args.device) for rival in rivals}
+    rows = {(size, rival): {"resolution": size, "rival": rival.name} for size in args.resolution for rival in rivals}
+    models: dict[str, nn.Module] = {}
+    for group in groups_that_fit(packed, [kind for kind in problems if not problems[kind]], args):
+        for kind in [kind for kind in group if kind not in models and not problems[kind]]:
+            try:
+                models[kind] = packed if kind == "ours" else twin(packed, MAKERS[kind])
+                if args.compile:
+                    models[kind].compile_repeated_blocks(fullgraph=True, dynamic=False)
+            except Exception as error:
+                problems[kind] = one_line(error)
+        for size in args.resolution:
+            log.info("%d pixels: %s", size, "; ".join(models))
+            inputs = step_inputs(packed.config, size, args)
+            found = steps_at(inputs, [rival for rival in rivals if rival.kind in models], models, args)
+            anchor = found.get(full[-1], {}).get("runs_ms")
+            for rival, row in found.items():
+                runs = row.get("runs_ms")
+                if runs and anchor:
+                    row["ratio"] = statistics.median(runs) / statistics.median(anchor)
+                if runs:
+                    row["runs_ms"] = rows[size, rival].get("runs_ms", []) + runs
+                    row["ms"] = statistics.median(row["runs_ms"])
+                rows[size, rival] |= row
+        for kind in group[1:]:
+            models.pop(kind, None)
+        gc.collect()
+        empty_cache(args.device)
+    outputs = {(size, rival.name): row.pop("output") for (size, rival), row in rows.items() if "output" in row}
+    for (size, rival), row in rows.items():
+        if problems[rival.kind]:
+            row["problem"] = problems[rival.kind]
+        reference = "ours exact, eager" if rival.mode == "fast" else full[0].name
+        if (size, reference) in outputs and (size, rival.name) in outputs:
+            row["relative_error"] = nmse(outputs[size, rival.name], outputs[size, reference]) ** 0.5
+            row["error_against"] = reference
+    return list(rows.values())
+
+
+def bench_layers(args: argparse.Namespace, whole: nn.Module, packed: FluxTransformer2DModel) -> list[dict]:
+    """A row for each GEMM shape of the `whole` transformer and rival, timed on a layer of `packed`.
+
+    M is 1 for modulation, else all tokens; on a CPU at most CPU_ROWS, and modulation's shapes at that M too.
+    """
+    gpu = args.device.type == "cuda"
+    flush = torch.empty(2**28, dtype=torch.uint8, device=args.device) if gpu else None
+    tokens = {(size // 16) ** 2 + args.text_tokens for size in args.resolution}
+    kinds = dict.fromkeys([args.dtype_name, "bfloat16", *list(MAKERS)[3:], *(f"ours {mode}" for mode in args.mode)])
+    dtypes = {kind: torch.bfloat16 if kind == "bfloat16" else args.dtype for kind in kinds}
+    problems = {kind: why_not(kind, dtypes[kind], args.device) for kind in kinds}
+    rows = []
+    for (modulation, n, k), names in layer_shapes(whole).items():
+        # q, k and v may share what is made of their input; an attention's output layer has its own.
+        name = max(names, key=lambda name: "to_out" in name)
+        counts = {1} if modulation else tokens
+        if not gpu:
+            counts = {1, CPU_ROWS} if modulation else {min(m, CPU_ROWS) for m in tokens}
+        for m in sorted(counts):
+            entry = {"m": m, "n": n, "k": k, "count": len(names), "modulation": modulation}
+            found = layer_times(m, packed, name, [kind for kind in kinds if not problems[kind]], args, flush)
+            for kind, runs in found.items():
+                row = entry | {"rival": kind}
+                rows.append(row)
+                if isinstance(runs, str):
+                    row["problem"] = runs
+                    continue
+                row |= {"runs_ms": runs, "ms": statistics.median(runs)}
+                row["tflops"] = 2 * m * n * k / row["ms"] / 1e9
+                if not isinstance(found[args.dtype_name], str):
+                    row["ratio"] = row["ms"] / statistics.median(found[args.dtype_name])
+    ceiling = max((row["tflops"] for row in rows if row["rival"] == args.dtype_name and "ms" in row), default=None)
+    for row in rows:
+        if ceiling and "ms" in row:
+            row["of_ceiling"] = row["tflops"] / ceiling
+    return rows + [{"rival": kind, "problem": problem} for kind, problem in problems.items() if problem]
+
+
+def layer_times(
+    m: int, packed: FluxTransformer2DModel, name: str, kinds: list[str], args: argparse.Namespace, flush: Tensor | None
+) -> dict[str, list[float] | str]:
+    """Milliseconds of random x [m, in] through each kind of the layer called `name`; of one that fails, the reason."""
+    torch._dynamo.reset()
+    layer, cases, problems = packed.get_submodule(name), [], {}
+    x = torch.randn(m, layer.in_features, device=args.device, dtype=args.dtype)
+    for kind in kinds:
+        mode = kind.removeprefix("ours ") if kind.startswith("ours") else None
+        given = x.bfloat16() if kind == "bfloat16" else x
+        try:
+            module = layer if mode else MAKERS[kind](layer)
+            if args.compile and kind not in ("float32", "float16", "bfloat16") and "gemlite" not in kind:
+                module = torch.compile(module, fullgraph=True, dynamic=False)
+        except Exception as error:
+            problems[kind] = one_line(error)
+            continue
+        cases.append((Rival(kind, kind, args.compile, mode), packed, lambda module=module, x=given: module(x)))
+    times = take_turns(cases, args.rounds, args.device, flush)
+    return {kind: problems.get(kind) or times[kind] for kind in kinds}
+
+
+def bench_load(args: argparse.Namespace, packed: FluxTransformer2DModel) -> dict:
+    """Seconds from a packed checkpoint, read once before, to a transformer on the device; its bytes."""
+    check_disk(args.output, model_bytes(packed)[1], "the packed checkpoint")
+    with tempfile.TemporaryDirectory(dir=args.output) as folder:
+        packed.save_pretrained(folder)
+        size = sum(file.stat().st_size for file in Path(folder).iterdir())
+
+        def load() -> None:
+            FluxTransformer2DModel.from_pretrained(folder, device_map=str(args.device), dtype=args.dtype)
+
+        load()
+        return {"seconds": seconds(load, args.device), "bytes": size}
+
+
+# ------------------------------------------------------------------------------------------------------------ output
+
+
+def table(rows: list[dict], columns: dict[str, tuple[str, Callable]]) -> str:
+    """Aligned text: a line for each row; columns: heading -> (key, how to write it). A problem stands in the last."""
+    cells = [list(columns)]
+    for row in rows:
+        values = [(row.get(key), write) for key, write in columns.values()]
+        cells.append(["–" if value is None else write(value) for value, write in values])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [[cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(c, widths, strict=True))]
+             for c in cells]  # fmt: skip
+    problems = ["", *(row.get("problem") or "" for row in rows)]
+    return "\n".join(f"{'  '.join(line)}  {text}".rstrip() for line, text in zip(lines, problems, strict=True))
+
+
+def _number(form: str, scale: float = 1.0) -> Callable[[float], str]:
+    return lambda value: format(value * scale, form)
+
+
+STEP_COLUMNS = {
+    "one denoising step": ("rival", str), "pixels": ("resolution", str), "ms": ("ms", _number(".2f")),
+    "ratio": ("ratio", _number(".3f")), "resident GiB": ("resident_bytes", _number(".3f", 2**-30)),
+    "peak GiB": ("peak_bytes", _number(".3f", 2**-30)), "disk GB": ("disk_bytes", _number(".3f", 1e-9)),
+    "rel. error": ("relative_error", _number(".1e")),
+}  # fmt: skip
+LAYER_COLUMNS = {
+    "matrix multiplication": ("rival", str), "M": ("m", str), "N": ("n", str), "K": ("k", str),
+    "layers": ("count", str), "ms": ("ms", _number(".4f")), "ratio": ("ratio", _number(".3f")),
+    "TFLOP/s": ("tflops", _number(".2f")), "of ceiling": ("of_ceiling", _number(".1%")),
+}  # fmt: skip
+
+
+def chart(rows: list[dict], title: str, file: Path) -> None:
+    """Bars of milliseconds, a panel for each resolution, and of GiB at the first one; of what could be measured."""
+    rows = [row for row in rows if "ms" in row]
+    sizes = list(dict.fromkeys(row["resolution"] for row in rows))
+    if not sizes:
+        return
+    figure, panels = pyplot.subplots(1, len(sizes) + 1, figsize=(7 + 3.2 * len(sizes), 4.5), sharey=True)
+    for panel, size in zip(panels, sizes, strict=False):
+        shown = [row for row in rows if row["resolution"] == size]
+        colours = ["tab:orange" if row["rival"].startswith("ours") else "tab:blue" for row in shown]
+        bars = panel.barh([row["rival"] for row in shown], [row["ms"] for row in shown], color=colours)
+        panel.bar_label(bars, [f"{row['ms']:.4g}" for row in shown], padding=2, fontsize=8)
+        panel.set(title=f"one step at {size} pixels", xlabel="ms")
+        panel.margins(x=0.2)
+    for key, colour in (("peak_bytes", "lightgrey"), ("resident_bytes", "tab:green")):
+        known = [row for row in rows if row["resolution"] == sizes[0] and row.get(key) is not None]
+        if known:
+            values = [row[key] / 2**30 for row in known]
+            panels[-1].barh([row["rival"] for row in known], values, color=colour, label=key.removesuffix("_bytes"))
+    panels[-1].set(title=f"memory at {sizes[0]} pixels", xlabel="GiB")
+    panels[-1].legend(fontsize=8)
+    panels[0].invert_yaxis()
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    partial = file.with_name(file.name + ".tmp")
+    figure.savefig(partial, format="png", dpi=120)
+    pyplot.close(figure)
+    os.replace(partial, file)
+
+
+def save(figures: dict, file: Path) -> None:
+    """Written after each part, so that a part that is cut off costs no other."""
+    partial = file.with_name(file.name + ".tmp")
+    partial.write_text(json.dumps(figures, indent=1) + "\n")
+    os.replace(partial, file)
+
+
+def versions() -> dict[str, str | None]:
+    found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    for package in ("triton", "diffusers", "torchao", "gemlite"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message} (see --help)\n")
+    parser.add_argument("--config", default="tiny-flux", help=f"{', '.join(CONFIGS)}, tiny-flux or a model's folder")
+    parser.add_argument("--resolution", type=int, nargs="+", metavar="PIXELS",
+                        help="a side, multiples of 16; default: the autoencoder's size, else 1024 512")  # fmt: skip
+    parser.add_argument("--text_tokens", type=int, help="default: what the pipeline pads its prompts to")
+    parser.add_argument("--layers", action="store_true", help="also time each GEMM shape of the blocks on its own")
+    parser.add_argument("--load", action="store_true", help="also time loading a packed checkpoint from a warm disk")
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help="of ours; default: both")
+    parser.add_argument("--no_steps", action="store_true", help="leave the denoising steps out")
+    parser.add_argument("--device", help="default: cuda if there, else mps, else cpu")
+    parser.add_argument("--dtype", dest="dtype_name", choices=["float32", "float16", "bfloat16"],
+                        help="of full precision and activations; default: bfloat16 on CUDA, else float32")  # fmt: skip
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
+    parser.add_argument("--rounds", type=int, default=10, help=f"turns of each rival, {RUNS} timed runs in each")
+    parser.add_argument("--seed", type=int, default=42, help="of weights and inputs")
+    parser.add_argument("--output", type=Path, default=Path("output/bench"), help="folder of bench.json and bench.png")
+    args = parser.parse_args(argv)
+    try:
+        args.device = pick_device(args.device)
+        args.architecture, text_tokens, sizes = read_config(args.config)
+        args.text_tokens = text_tokens if args.text_tokens is None else args.text_tokens
+        args.resolution = args.resolution or sizes
+        if bad := [size for size in args.resolution if size < 16 or size % 16]:
+            raise ValueError(f"--resolution must be a multiple of 16, got {bad[0]}")
+        for name in ("rounds", "text_tokens"):
+            if getattr(args, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+        if args.no_steps and not (args.layers or args.load):
+            raise ValueError("--no_steps leaves nothing to measure: add --layers or --load")
+    except ValueError as error:
+        parser.error(str(error))
+    gpu = args.device.type == "cuda"
+    args.compile = gpu if args.compile is None else args.compile
+    args.dtype_name = args.dtype_name or ("bfloat16" if gpu else "float32")
+    args.dtype = getattr(torch, args.dtype_name)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    torch._dynamo.config.recompile_limit = 64  # of a block's code, which all rivals share
+    args.output.mkdir(parents=True, exist_ok=True)
+    whole = skeleton(args.architecture, args.dtype)
+    weights = sum(n * k * len(names) for (_, n, k), names in layer_shapes(whole).items())
+    config, note = args.architecture, None
+    if args.device.type != "cuda" and weights > CPU_WEIGHTS:
+        config = config | {"num_layers": 1, "num_single_layers": 1}
+        note = f"one block of each kind: all of the {weights / 1e9:.1f} B block weights are too many for {args.device}"
+        log.info(note)
+    packed = random_packed(config, args.dtype, args.device, args.seed)
+    figures = {
+        "command": shlex.join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)]),
+        "config": args.config, "architecture": config, "note": note, "block_weights": weights,
+        "resolution": args.resolution, "text_tokens": args.text_tokens, "dtype": args.dtype_name, "batch_size": 1,
+        "compile": args.compile, "rounds": args.rounds, "runs_a_round": RUNS, "seed": args.seed,
+        "device": device_name(args.device), "host": f"{os.cpu_count()} CPU cores, {platform.platform()}",
+        "threads": torch.get_num_threads(), "versions": versions(),
+    }  # fmt: skip
+    if not args.no_steps:
+        figures["steps"] = bench_steps(args, packed)
+        print("\n" + table(figures["steps"], STEP_COLUMNS) + "\n")
+        title = f"{args.config}, {figures['device']}, torch {torch.__version__}" + (f"\n{note}" if note else "")
+        chart(figures["steps"], title, args.output / "bench.png")
+        save(figures, args.output / "bench.json")
+    if args.layers:
+        figures["layers"] = bench_layers(args, whole, packed)
+        print("\n" + table(figures["layers"], LAYER_COLUMNS) + "\n")
+        save(figures, args.output / "bench.json")
+    if args.load:
+        figures["load"] = bench_load(args, packed)
+        print("packed checkpoint: {bytes:,} bytes on disk, loaded in {seconds:.2f} s\n".format(**figures["load"]))
+        save(figures, args.output / "bench.json")
+    log.info("figures: %s", args.output / "bench.json")
+    for row in figures.get("steps", []) + figures.get("layers", []):
+        if row["rival"].startswith(("ours", args.dtype_name)) and "problem" in row:
+            raise ValueError(f"{row['rival']}: {row['problem']}")
+
+
+if __name__ == "__main__":
+    run_script(main)

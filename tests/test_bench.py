@@ -1,0 +1,312 @@
+"""bench.py end to end on small transformers on the CPU, its rivals' numbers, and its errors."""
+
+import json
+import statistics
+import sys
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel as Diffusers
+
+import bench
+from models.modeling_flux_quant import FluxTransformer2DModel
+from models.packing import PackedLinear
+from utils import rivals
+from utils.metrics import nmse
+
+SMALL = {
+    "in_channels": 16, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
+    "joint_attention_dim": 32, "pooled_projection_dim": 32, "guidance_embeds": True, "axes_dims_rope": (4, 6, 6),
+}  # fmt: skip
+PER_BLOCK = {"double": 14, "single": 6}  # linears: q k v out, their twins, two feed-forwards and modulations; …
+
+
+@pytest.fixture
+def modes(monkeypatch):
+    """A transformer that has modes, whose fast one rounds activations coarsely."""
+
+    def forward(self, x, exact=PackedLinear.forward):
+        step = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 7
+        return exact(self, (x / step).round() * step if getattr(self, "test_mode", "exact") == "fast" else x)
+
+    def set_inference_mode(self, mode):
+        for module in self.modules():
+            module.test_mode = mode
+        return self
+
+    monkeypatch.setattr(PackedLinear, "forward", forward)
+    monkeypatch.setattr(FluxTransformer2DModel, "set_inference_mode", set_inference_mode, raising=False)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A transformer's config.json and nothing else."""
+    (tmp_path / "model").mkdir()
+    config = SMALL | {"_class_name": "FluxTransformer2DModel", "_diffusers_version": "0"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    return tmp_path / "model"
+
+
+def small_model(dtype=torch.float32):
+    return rivals.random_packed(SMALL, dtype, torch.device("cpu"), seed=0)
+
+
+def measured(tmp_path, *flags):
+    bench.main(["--device", "cpu", "--rounds", "1", "--output", str(tmp_path / "out"), *map(str, flags)])
+    return json.loads((tmp_path / "out" / "bench.json").read_text())
+
+
+def velocity(model, args, size):
+    with torch.no_grad():
+        return model(**bench.step_inputs(SMALL, size, args), return_dict=False)[0]
+
+
+def test_a_model_of_random_codes_is_ternary_of_unit_gain_and_the_same_again():
+    model, again = small_model(), small_model()
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    assert len(packed) == PER_BLOCK["double"] + 2 * PER_BLOCK["single"]
+    assert not any(p.is_meta for p in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    layer = max(packed, key=lambda m: m.weight_codes.numel())
+    codes = layer.codes()
+    assert set(codes.unique().tolist()) == {-1, 0, 1}
+    assert (codes != 0).double().mean().item() == pytest.approx(rivals.NONZERO, abs=0.03)
+    # Steps uniform on (1 ± 1/2)·α: E α² = 13/12, so the variance is 13/12 of 1/in.
+    assert layer.dequantize().double().square().mean() * layer.in_features == pytest.approx(13 / 12, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8 codes, cast"])
+def test_rivals_hold_the_same_numbers(kind):
+    packed = small_model()
+    rival = rivals.twin(packed, rivals.MAKERS[kind])
+    reference = Diffusers(**SMALL)
+    weights = {f"{n}.weight": m.dequantize() for n, m in packed.named_modules() if isinstance(m, PackedLinear)}
+    others = {n: p for n, p in packed.named_parameters() if not n.endswith(("weight_codes", "weight_clip_val"))}
+    reference.load_state_dict(weights | others)
+    args = bench.parse_args(["--device", "cpu"])
+    assert nmse(velocity(rival, args, 32), velocity(reference, args, 32)) < 1e-9
+
+
+def test_fp8_rows_and_tokens(monkeypatch):
+    def scaled_mm(a, b, scale_a, scale_b, bias, out_dtype, use_fast_accum):
+        assert a.dtype == b.dtype == torch.float8_e4m3fn and a.is_contiguous() and b.T.is_contiguous()
+        assert scale_a.shape == (a.shape[0], 1) and scale_b.shape == (1, b.shape[1])
+        return ((a.double() * scale_a) @ (b.double() * scale_b) + bias.double()).to(out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    torch.manual_seed(0)
+    codes = torch.randint(-1, 2, (48, 64)).to(torch.int8)
+    packed = PackedLinear.from_codes(codes, torch.rand(48, 1) + 0.1, torch.randn(48).bfloat16(), 0)
+    x = torch.randn(2, 5, 64).bfloat16() * torch.tensor([1.0, 1e3, 1e-3, 0, 1]).bfloat16()[:, None]
+    y = rivals.Fp8Linear(packed)(x)
+    wanted = x.double() @ packed.dequantize().double().T + packed.bias.double()
+    # e4m3 has three bits of mantissa: a relative rounding error of at most 2^-4, of 2^-4/√3 in the mean square.
+    for token in range(5):
+        assert nmse(y[:, token], wanted[:, token]) < 2**-8 / 3
+    assert y.dtype == torch.bfloat16
+
+
+def test_resident_and_disk_bytes_follow_from_the_bits():
+    model = small_model(torch.bfloat16)
+    resident = disk = 0
+    for name, parameter in model.named_parameters():
+        if name.endswith("weight_codes"):
+            layer = model.get_submodule(name.removesuffix(".weight_codes"))
+            resident += layer.out_features * layer.in_features // 4
+            disk += layer.out_features * -(-layer.in_features // 5)
+        else:
+            resident += parameter.numel() * parameter.element_size()
+            disk += parameter.numel() * parameter.element_size()
+    assert rivals.model_bytes(model) == (resident, disk)
+
+
+def test_bench_measures_every_rival(modes, folder, tmp_path, capsys):
+    found = measured(tmp_path, "--config", folder, "--resolution", 32, 48, "--layers", "--load", "--text_tokens", 7)
+    printed = capsys.readouterr().out
+    assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["bench.json", "bench.png"]
+    assert found["seed"] == 42 and found["device"] and found["versions"]["torch"] == torch.__version__
+    assert found["command"].startswith("python bench.py --device cpu") and found["text_tokens"] == 7
+
+    rows = {(row["resolution"], row["rival"]): row for row in found["steps"]}
+    names = ["float32, eager", "int8 codes, cast, eager", "ours exact, eager", "ours fast, eager"]
+    assert {(size, name) for size in (32, 48) for name in names} == {key for key, row in rows.items() if "ms" in row}
+    for row in rows.values():
+        assert row["rival"] in printed
+        if "ms" not in row:
+            assert row["problem"] in ("not installed", "needs a GPU with fp8 (sm_89 or newer)")
+            continue
+        assert len(row["runs_ms"]) == rivals.RUNS and min(row["runs_ms"]) > 0
+        assert row["ms"] == pytest.approx(statistics.median(row["runs_ms"]))
+        anchor = rows[row["resolution"], "float32, eager"]
+        assert row["ratio"] == pytest.approx(row["ms"] / anchor["ms"])
+        assert row["peak_bytes"] is None and row["resident_bytes"] > 0
+
+    # Every error against the reference it names, computed anew.
+    packed = rivals.random_packed(SMALL, torch.float32, torch.device("cpu"), found["seed"])
+    full = rivals.twin(packed, rivals.MAKERS["float32"])
+    args = bench.parse_args(["--device", "cpu", "--text_tokens", "7"])
+    for size in (32, 48):
+        exact = velocity(packed.set_inference_mode("exact"), args, size)
+        fast = velocity(packed.set_inference_mode("fast"), args, size)
+        row = rows[size, "ours fast, eager"]
+        wanted = ((fast - exact).double().norm() / exact.double().norm()).item()
+        assert row["error_against"] == "ours exact, eager" and wanted > 1e-3
+        assert row["relative_error"] == pytest.approx(wanted, rel=1e-3)
+        row, wanted = rows[size, "ours exact, eager"], nmse(exact, velocity(full, args, size)) ** 0.5
+        assert row["error_against"] == "float32, eager"
+        assert row["relative_error"] == pytest.approx(wanted, abs=1e-6) and wanted < 1e-4
+
+    shapes = {(row["n"], row["k"]): row["count"] for row in found["layers"] if "ms" in row}
+    wide = 32  # of the residual stream: 2 heads of 16
+    assert shapes == {
+        (6 * wide, wide): 2, (wide, wide): 8 + 2 * 3, (4 * wide, wide): 2 + 2, (wide, 4 * wide): 2, (3 * wide, wide): 2,
+        (wide, 5 * wide): 2,
+    }  # fmt: skip
+    for row in found["layers"]:
+        if "ms" in row:
+            assert row["tflops"] == pytest.approx(2 * row["m"] * row["n"] * row["k"] / row["ms"] / 1e9)
+            assert row["m"] in ((1, 512) if row["modulation"] else (4 + 7, 9 + 7))
+    assert max(row["of_ceiling"] for row in found["layers"] if row["rival"] == "float32") == 1
+    assert {row["rival"] for row in found["layers"] if "ms" in row} == {
+        "float32", "bfloat16", "int8 codes, cast", "ours exact", "ours fast"
+    }  # fmt: skip
+
+    disk = rows[32, "ours exact, eager"]["disk_bytes"]
+    assert found["load"]["seconds"] > 0 and found["load"]["bytes"] > disk  # the headers and the index besides
+
+
+def test_compiled_rivals_beside_eager_ones(modes, folder, tmp_path, monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def compile_module(self, compile_module=torch.nn.Module.compile, **settings):  # with no C++ compiler at work
+        compile_module(self, backend=backend, **settings)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
+    found = measured(tmp_path, "--config", folder, "--resolution", 32, "--compile")
+    rows = {row["rival"]: row for row in found["steps"] if "ms" in row}
+    assert set(rows) == {
+        "float32, eager", "float32, compiled", "int8 codes, cast, compiled", "ours exact, eager",
+        "ours exact, compiled", "ours fast, eager", "ours fast, compiled",
+    }  # fmt: skip
+    assert rows["float32, compiled"]["ratio"] == 1
+    assert rows["ours exact, compiled"]["relative_error"] < 1e-4
+    fast = [rows[f"ours fast, {way}"]["relative_error"] for way in ("eager", "compiled")]
+    assert fast[0] == pytest.approx(fast[1], rel=0.05)
+    # Each compiled rival: the double blocks, the first single block, and the others, whose input has other strides.
+    assert len(graphs) == 4 * 3
+
+
+def test_rivals_share_the_memory_of_a_gpu_if_they_fit(monkeypatch):
+    packed = small_model(torch.bfloat16)
+    args = bench.parse_args(["--device", "cpu", "--dtype", "bfloat16"])
+    args.device = torch.device("cuda")  # of which nothing but its free memory is asked
+    weights = sum(m.in_features * m.out_features for m in packed.modules() if isinstance(m, PackedLinear))
+    kinds = ["bfloat16", "int8 codes, cast", "ours"]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * weights, 0))  # 2 and 1 bytes a weight: 3
+    assert bench.groups_that_fit(packed, kinds, args) == [kinds]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * weights, 0))
+    assert bench.groups_that_fit(packed, kinds, args) == [["bfloat16", "int8 codes, cast"], ["bfloat16", "ours"]]
+
+
+def test_where_memory_is_short_the_anchor_is_repeated(modes, folder, tmp_path, monkeypatch):
+    groups = [["float32", "int8 codes, cast"], ["float32", "ours"]]
+    monkeypatch.setattr(bench, "groups_that_fit", lambda packed, kinds, args: groups)
+    found = measured(tmp_path, "--config", folder, "--resolution", 32)
+    rows = {row["rival"]: row for row in found["steps"]}
+    assert len(rows["float32, eager"]["runs_ms"]) == 2 * rivals.RUNS
+    assert len(rows["ours fast, eager"]["runs_ms"]) == rivals.RUNS
+    assert all(rows[f"ours {mode}, eager"]["ratio"] > 0 for mode in ("exact", "fast"))
+
+
+def test_a_rival_that_fails_is_a_row_and_one_of_ours_an_error(modes, folder, tmp_path, monkeypatch):
+    def fails(layer):
+        raise RuntimeError("no\n  luck")
+
+    monkeypatch.setitem(rivals.MAKERS, "int8 codes, cast", fails)
+    found = measured(tmp_path, "--config", folder, "--resolution", 32)
+    rows = {row["rival"]: row for row in found["steps"]}
+    assert rows["int8 codes, cast, eager"]["problem"] == "RuntimeError: no luck" and rows["ours fast, eager"]["ms"] > 0
+
+    monkeypatch.setattr(FluxTransformer2DModel, "set_inference_mode", lambda self, mode: fails(None))
+    with pytest.raises(ValueError, match="^ours exact, eager: RuntimeError: no luck$"):
+        measured(tmp_path, "--config", folder, "--resolution", 32)
+    rows = {row["rival"]: row for row in json.loads((tmp_path / "out" / "bench.json").read_text())["steps"]}
+    assert rows["float32, eager"]["ms"] > 0
+
+
+def test_a_pipeline_names_its_own_sizes(pipeline_folder):
+    config, text_tokens, sizes = bench.read_config(str(pipeline_folder))
+    assert config["num_single_layers"] == 1 and not any(key.startswith("_") for key in config)
+    assert sizes == [128]
+    config, text_tokens, sizes = bench.read_config("tiny-flux")
+    assert config["num_single_layers"] == 6 and (text_tokens, sizes) == (24, [128])
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "tokens"), [("flux-dev", 11.901e9, 512), ("flux-schnell", 11.891e9, 256)]
+)
+def test_architectures_have_the_published_size(name, parameters, tokens):
+    config, text_tokens, sizes = bench.read_config(name)
+    with torch.device("meta"):
+        model = Diffusers(**config)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, abs=1e6)
+    assert text_tokens == tokens and sizes == [1024, 512]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config", "nowhere"], "--config nowhere: use one of flux-dev, flux-schnell, tiny-flux, or a folder"),
+        (["--resolution", "1000"], "--resolution must be a multiple of 16, got 1000"),
+        (["--resolution", "512", "0"], "--resolution must be a multiple of 16, got 0"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--text_tokens", "0"], "--text_tokens must be at least 1, got 0"),
+        (["--device", "abacus"], "--device abacus is not available here"),
+        (["--mode", "brisk"], "argument --mode: invalid choice: 'brisk'"),
+        (["--no_steps"], "--no_steps leaves nothing to measure"),
+    ],
+)
+def test_usage_errors_are_one_line(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.py"])
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(flags)
+    written = capsys.readouterr().err
+    assert stopped.value.code == 2 and written.startswith(f"bench.py: error: {message}") and written.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--device", "cuda"])
+    assert "--device cuda is not available here: use one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ('{"_class_name": "UNet2DModel"}', "describes a UNet2DModel, expected a FluxTransformer2DModel"),
+        ('{"_class_name": "FluxTransformer2DModel", "flavour": 1}', "describes no transformer"),
+    ],
+)
+def test_a_config_that_is_none(text, message, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(text)
+    try:
+        bench.main(["--config", str(tmp_path), "--device", "cpu", "--output", str(tmp_path / "out")])
+        problem = "none"
+    except ValueError as error:
+        problem = str(error)
+    except SystemExit:
+        problem = capsys.readouterr().err
+    assert "--config " in problem and message in problem and problem.strip().count("\n") == 0
+
+
+def test_the_script_ends_in_one_line(run, tmp_path):
+    result = run("bench.py", "--config", "nowhere", "--output", tmp_path / "out")
+    assert result.returncode == 2 and result.stderr.strip().splitlines()[-1].startswith("bench.py: error: --config")
+    assert not (tmp_path / "out").exists()
