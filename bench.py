@@ -9,10 +9,12 @@
 The transformer gets random ternary weights on the device itself; every rival holds the same numbers in its own form, so
 that the relative error ‖y − y_ref‖/‖y_ref‖ of the velocity says what that form costs. The reference is the uncompiled
 full-precision rival, for the fast mode the uncompiled exact mode. All compiled rivals are compiled block by block with
-the same settings; the eager ones are the same models with compilation switched off.
+the same settings; the eager ones are the same models with compilation switched off, the graphs are CUDA graphs of the
+compiled ones, in which the CPU's part of a step is gone.
 
     ms         median over rounds in which the rivals take turns, each after one untimed step of its own; batch 1
-    ratio      to the anchor: the full-precision rival, compiled if anything is
+    ratio      to the anchor: the full-precision rival run the same way, that is as a graph for graphs, else compiled if
+               anything is
     resident   bytes of the rival's own parameters
     peak       resident + what it left allocated in its first steps + (largest allocation during a step − allocation
                before it): its own, whatever else is on the card; only on CUDA
@@ -48,6 +50,7 @@ from utils.rivals import (
     RUNS,
     Allocations,
     Rival,
+    captured,
     model_bytes,
     one_line,
     random_packed,
@@ -137,15 +140,23 @@ def layer_shapes(model: FluxTransformer2DModel) -> dict[tuple[bool, int, int], l
 
 
 def step_rivals(args: argparse.Namespace) -> list[Rival]:
-    """In the order of the table: full precision, whose last is the anchor, the others, ours."""
-    ways = {"eager": False} | ({"compiled": True} if args.compile else {})
-    way = list(ways)[-1]
-    rivals = [Rival(f"{args.dtype_name}, {name}", args.dtype_name, compiled) for name, compiled in ways.items()]
-    for kind in ("fp8 row-wise, torchao", "fp8 row-wise, torch._scaled_mm", "int8 codes, cast"):
-        rivals.append(Rival(f"{kind}, {way}", kind, args.compile))
+    """In the order of the table: full precision, the others, ours."""
+    ways = ["eager"] + ["compiled"] * args.compile + ["graph"] * (args.compile and args.device.type == "cuda")
+    rivals = [Rival(f"{args.dtype_name}, {way}", args.dtype_name, way) for way in ways]
+    for kind in ("fp8 row-wise, torchao", "fp8 row-wise, torch._scaled_mm"):
+        rivals += [Rival(f"{kind}, {way}", kind, way) for way in ways[1:] or ways]
+    rivals += [Rival(f"int8 codes, cast, {way}", "int8 codes, cast", way) for way in ways[:2]]
     for mode in args.mode:
-        rivals += [Rival(f"ours {mode}, {name}", "ours", compiled, mode) for name, compiled in ways.items()]
+        rivals += [Rival(f"ours {mode}, {way}", "ours", way, mode) for way in ways]
     return rivals
+
+
+def anchor_of(rival: Rival, rivals: list[Rival]) -> Rival:
+    """The full-precision rival to compare with."""
+    full = [
+        other for other in rivals if other.kind == rivals[0].kind and (other.way == "graph") <= (rival.way == "graph")
+    ]
+    return full[-1]
 
 
 def groups_that_fit(packed: nn.Module, kinds: list[str], args: argparse.Namespace) -> list[list[str]]:
@@ -173,17 +184,20 @@ def steps_at(
 
         try:
             with rival.on_stage(model):
-                rows[rival]["output"] = step().float().cpu()
-            cases.append((rival, model, step))
+                call, output = captured(step) if rival.way == "graph" else (step, step())
+                rows[rival]["output"] = output.float().cpu()
+            cases.append((rival, model, call))
         except Exception as error:
             rows[rival]["problem"] = one_line(error)
-        kept[rival.kind] += memory.now() - before
+        if rival.way != "graph":  # whose pool holds everything that lives in a step
+            kept[rival.kind] += memory.now() - before
     for rival, model, step in cases:
-        with rival.on_stage(model):
-            beyond = memory.peak_of(step)
         resident, disk = model_bytes(model)
-        peak = None if beyond is None else resident + kept[rival.kind] + beyond
-        rows[rival] |= {"resident_bytes": resident, "peak_bytes": peak, "disk_bytes": disk}
+        rows[rival] |= {"resident_bytes": resident, "disk_bytes": disk}
+        if rival.way != "graph":
+            with rival.on_stage(model):
+                beyond = memory.peak_of(step)
+            rows[rival]["peak_bytes"] = None if beyond is None else resident + kept[rival.kind] + beyond
     for name, runs in take_turns(cases, args.rounds, args.device).items():
         row = next(rows[rival] for rival in cast if rival.name == name)
         row |= {"problem": runs} if isinstance(runs, str) else {"runs_ms": runs}
@@ -193,7 +207,6 @@ def steps_at(
 def bench_steps(args: argparse.Namespace, packed: FluxTransformer2DModel) -> list[dict]:
     """A row for each resolution and rival: its figures, or its `problem`."""
     rivals = step_rivals(args)
-    full = [rival for rival in rivals if rival.kind == args.dtype_name]
     problems = {rival.kind: why_not(rival.kind, args.dtype, args.device) for rival in rivals}
     rows = {(size, rival): {"resolution": size, "rival": rival.name} for size in args.resolution for rival in rivals}
     models: dict[str, nn.Module] = {}
@@ -209,9 +222,8 @@ def bench_steps(args: argparse.Namespace, packed: FluxTransformer2DModel) -> lis
             log.info("%d pixels: %s", size, "; ".join(models))
             inputs = step_inputs(packed.config, size, args)
             found = steps_at(inputs, [rival for rival in rivals if rival.kind in models], models, args)
-            anchor = found.get(full[-1], {}).get("runs_ms")
             for rival, row in found.items():
-                runs = row.get("runs_ms")
+                runs, anchor = row.get("runs_ms"), found.get(anchor_of(rival, rivals), {}).get("runs_ms")
                 if runs and anchor:
                     row["ratio"] = statistics.median(runs) / statistics.median(anchor)
                 if runs:
@@ -226,7 +238,7 @@ def bench_steps(args: argparse.Namespace, packed: FluxTransformer2DModel) -> lis
     for (size, rival), row in rows.items():
         if problems[rival.kind]:
             row["problem"] = problems[rival.kind]
-        reference = "ours exact, eager" if rival.mode == "fast" else full[0].name
+        reference = "ours exact, eager" if rival.mode == "fast" else rivals[0].name
         if (size, reference) in outputs and (size, rival.name) in outputs:
             row["relative_error"] = nmse(outputs[size, rival.name], outputs[size, reference]) ** 0.5
             row["error_against"] = reference
@@ -288,7 +300,8 @@ def layer_times(
         except Exception as error:
             problems[kind] = one_line(error)
             continue
-        cases.append((Rival(kind, kind, args.compile, mode), packed, lambda module=module, x=given: module(x)))
+        way = "compiled" if args.compile else "eager"
+        cases.append((Rival(kind, kind, way, mode), packed, lambda module=module, x=given: module(x)))
     times = take_turns(cases, args.rounds, args.device, flush)
     return {kind: problems.get(kind) or times[kind] for kind in kinds}
 

@@ -12,8 +12,9 @@ W[n, k] = α[n]·(c[n, k] + s)/n_grid for integer codes c (utils_quant.code_grid
 
 Up to SMALL tokens (modulation has one a picture) a layer is memory traffic and nothing else: on a GPU `_few_tokens`
 reads the codes once and multiplies in fp32, in either mode. A scratch matrix lives inside one call; the caching
-allocator, or the pool of a CUDA graph, gives the same memory to the next. The ops are opaque to torch.compile;
-quantize_tokens is plain torch, so that it is fused into what comes before it.
+allocator, or the pool of a CUDA graph, gives the same memory to the next. torch.compile takes the launches of the
+kernels into its graph, as it does with the plain torch around them; only where there is no Triton, or a gradient is
+wanted, a layer is an op of its own.
 """
 
 from collections.abc import Iterator
@@ -27,8 +28,10 @@ from models.utils_quant import code_grid
 try:
     import triton
     import triton.language as tl
+
+    INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels work on a CPU too
 except ImportError:
-    triton = None
+    triton, INTERPRETED = None, False
 
 MODES = ("exact", "fast")
 PLANES = {0: (2,), 1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}  # widths in bits
@@ -74,14 +77,15 @@ if triton is not None:
 
     @triton.jit
     def _unpack_words(codes, out, count, columns, BITS: tl.constexpr, IS_FP8: tl.constexpr, BLOCK: tl.constexpr):
-        """The integers of the fast mode, four bytes at a time; codes and out are words, `columns` of codes a row."""
+        """The integers of the fast mode, four bytes at a time: of `count` words in all, `columns` a row of codes."""
         WIDTH: tl.constexpr = 1 if BITS == 1 else 4 if BITS == 4 else 2
         MASK: tl.constexpr = 0x01010101 * ((1 << WIDTH) - 1)
         ODD: tl.constexpr = BITS == 1 or BITS == 2
         SIGN: tl.constexpr = 1 << WIDTH if ODD else 1 << (WIDTH - 1)
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         row, column = at // columns, at % columns
-        word = tl.load(codes + at, mask=at < count, other=0)
+        words, out_words = codes.to(tl.pointer_type(tl.int32)), out.to(tl.pointer_type(tl.int32))
+        word = tl.load(words + at, mask=at < count, other=0)
         for i in tl.static_range(8 // WIDTH):
             field = (word >> (i * WIDTH)) & MASK
             if IS_FP8:  # 1 is 0x38, 3 is 0x44, the sign is bit 7
@@ -95,11 +99,11 @@ if triton is not None:
                 if ODD:
                     field = field * 2 + 0x01010101
                 value = field | (field & (0x01010101 * SIGN)) * (256 // SIGN - 2)
-            tl.store(out + (row * (8 // WIDTH) + i) * columns + column, value, mask=at < count)
+            tl.store(out_words + (row * (8 // WIDTH) + i) * columns + column, value, mask=at < count)
 
     @triton.jit
     def _few_tokens(
-        x, codes, alpha, bias, out, rows, columns, in_features, alpha_stride, shift, factor,
+        codes, x, alpha, bias, out, rows, columns, in_features, alpha_stride, shift, factor,
         WIDTH: tl.constexpr, LIFT: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
         """out[m, n] = Σ_k x[m, k]·W[n, k] + bias[n] in fp32, W rounded to x's dtype; one m and ROWS rows a program."""
@@ -135,7 +139,7 @@ if triton is not None:
 
     @triton.jit
     def _fused(
-        q, scale, codes, alpha, bias, out, tokens, rows, columns, alpha_stride,
+        codes, q, scale, alpha, bias, out, tokens, rows, columns, alpha_stride,
         BIASED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
         """out[m, n] = Σ_k q[m, k]·c[n, k]·scale[m]·α[n] + bias[n] for ternary codes, columns a multiple of COLUMNS.
@@ -168,9 +172,18 @@ if triton is not None:
         tl.store(out + at, y, mask=(m < tokens)[:, None] & (n < rows)[None, :])
 
 
-def has_triton(tensor: Tensor) -> bool:
-    """Whether the kernels can work on this tensor; with TRITON_INTERPRET=1 also on a CPU."""
-    return triton is not None and (tensor.is_cuda or triton.knobs.runtime.interpret)
+def in_triton(codes: Tensor, w_bits: int) -> bool:
+    """Whether the kernels can work on these codes."""
+    return triton is not None and (codes.is_cuda or INTERPRETED) and len(PLANES[w_bits]) == 1
+
+
+def _launch(kernel, grid: tuple[int, ...], codes: Tensor, *arguments, **options) -> None:
+    """kernel[grid](codes, …) on the device of the codes."""
+    if torch.compiler.is_compiling():  # which sees to the device itself
+        kernel[grid](codes, *arguments, **options)
+        return
+    with torch.cuda.device_of(codes):
+        kernel[grid](codes, *arguments, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------- unpacking
@@ -195,7 +208,7 @@ def unpack_codes(packed: Tensor, w_bits: int, in_features: int) -> Tensor:
 def _dequantize(codes: Tensor, alpha: Tensor, w_bits: int, in_features: int, dtype: torch.dtype) -> Tensor:
     n, s = code_grid(w_bits)
     weight = torch.empty(len(codes), in_features, dtype=dtype, device=codes.device)
-    if has_triton(codes) and len(PLANES[w_bits]) == 1:
+    if in_triton(codes, w_bits):
         _launch_unpack(codes, alpha, weight, w_bits, s, 1 / n, scaled=True)
         return weight
     steps = alpha.expand(len(codes), 1)
@@ -208,7 +221,7 @@ def _dequantize(codes: Tensor, alpha: Tensor, w_bits: int, in_features: int, dty
 def integers(codes: Tensor, w_bits: int, in_features: int, dtype: torch.dtype) -> Tensor:
     """The g of W = α·g·grid_step(w_bits), [rows, in_features], as int8 or as e4m3: c, or 2c + 1 at 1 and 2 bits."""
     odd = code_grid(w_bits)[1] != 0
-    if not has_triton(codes) or len(PLANES[w_bits]) > 1:
+    if not in_triton(codes, w_bits):
         values = unpack_codes(codes, w_bits, in_features)
         return (values.mul_(2).add_(1) if odd else values).to(dtype)
     if w_bits == 8:
@@ -216,11 +229,9 @@ def integers(codes: Tensor, w_bits: int, in_features: int, dtype: torch.dtype) -
     out = torch.empty(len(codes), in_features, dtype=dtype, device=codes.device)
     whole = codes.shape[1] % 4 == 0 and codes.shape[1] * (8 // PLANES[w_bits][0]) == in_features
     if whole and not (w_bits == 4 and dtype == FP8):
-        words, block = codes.view(torch.int32), 1024
-        with torch.cuda.device_of(codes):
-            _unpack_words[(triton.cdiv(words.numel(), block),)](
-                words, out.view(torch.int32), words.numel(), words.shape[1], w_bits, dtype == FP8, block
-            )
+        count, block = codes.numel() // 4, 1024
+        grid = (-(-count // block),)
+        _launch(_unpack_words, grid, codes, out, count, codes.shape[1] // 4, w_bits, dtype == FP8, block)
     else:
         shift, factor = (0.5, 2.0) if odd else (0.0, 1.0)
         _launch_unpack(codes, codes, out, w_bits, shift, factor, scaled=False)
@@ -229,11 +240,10 @@ def integers(codes: Tensor, w_bits: int, in_features: int, dtype: torch.dtype) -
 
 def _launch_unpack(codes, alpha, out, w_bits: int, shift: float, factor: float, scaled: bool) -> None:
     block = 1024
-    with torch.cuda.device_of(codes):
-        _unpack[(triton.cdiv(codes.numel(), block),)](
-            codes, alpha, out, codes.numel(), codes.shape[1], out.shape[1], int(alpha.numel() > 1), shift, factor,
-            PLANES[w_bits][0], scaled, block,
-        )  # fmt: skip
+    _launch(
+        _unpack, (-(-codes.numel() // block),), codes, alpha, out, codes.numel(), codes.shape[1], out.shape[1],
+        int(alpha.numel() > 1), shift, factor, PLANES[w_bits][0], scaled, block,
+    )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------- exact
@@ -250,28 +260,39 @@ def _(codes, alpha, w_bits, in_features, dtype):
     return codes.new_empty(len(codes), in_features, dtype=dtype)
 
 
-@torch.library.custom_op("flux158::exact_linear", mutates_args=())
 def exact_linear(x: Tensor, codes: Tensor, alpha: Tensor, bias: Tensor | None, w_bits: int) -> Tensor:
     """F.linear(x [..., in], dequantized weight, bias [out]) -> [..., out] in x's dtype, up to the order of the sum.
 
     codes [out, row_bytes] (uint8), alpha [out, 1] or [1, 1] (fp32). Differentiable in x and bias.
     """
+    wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    multiply = _exact if in_triton(codes, w_bits) and not wanted else exact_op
+    return multiply(x, codes, alpha, bias, w_bits)
+
+
+def _exact(x: Tensor, codes: Tensor, alpha: Tensor, bias: Tensor | None, w_bits: int) -> Tensor:
     tokens = x.numel() // x.shape[-1]
-    if not has_triton(x) or len(PLANES[w_bits]) > 1 or not 0 < tokens <= SMALL:
+    if not in_triton(codes, w_bits) or not 0 < tokens <= SMALL:
         return F.linear(x, _dequantize(codes, alpha, w_bits, x.shape[-1], x.dtype), bias)
     (n, s), x = code_grid(w_bits), x.contiguous()
     out = x.new_empty(*x.shape[:-1], len(codes))
     rows = 16
     lift = w_bits == 0 and x.dtype != torch.float32  # costs three bits of the sum
-    with torch.cuda.device_of(x):
-        _few_tokens[(triton.cdiv(len(codes), rows), tokens)](
-            x, codes, alpha, x if bias is None else bias, out, len(codes), codes.shape[1], x.shape[-1],
-            int(alpha.numel() > 1), s, 1 / n, PLANES[w_bits][0], lift, bias is not None, rows, 256,
-        )  # fmt: skip
+    _launch(
+        _few_tokens, (-(-len(codes) // rows), tokens), codes, x, alpha, x if bias is None else bias, out, len(codes),
+        codes.shape[1], x.shape[-1], int(alpha.numel() > 1), s, 1 / n, PLANES[w_bits][0], lift, bias is not None,
+        rows, 256,
+    )  # fmt: skip
     return out
 
 
-@exact_linear.register_fake
+@torch.library.custom_op("flux158::exact_linear", mutates_args=())
+def exact_op(x: Tensor, codes: Tensor, alpha: Tensor, bias: Tensor | None, w_bits: int) -> Tensor:
+    """exact_linear as an op that torch.compile does not look into; for its gradient it keeps the codes alone."""
+    return _exact(x, codes, alpha, bias, w_bits)
+
+
+@exact_op.register_fake
 def _(x, codes, alpha, bias, w_bits):
     return x.new_empty(*x.shape[:-1], len(codes))
 
@@ -289,7 +310,7 @@ def _exact_backward(ctx, grad: Tensor):
     return grad_x, None, None, grad_bias, None
 
 
-exact_linear.register_autograd(_exact_backward, setup_context=_save_codes)
+exact_op.register_autograd(_exact_backward, setup_context=_save_codes)
 
 # --------------------------------------------------------------------------------------------------------------- fast
 
@@ -344,15 +365,13 @@ def grid_step(w_bits: int) -> float:
 def _launch_fused(q, scale, codes, alpha, bias, dtype: torch.dtype) -> Tensor:
     tokens, rows = len(q), len(codes)
     out = torch.empty(tokens, rows, dtype=dtype, device=q.device)
-    with torch.cuda.device_of(q):
-        _fused[(triton.cdiv(tokens, 128), triton.cdiv(rows, 128))](
-            q, scale, codes, alpha, out if bias is None else bias, out, tokens, rows, codes.shape[1],
-            int(alpha.numel() > 1), bias is not None, 128, 128, 64, num_warps=8, num_stages=3,
-        )  # fmt: skip
+    _launch(
+        _fused, (-(-tokens // 128), -(-rows // 128)), codes, q, scale, alpha, scale if bias is None else bias, out,
+        tokens, rows, codes.shape[1], int(alpha.numel() > 1), bias is not None, 128, 128, 64, num_warps=8, num_stages=3,
+    )  # fmt: skip
     return out
 
 
-@torch.library.custom_op("flux158::fast_linear", mutates_args=())
 def fast_linear(
     q: Tensor, scale: Tensor, codes: Tensor, alpha: Tensor, bias: Tensor | None, w_bits: int, dtype: torch.dtype
 ) -> Tensor:
@@ -361,9 +380,16 @@ def fast_linear(
     q [..., in] in int8 or e4m3, scale [..., 1] (fp32; quantize_tokens' times grid_step), codes [out, row_bytes]
     (uint8), alpha [out, 1] or [1, 1] (fp32), bias [out] in `dtype`. In e4m3 the product is rounded to bf16.
     """
+    multiply = _fast if in_triton(codes, w_bits) else fast_op
+    return multiply(q, scale, codes, alpha, bias, w_bits, dtype)
+
+
+def _fast(
+    q: Tensor, scale: Tensor, codes: Tensor, alpha: Tensor, bias: Tensor | None, w_bits: int, dtype: torch.dtype
+) -> Tensor:
     in_features, out_features = q.shape[-1], len(codes)
     tokens, scale = q.reshape(-1, in_features).contiguous(), scale.reshape(-1, 1).contiguous()
-    if (out_features, in_features) in FUSED and w_bits == 0 and has_triton(q):
+    if (out_features, in_features) in FUSED and w_bits == 0 and in_triton(codes, w_bits):
         return _launch_fused(tokens, scale, codes, alpha, bias, dtype).view(*q.shape[:-1], out_features)
     steps = alpha.view(1, -1).expand(1, out_features).contiguous()
     if q.dtype == FP8:
@@ -385,6 +411,14 @@ def fast_linear(
     return out.view(*q.shape[:-1], out_features)
 
 
-@fast_linear.register_fake
+@torch.library.custom_op("flux158::fast_linear", mutates_args=())
+def fast_op(
+    q: Tensor, scale: Tensor, codes: Tensor, alpha: Tensor, bias: Tensor | None, w_bits: int, dtype: torch.dtype
+) -> Tensor:
+    """fast_linear as an op that torch.compile does not look into."""
+    return _fast(q, scale, codes, alpha, bias, w_bits, dtype)
+
+
+@fast_op.register_fake
 def _(q, scale, codes, alpha, bias, w_bits, dtype):
     return q.new_empty(*q.shape[:-1], len(codes), dtype=dtype)

@@ -190,8 +190,8 @@ def test_compiled_rivals_beside_eager_ones(modes, folder, tmp_path, monkeypatch)
     found = measured(tmp_path, "--config", folder, "--resolution", 32, "--compile")
     rows = {row["rival"]: row for row in found["steps"] if "ms" in row}
     assert set(rows) == {
-        "float32, eager", "float32, compiled", "int8 codes, cast, compiled", "ours exact, eager",
-        "ours exact, compiled", "ours fast, eager", "ours fast, compiled",
+        "float32, eager", "float32, compiled", "int8 codes, cast, eager", "int8 codes, cast, compiled",
+        "ours exact, eager", "ours exact, compiled", "ours fast, eager", "ours fast, compiled",
     }  # fmt: skip
     assert rows["float32, compiled"]["ratio"] == 1
     assert rows["ours exact, compiled"]["relative_error"] < 1e-4
@@ -199,6 +199,17 @@ def test_compiled_rivals_beside_eager_ones(modes, folder, tmp_path, monkeypatch)
     assert fast[0] == pytest.approx(fast[1], rel=0.05)
     # Each compiled rival: the double blocks, the first single block, and the others, whose input has other strides.
     assert len(graphs) == 4 * 3
+
+
+def test_graphs_are_compared_with_graphs():
+    args = bench.parse_args(["--device", "cpu", "--dtype", "bfloat16", "--compile"])
+    args.device = torch.device("cuda")
+    rivals = {rival.name: rival for rival in bench.step_rivals(args)}
+    for name, anchor in {
+        "bfloat16, graph": "bfloat16, graph", "ours fast, graph": "bfloat16, graph",
+        "ours fast, compiled": "bfloat16, compiled", "bfloat16, eager": "bfloat16, compiled",
+    }.items():  # fmt: skip
+        assert bench.anchor_of(rivals[name], list(rivals.values())).name == anchor
 
 
 def test_rivals_share_the_memory_of_a_gpu_if_they_fit(monkeypatch):

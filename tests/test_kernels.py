@@ -28,8 +28,8 @@ BITS = [0, 1, 2, 4, 8] if INTERPRETED else range(9)  # the others have no kernel
 GRID = {0: (0, 1.5), 1: (0.5, 0.5), 2: (0.5, 2)} | dict.fromkeys(range(3, 9), (0, 1))  # level = (c + s)/n
 SHAPES = [(3, 7)] * (not INTERPRETED) + [(48, 272), (5, 1301)] + [(3072, 3072), (1040, 4112)] * GPU  # out, in
 TOKENS = [1, 3] if INTERPRETED else [1, 7, 16, 17, 512] + [4608] * GPU
-# Of the largest output: fp32 sums of some thousand terms, an ulp of the others.
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+# Of the largest output: fp32 sums of some thousand terms in any order, an ulp of the others.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16", "bf16"])
 
 
@@ -124,7 +124,7 @@ def test_fast_mode_rounds_nothing_but_the_tokens(w_bits, dtype):
 def test_the_fused_kernel(eight, dtype, monkeypatch):
     if GPU and eight == FP8 and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("no e4m3")
-    if not kernels.has_triton(torch.empty(0, device=DEVICE)):
+    if not kernels.in_triton(torch.empty(0, device=DEVICE), 0):
         pytest.skip("needs Triton")
     for shape in [(48, 512), (130, 256)] + [(3072, 3072)] * GPU:
         monkeypatch.setattr(kernels, "FUSED", {shape})
@@ -190,10 +190,10 @@ def test_the_ops_keep_the_rules_of_custom_ops():
     x = tokens_of(40, 64, torch.float32)
     codes, alpha, bias = layer.weight_codes, layer.weight_clip_val, layer.bias
     torch.library.opcheck(kernels.dequantize, (codes, alpha, 0, 64, torch.bfloat16))
-    torch.library.opcheck(kernels.exact_linear, (x.requires_grad_(), codes, alpha, bias, 0))
-    torch.library.opcheck(kernels.exact_linear, (x[:3].detach(), codes, alpha, None, 0))
+    torch.library.opcheck(kernels.exact_op, (x.requires_grad_(), codes, alpha, bias, 0))
+    torch.library.opcheck(kernels.exact_op, (x[:3].detach(), codes, alpha, None, 0))
     q, scale = kernels.quantize_tokens(x.detach(), kernels.token_dtype(x, 32, 0))
-    torch.library.opcheck(kernels.fast_linear, (q, scale, codes, alpha, bias, 0, torch.float32))
+    torch.library.opcheck(kernels.fast_op, (q, scale, codes, alpha, bias, 0, torch.float32))
 
 
 # Models
@@ -331,7 +331,7 @@ def test_every_kernel_in_the_interpreter_of_triton():
 
 CODES = {"codes": "*u8", "alpha": "*fp32", "columns": "i32", "alpha_stride": "i32"}
 LEVELS = {"in_features": "i32", "shift": "fp32", "factor": "fp32"}
-WORDS = {"codes": "*i32", "out": "*i32", "count": "i32"}
+WORDS = {"out": "*fp8e4nv", "count": "i32"}
 OUTPUT = {"scale": "*fp32", "bias": "*bf16", "out": "*bf16", "tokens": "i32", "rows": "i32"}
 TILE = {"BIASED": True, "ROWS": 16, "COLUMNS": 64}
 
@@ -369,7 +369,7 @@ def test_without_triton_there_is_plain_torch(run):
         "from models import kernels\n"
         "from models.packing import PackedLinear\n"
         "layer = PackedLinear.from_codes(torch.ones(8, 16, dtype=torch.int8), torch.full((8, 1), 1.5), None, 0)\n"
-        "assert not kernels.has_triton(layer.weight_codes)\n"
+        "assert not kernels.in_triton(layer.weight_codes, 0)\n"
         "for layer.mode in kernels.MODES:\n"
         "    for count in (1, 40):\n"
         "        print(layer(torch.ones(count, 16)).unique().tolist())\n"

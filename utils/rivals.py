@@ -180,7 +180,7 @@ def model_bytes(model: nn.Module) -> tuple[int, int]:
 class Rival:
     name: str
     kind: str  # of MAKERS, or "ours"; rivals of a kind share a model
-    compiled: bool = False
+    way: str = "eager"  # or "compiled", or "graph": a CUDA graph of what is compiled
     mode: str | None = None  # of ours
 
     @contextlib.contextmanager
@@ -188,8 +188,23 @@ class Rival:
         """Within the block the model runs as this rival."""
         if self.mode:
             model.set_inference_mode(self.mode)
-        with torch.no_grad(), torch.compiler.set_stance("default" if self.compiled else "force_eager"):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager" if self.way == "eager" else "default"):
             yield
+
+
+def captured(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """A CUDA graph of `step` to replay, and the output of its first replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # compiles and loads what a capture must not
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+    graph.replay()
+    return graph.replay, output
 
 
 def one_line(error: Exception) -> str:
