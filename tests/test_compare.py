@@ -21,7 +21,7 @@ def cells(line):
 
 def test_recipes_become_a_table():
     summary = {"final": FINAL, "seconds_per_step": 0.0481}
-    head, rule, *rows = compare_recipes.table({"plain": summary, "published": summary}).splitlines()
+    head, rule, *rows = compare_recipes.table({"full": summary, "published": summary}).splitlines()
     assert len(rows) == 2
     assert all(len(cells(line)) == len(cells(head)) for line in (rule, *rows))
     row = dict(zip(cells(head), cells(rows[1]), strict=True))
@@ -35,6 +35,18 @@ def test_the_published_recipe_is_literal():
     pairs = dict(zip(flags[::2], flags[1::2], strict=True))
     assert pairs.pop("--ema_decay") == "0"  # the default, whatever it is, is not the published one's
     assert pairs == {"--lora_r": "32", "--lora_alpha": "1", "--clip_init": "max", "--learning_rate": "2e-5"}
+
+
+def test_a_recipe_that_is_done_is_not_trained_again(tmp_path, monkeypatch):
+    summary = {"final": FINAL, "seconds_per_step": 0.1}
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "summary.json").write_text(json.dumps(summary))
+    called = []
+    monkeypatch.setattr(compare_recipes, "run_logged", lambda words, log, gpu: called.append(words))
+    monkeypatch.setattr(sys, "argv", ["compare_recipes", "--output", str(tmp_path), "--recipes", "full"])
+    compare_recipes.main()
+    assert [words[words.index("--do_train") + 1] for words in called] == ["False"]  # the teacher cache, nothing else
+    assert json.loads((tmp_path / "recipes.json").read_text())["recipes"] == {"full": summary}
 
 
 def test_oneshot_figures_become_a_table(tmp_path, monkeypatch):

@@ -1,12 +1,13 @@
 """Train the same student by several recipes and put them in one table.
 
     python -m utils.compare_recipes --output output/recipes                  # on each GPU a recipe after the other
-    python -m utils.compare_recipes --parallel 4 --recipes fast published    # four at a time on each GPU
+    python -m utils.compare_recipes --parallel 4 --recipes average published # four at a time on each GPU
     python -m utils.compare_recipes --output output/recipes --max_steps 50 --num_final_images 12 --batch_size 4
 
-Every recipe is one call of train.py, with the same teacher cache, steps, batch size and held-out prompts, and resumes
-where it was interrupted. It writes OUTPUT/NAME/ (see train.py), OUTPUT/recipes.json with every figure, and the table,
-OUTPUT/recipes.md. With --parallel the seconds per step are those of a shared machine.
+Every recipe is one call of train.py, with the same teacher cache, steps, batch size and held-out prompts; what an
+interrupted call has finished (OUTPUT/NAME/summary.json) is not trained again. It writes OUTPUT/NAME/ (see train.py),
+OUTPUT/recipes.json with every figure, and the table, OUTPUT/recipes.md. With --parallel the seconds per step are those
+of a shared machine.
 """
 
 import argparse
@@ -21,7 +22,8 @@ from utils.scenes import CATEGORIES
 from utils.utils import get_logger, run_logged, run_script, spread, visible_gpus
 
 log = get_logger("recipes")
-AVERAGED = "--learning_rate 2e-3 --ema_decay 0.999".split()
+AVERAGED = "--learning_rate 1e-3 --ema_decay 0.999".split()
+SLOW_ALPHA = [*AVERAGED, "--clip_learning_rate", "1e-4", "--adam_beta2", "0.99"]
 RECIPES = {  # name: (what it is, flags of train.py)
     "published": (
         "published port, literally: LoRA r 32 inside, scaling 1/32, α = max, lr 2e-5",
@@ -31,19 +33,14 @@ RECIPES = {  # name: (what it is, flags of train.py)
         "LoRA r 32 inside, scaling 1, error-minimal α, lr 1e-3 (α 5e-4)",
         "--lora_r 32 --lora_alpha 32 --learning_rate 1e-3 --clip_learning_rate 5e-4 --ema_decay 0".split(),
     ),
-    "plain": ("full weights, error-minimal α, lr 1e-3", "--learning_rate 1e-3 --ema_decay 0".split()),
-    "average": ("the same, weights averaged (decay 0.999)", "--learning_rate 1e-3 --ema_decay 0.999".split()),
-    "fast": ("the same, lr 2e-3", AVERAGED),
-    "faster": ("the same, lr 4e-3", "--learning_rate 4e-3 --ema_decay 0.999".split()),
-    "lora_fast": (
-        "averaged, lr 2e-3, LoRA r 32 inside, scaling 1",
-        [*AVERAGED, "--lora_r", "32", "--lora_alpha", "32"],
-    ),
-    "max": ("averaged, lr 2e-3, α = max", [*AVERAGED, "--clip_init", "max"]),
-    "slow_alpha": ("averaged, lr 2e-3, α at 2e-4", [*AVERAGED, "--clip_learning_rate", "2e-4"]),
-    "frozen_alpha": ("averaged, lr 2e-3, α frozen", [*AVERAGED, "--clip_learning_rate", "0"]),
-    "features": ("averaged, lr 2e-3, feature loss 0.1", [*AVERAGED, "--feature_loss", "0.1"]),
-    "features_1": ("averaged, lr 2e-3, feature loss 1", [*AVERAGED, "--feature_loss", "1"]),
+    "full": ("full weights, error-minimal α, lr 1e-3", "--learning_rate 1e-3 --ema_decay 0".split()),
+    "average": ("the same, weights averaged (decay 0.999)", AVERAGED),
+    "slow_alpha": ("averaged, α at 1e-4, second moment decays by 0.99", SLOW_ALPHA),
+    "max": ("averaged, but α = max", [*AVERAGED, "--clip_init", "max"]),
+    "frozen_alpha": ("averaged, but α frozen", [*AVERAGED, "--clip_learning_rate", "0"]),
+    "slow": ("averaged, but lr 5e-4", [*AVERAGED, "--learning_rate", "5e-4"]),
+    "fast": ("averaged, but lr 2e-3", [*AVERAGED, "--learning_rate", "2e-3"]),
+    "features": ("averaged, with feature loss 0.1", [*AVERAGED, "--feature_loss", "0.1"]),
 }
 
 
@@ -77,10 +74,11 @@ def call(folder: Path, args: argparse.Namespace, *flags, gpu: str | None = None)
 
 def train(name: str, gpu: str | None, args: argparse.Namespace) -> dict:
     """The summary of train.py with one recipe."""
-    started = time.time()
-    call(args.output / name, args, *RECIPES[name][1], gpu=gpu)
-    log.info("%s: done in %.0f s", name, time.time() - started)
-    return json.loads((args.output / name / "summary.json").read_text())
+    started, summary = time.time(), args.output / name / "summary.json"
+    if not summary.exists():
+        call(args.output / name, args, *RECIPES[name][1], gpu=gpu)
+        log.info("%s: done in %.0f s", name, time.time() - started)
+    return json.loads(summary.read_text())
 
 
 def table(results: dict[str, dict]) -> str:
