@@ -215,6 +215,7 @@ def random_batch() -> dict[str, Tensor]:
         "hidden_states": torch.randn(2, 16, 16), "encoder_hidden_states": torch.randn(2, 5, 32),
         "pooled_projections": torch.randn(2, 32), "timestep": torch.tensor([0.9, 0.2]), "img_ids": ids,
         "txt_ids": torch.zeros(5, 3), "guidance": torch.tensor([3.5, 1.0]), "velocity": torch.randn(2, 16, 16),
+        "step_size": torch.tensor([0.02, 0.06]),
     }  # fmt: skip
 
 
@@ -232,15 +233,17 @@ def image_tokens_of_blocks(model, inputs) -> list[Tensor]:
     return kept
 
 
-@pytest.mark.parametrize("weight", [0, 0.7])
-def test_the_loss_is_the_mean_squared_error_of_the_velocity_and_of_the_blocks(weight, make, pipe):
-    made, batch = make("--feature_loss", weight), random_batch()
+@pytest.mark.parametrize(("weight", "by_step"), [(0, False), (0.7, False), (0, True)])
+def test_the_loss_is_the_mean_squared_error_of_the_velocity_and_of_the_blocks(weight, by_step, make, pipe):
+    made, batch = make("--feature_loss", weight, "--step_weighting", by_step), random_batch()
     loss = made.compute_loss(made.model, batch)
 
-    inputs = {name: tensor for name, tensor in batch.items() if name != "velocity"}
+    inputs = {name: tensor for name, tensor in batch.items() if name not in ("velocity", "step_size")}
     with torch.no_grad():
         velocity = made.model(**inputs).sample
-    expected = (velocity.double() - batch["velocity"].double()).square().mean()
+    errors = (velocity.double() - batch["velocity"].double()).square().mean((1, 2))
+    # A step of the mean size goes 1/steps of the way.
+    expected = (errors * batch["step_size"].double() * made.train_dataset.steps if by_step else errors).mean()
     if weight:
         student, teacher = (image_tokens_of_blocks(model, inputs) for model in (made.model, pipe.transformer))
         assert len(student) == len(teacher) == 2
@@ -292,7 +295,7 @@ def adamw_loop(model, samples: Trajectories, batches, learning_rate, clip_learni
     losses, norms = [], []
     for numbers in batches:
         inputs = batch_of(samples, numbers)
-        target = inputs.pop("velocity")
+        target, _ = inputs.pop("velocity"), inputs.pop("step_size")
         loss = (model(**inputs).sample - target).square().mean()
         loss.backward()
         losses.append(loss.item())
@@ -403,7 +406,7 @@ def test_the_average_is_what_is_saved_and_judged_and_training_does_not_notice(ma
 @torch.no_grad()
 def velocity_error(model, samples: Trajectories, prompts: int) -> float:
     inputs = batch_of(samples, range(prompts * samples.steps))
-    target = inputs.pop("velocity").double()
+    target, _ = inputs.pop("velocity").double(), inputs.pop("step_size")
     return (model(**inputs).sample.double() - target).square().mean().item()
 
 

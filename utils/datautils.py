@@ -141,10 +141,11 @@ class Trajectories(Dataset):
         return trajectory | {"velocities": trajectory["velocities"][: step + 1]}
 
     def __getitem__(self, index: int) -> Trajectory:
-        """The transformer's inputs at one step, without the batch dimension, and the teacher's "velocity" [L, C].
+        """The transformer's inputs at one step, without the batch dimension, and what the teacher did there.
 
         hidden_states [L, C], encoder_hidden_states [S, D], pooled_projections [P], timestep [] (1 is pure noise),
-        guidance [] where the model embeds it, img_ids [L, 3], txt_ids [S, 3].
+        guidance [] where the model embeds it, img_ids [L, 3], txt_ids [S, 3]. Of the teacher: velocity [L, C] and
+        step_size [], the share |σ' − σ| of the way from noise to picture that is gone with it.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -162,10 +163,17 @@ class Trajectories(Dataset):
             "img_ids": image_ids(side, latents.dtype),
             "txt_ids": torch.zeros(len(kept["prompt_embeds"]), 3, dtype=latents.dtype),
             "velocity": velocity,
+            "step_size": (kept["sigmas"][step] - kept["sigmas"][step + 1]).abs(),
         }
         if self.description["guidance_embeds"]:
             sample["guidance"] = torch.tensor(self.description["guidance_scale"], dtype=torch.float32)
         return sample
+
+
+def split_batch(batch: Trajectory) -> tuple[Trajectory, Tensor, Tensor]:
+    """What the transformer is called with, the velocity and the step size."""
+    inputs = dict(batch)
+    return inputs, inputs.pop("velocity"), inputs.pop("step_size")
 
 
 def collate(samples: list[Trajectory]) -> Trajectory:

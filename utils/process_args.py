@@ -97,6 +97,9 @@ class TrainingArguments(transformers.TrainingArguments):
     ema_decay: float = field(
         default=0.0, metadata={"help": "average the trained parameters, e.g. 0.999, and evaluate and save the average"}
     )
+    step_weighting: bool = field(
+        default=False, metadata={"help": "weigh each step's error by its share of the way from noise to picture"}
+    )
     feature_loss: float = field(
         default=0.0, metadata={"help": "weight of the error of the blocks' outputs; keeps the teacher in memory"}
     )

@@ -1,8 +1,9 @@
 """FluxQATTrainer: Hugging Face's Trainer with the velocity as the target.
 
 loss = mean (v_student(z_t, prompt, t, guidance) − v_teacher)², z_t and v_teacher from the teacher's own trajectories
-(utils/datautils.py). Trainer keeps the loop, DDP, gradient accumulation, schedules and logging; here stand the loss,
-what is trained, evaluation against the teacher, and checkpoints that hold safetensors and JSON only:
+(utils/datautils.py), if asked for weighted by the size of the step. Trainer keeps the loop, DDP, gradient accumulation,
+schedules and logging; here stand the loss, what is trained, evaluation against the teacher, and checkpoints that hold
+safetensors and JSON only:
 
     checkpoint-N/config.json, *.safetensors    the transformer, for FluxTransformer2DModel.from_pretrained
     checkpoint-N/training_state.safetensors    the optimizer's moments; with --ema_decay also the weights not averaged
@@ -33,7 +34,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
 from utils import scenes
-from utils.datautils import ShuffledSamples, Trajectories, collate, rebuild_latents
+from utils.datautils import ShuffledSamples, Trajectories, collate, rebuild_latents, split_batch
 from utils.metrics import psnr, scene_score
 from utils.utils import check_disk, decode_latents, get_logger, sample_latents, save_grid, save_images, whole_folder
 
@@ -159,11 +160,17 @@ class FluxQATTrainer(transformers.Trainer):
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean squared error of the velocity [B, L, C], in float32; plus feature_loss times that of the blocks."""
-        inputs = dict(inputs)
-        target = inputs.pop("velocity").float()
+        """Mean squared error of the velocity [B, L, C], in float32; plus feature_loss times that of the blocks.
+
+        With step_weighting a sample counts by its step size, in units of the mean step: the errors of the steps add up
+        to that of the picture in this proportion.
+        """
+        inputs, target, step_size = split_batch(inputs)
         velocity = model(**inputs, return_dict=False)[0]
-        loss = F.mse_loss(velocity.float(), target)
+        errors = (velocity.float() - target.float()).square().flatten(1).mean(1)
+        if self.args.step_weighting:
+            errors = errors * step_size * self.train_dataset.steps
+        loss = errors.mean()
         if self.args.feature_loss:
             dtype = self.teacher.dtype
             with torch.no_grad(), torch.autocast(self.args.device.type, dtype, enabled=dtype != torch.float32):
@@ -265,8 +272,7 @@ class FluxQATTrainer(transformers.Trainer):
         sums = torch.zeros(3, data.steps, dtype=torch.float64)  # squared error, squared target, elements
         for start in tqdm(range(0, len(mine), size), desc="velocity", leave=False, disable=self.args.disable_tqdm):
             numbers = mine[start : start + size]
-            inputs = self._prepare_inputs(collate([data[number] for number in numbers]))
-            target = inputs.pop("velocity").float()
+            inputs, target, _ = split_batch(self._prepare_inputs(collate([data[number] for number in numbers])))
             with self.accelerator.autocast():
                 velocity = self.model(**inputs, return_dict=False)[0].float()
             rows = [(velocity - target).square().flatten(1).sum(1), target.square().flatten(1).sum(1)]
@@ -438,7 +444,7 @@ def first_non_finite(model: nn.Module, inputs: dict[str, Tensor]) -> str | None:
     leaves = [(name, m) for name, m in model.named_modules() if not any(True for _ in m.children())]
     hooks = [module.register_forward_hook(look(name)) for name, module in leaves]
     try:
-        model(**{name: tensor for name, tensor in inputs.items() if name != "velocity"})
+        model(**split_batch(inputs)[0])
     finally:
         for hook in hooks:
             hook.remove()
