@@ -233,17 +233,17 @@ def image_tokens_of_blocks(model, inputs) -> list[Tensor]:
     return kept
 
 
-@pytest.mark.parametrize(("weight", "by_step"), [(0, False), (0.7, False), (0, True)])
-def test_the_loss_is_the_mean_squared_error_of_the_velocity_and_of_the_blocks(weight, by_step, make, pipe):
-    made, batch = make("--feature_loss", weight, "--step_weighting", by_step), random_batch()
+@pytest.mark.parametrize(("weight", "power"), [(0, 0), (0.7, 0), (0, 1), (0, 2)])
+def test_the_loss_is_the_mean_squared_error_of_the_velocity_and_of_the_blocks(weight, power, make, pipe):
+    made, batch = make("--feature_loss", weight, "--step_weighting", power), random_batch()
     loss = made.compute_loss(made.model, batch)
 
     inputs = {name: tensor for name, tensor in batch.items() if name not in ("velocity", "step_size")}
     with torch.no_grad():
         velocity = made.model(**inputs).sample
     errors = (velocity.double() - batch["velocity"].double()).square().mean((1, 2))
-    # A step of the mean size goes 1/steps of the way.
-    expected = (errors * batch["step_size"].double() * made.train_dataset.steps if by_step else errors).mean()
+    weights = (batch["step_size"].double() / (1 / made.train_dataset.steps)) ** power
+    expected = (errors * weights).mean()
     if weight:
         student, teacher = (image_tokens_of_blocks(model, inputs) for model in (made.model, pipe.transformer))
         assert len(student) == len(teacher) == 2

@@ -36,11 +36,8 @@ RECIPES = {  # name: (what it is, flags of train.py)
     "full": ("full weights, error-minimal α, lr 1e-3", "--learning_rate 1e-3 --ema_decay 0".split()),
     "average": ("the same, weights averaged (decay 0.999)", AVERAGED),
     "slow_alpha": ("averaged, α at 1e-4, second moment decays by 0.99", SLOW_ALPHA),
-    "weighted": ("the same, steps weighted by their size", [*SLOW_ALPHA, "--step_weighting", "True"]),
-    "slow_weighted": (
-        "the same, weights at 5e-4",
-        [*SLOW_ALPHA, "--step_weighting", "True", "--learning_rate", "5e-4"],
-    ),
+    "weighted": ("the same, steps weighted by their size squared", [*SLOW_ALPHA, "--step_weighting", "2"]),
+    "slow_weighted": ("the same, weights at 5e-4", [*SLOW_ALPHA, "--step_weighting", "2", "--learning_rate", "5e-4"]),
     "max": ("averaged, but α = max", [*AVERAGED, "--clip_init", "max"]),
     "frozen_alpha": ("averaged, but α frozen", [*AVERAGED, "--clip_learning_rate", "0"]),
     "slow": ("averaged, but lr 5e-4", [*AVERAGED, "--learning_rate", "5e-4"]),

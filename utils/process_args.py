@@ -97,8 +97,8 @@ class TrainingArguments(transformers.TrainingArguments):
     ema_decay: float = field(
         default=0.0, metadata={"help": "average the trained parameters, e.g. 0.999, and evaluate and save the average"}
     )
-    step_weighting: bool = field(
-        default=False, metadata={"help": "weigh each step's error by its share of the way from noise to picture"}
+    step_weighting: float = field(
+        default=0.0, metadata={"help": "weigh each step's error by this power of its share of the way to the picture"}
     )
     feature_loss: float = field(
         default=0.0, metadata={"help": "weight of the error of the blocks' outputs; keeps the teacher in memory"}

@@ -162,15 +162,13 @@ class FluxQATTrainer(transformers.Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean squared error of the velocity [B, L, C], in float32; plus feature_loss times that of the blocks.
 
-        With step_weighting a sample counts by its step size, in units of the mean step: the errors of the steps add up
-        to that of the picture in this proportion.
+        With step_weighting p a sample counts by the power p of its step size, in units of the mean step: the errors of
+        the steps add up to that of the picture in proportion to the sizes, their squares to its square.
         """
         inputs, target, step_size = split_batch(inputs)
         velocity = model(**inputs, return_dict=False)[0]
         errors = (velocity.float() - target.float()).square().flatten(1).mean(1)
-        if self.args.step_weighting:
-            errors = errors * step_size * self.train_dataset.steps
-        loss = errors.mean()
+        loss = (errors * (step_size * self.train_dataset.steps) ** self.args.step_weighting).mean()
         if self.args.feature_loss:
             dtype = self.teacher.dtype
             with torch.no_grad(), torch.autocast(self.args.device.type, dtype, enabled=dtype != torch.float32):
