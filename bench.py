@@ -42,8 +42,10 @@ import matplotlib
 import torch
 from torch import Tensor, nn
 
+from models.kernels import MODES
 from models.modeling_flux_quant import DEFAULT_SETTINGS, MODULATION, FluxTransformer2DModel
 from models.packing import PackedLinear
+from utils.make_random_flux import CONFIGS
 from utils.metrics import nmse
 from utils.rivals import (
     MAKERS,
@@ -66,16 +68,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 (the backend is to be chosen first)
 
 log = get_logger("bench")
-FLUX = {
-    "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
-    "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768,
-    "axes_dims_rope": (16, 56, 56),
-}  # fmt: skip
-CONFIGS = {  # architecture and T5 tokens
-    "flux-dev": (FLUX | {"guidance_embeds": True}, 512),
-    "flux-schnell": (FLUX | {"guidance_embeds": False}, 256),
-}
-MODES = ("exact", "fast")
+TEXT_TOKENS = {"flux-dev": 512, "flux-schnell": 256}  # that their pipelines pad a prompt to
 CPU_ROWS = 512  # M of the multiplications on a CPU, at most
 CPU_WEIGHTS = 10**9  # a larger transformer is cut down to a block of each kind there
 
@@ -85,12 +78,12 @@ CPU_WEIGHTS = 10**9  # a larger transformer is cut down to a block of each kind 
 
 def read_config(name: str) -> tuple[dict, int, list[int]]:
     """Architecture, T5 tokens and pixels a side of a --config; ValueError if it is neither a name nor a folder."""
-    if name in CONFIGS:
-        return *CONFIGS[name], [1024, 512]
+    if name in TEXT_TOKENS:
+        return CONFIGS[name], TEXT_TOKENS[name], [1024, 512]
     folder = ROOT / "assets" / name if name == "tiny-flux" else Path(name)
     found = [path for path in (folder / "config.json", folder / "transformer" / "config.json") if path.is_file()]
     if not found:
-        names = ", ".join((*CONFIGS, "tiny-flux"))
+        names = ", ".join((*TEXT_TOKENS, "tiny-flux"))
         raise ValueError(f"--config {name}: use one of {names}, or a folder with a transformer's config.json")
 
     def read(file: Path) -> dict:
@@ -404,7 +397,9 @@ def versions() -> dict[str, str | None]:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message} (see --help)\n")
-    parser.add_argument("--config", default="tiny-flux", help=f"{', '.join(CONFIGS)}, tiny-flux or a model's folder")
+    parser.add_argument(
+        "--config", default="tiny-flux", help=f"{', '.join(TEXT_TOKENS)}, tiny-flux or a model's folder"
+    )
     parser.add_argument("--resolution", type=int, nargs="+", metavar="PIXELS",
                         help="a side, multiples of 16; default: the autoencoder's size, else 1024 512")  # fmt: skip
     parser.add_argument("--text_tokens", type=int, help="default: what the pipeline pads its prompts to")

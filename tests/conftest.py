@@ -37,6 +37,23 @@ def run() -> Callable[..., subprocess.CompletedProcess]:
 
 
 @pytest.fixture(scope="session")
+def start() -> Callable[..., int]:
+    """start(main, "run.py", "--w_bits", 0) calls a script's main() in this process and returns its exit status."""
+    from utils.utils import run_script
+
+    def call(main, *argv) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [str(word) for word in argv])
+            try:
+                run_script(main)
+                return 0
+            except SystemExit as exit:
+                return exit.code
+
+    return call
+
+
+@pytest.fixture(scope="session")
 def pipeline_folder(tmp_path_factory) -> Path:
     """A FluxPipeline of stock classes in the layout of FLUX.1-dev, made for 128 pixels, its weights random."""
     import torch

@@ -22,23 +22,6 @@ PER_BLOCK = {"double": 14, "single": 6}  # linears: q k v out, their twins, two 
 
 
 @pytest.fixture
-def modes(monkeypatch):
-    """A transformer that has modes, whose fast one rounds activations coarsely."""
-
-    def forward(self, x, exact=PackedLinear.forward):
-        step = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 7
-        return exact(self, (x / step).round() * step if getattr(self, "test_mode", "exact") == "fast" else x)
-
-    def set_inference_mode(self, mode):
-        for module in self.modules():
-            module.test_mode = mode
-        return self
-
-    monkeypatch.setattr(PackedLinear, "forward", forward)
-    monkeypatch.setattr(FluxTransformer2DModel, "set_inference_mode", set_inference_mode, raising=False)
-
-
-@pytest.fixture
 def folder(tmp_path):
     """A transformer's config.json and nothing else."""
     (tmp_path / "model").mkdir()
@@ -120,7 +103,7 @@ def test_resident_and_disk_bytes_follow_from_the_bits():
     assert rivals.model_bytes(model) == (resident, disk)
 
 
-def test_bench_measures_every_rival(modes, folder, tmp_path, capsys):
+def test_bench_measures_every_rival(folder, tmp_path, capsys):
     found = measured(tmp_path, "--config", folder, "--resolution", 32, 48, "--layers", "--load", "--text_tokens", 7)
     printed = capsys.readouterr().out
     assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
@@ -176,7 +159,7 @@ def test_bench_measures_every_rival(modes, folder, tmp_path, capsys):
     assert found["load"]["seconds"] > 0 and found["load"]["bytes"] > disk  # the headers and the index besides
 
 
-def test_compiled_rivals_beside_eager_ones(modes, folder, tmp_path, monkeypatch):
+def test_compiled_rivals_beside_eager_ones(folder, tmp_path, monkeypatch):
     graphs = []
 
     def backend(graph, inputs):
@@ -224,7 +207,7 @@ def test_rivals_share_the_memory_of_a_gpu_if_they_fit(monkeypatch):
     assert bench.groups_that_fit(packed, kinds, args) == [["bfloat16", "int8 codes, cast"], ["bfloat16", "ours"]]
 
 
-def test_where_memory_is_short_the_anchor_is_repeated(modes, folder, tmp_path, monkeypatch):
+def test_where_memory_is_short_the_anchor_is_repeated(folder, tmp_path, monkeypatch):
     groups = [["float32", "int8 codes, cast"], ["float32", "ours"]]
     monkeypatch.setattr(bench, "groups_that_fit", lambda packed, kinds, args: groups)
     found = measured(tmp_path, "--config", folder, "--resolution", 32)
@@ -234,7 +217,7 @@ def test_where_memory_is_short_the_anchor_is_repeated(modes, folder, tmp_path, m
     assert all(rows[f"ours {mode}, eager"]["ratio"] > 0 for mode in ("exact", "fast"))
 
 
-def test_a_rival_that_fails_is_a_row_and_one_of_ours_an_error(modes, folder, tmp_path, monkeypatch):
+def test_a_rival_that_fails_is_a_row_and_one_of_ours_an_error(folder, tmp_path, monkeypatch):
     def fails(layer):
         raise RuntimeError("no\n  luck")
 

@@ -43,6 +43,13 @@ def packed_layer(out_features, in_features, w_bits, bias=True, layerwise=False, 
     return PackedLinear.from_codes(codes, alpha, bias, w_bits, layerwise).to(DEVICE), codes.to(DEVICE)
 
 
+def packed_layers(w_bits, dtype):
+    """Layers of all SHAPES, with a bias and a step for each row, and with neither."""
+    for shape in SHAPES:
+        yield packed_layer(*shape, w_bits, bias=True, layerwise=False, dtype=dtype)
+        yield packed_layer(*shape, w_bits, bias=False, layerwise=True, dtype=dtype)
+
+
 def levels(layer, codes, dtype):
     """The dequantized weight in float64, rounded to the dtype that it is multiplied in."""
     s, n = GRID[layer.w_bits]
@@ -87,35 +94,31 @@ def test_integers_in_eight_bits(w_bits):
 @DTYPES
 @pytest.mark.parametrize("w_bits", BITS)
 def test_exact_mode_is_the_product_with_the_dequantized_weight(w_bits, dtype):
-    for shape in SHAPES:
-        for bias, layerwise in ((True, False), (False, True)):
-            layer, codes = packed_layer(*shape, w_bits, bias, layerwise, dtype)
-            weight = layer.dequantize(dtype).double() if INTERPRETED else levels(layer, codes, dtype)
-            for count in TOKENS:
-                x = tokens_of(count, shape[1], dtype)
-                found = layer(x)
-                assert found.dtype == dtype
-                expected = F.linear(x.double(), weight, layer.bias.double() if bias else None)
-                assert_close(found, expected, TOLERANCE[dtype])
+    for layer, codes in packed_layers(w_bits, dtype):
+        weight = layer.dequantize(dtype).double() if INTERPRETED else levels(layer, codes, dtype)
+        for count in TOKENS:
+            x = tokens_of(count, layer.in_features, dtype)
+            found = layer(x)
+            assert found.dtype == dtype
+            expected = F.linear(x.double(), weight, None if layer.bias is None else layer.bias.double())
+            assert_close(found, expected, TOLERANCE[dtype])
 
 
 @DTYPES
 @pytest.mark.parametrize("w_bits", BITS)
 def test_fast_mode_rounds_nothing_but_the_tokens(w_bits, dtype):
-    for shape in SHAPES:
-        for bias, layerwise in ((True, False), (False, True)):
-            layer, codes = packed_layer(*shape, w_bits, bias, layerwise, dtype)
-            layer.mode = "fast"
-            for count in TOKENS:
-                x = tokens_of(count, shape[1], dtype)
-                eight = kernels.token_dtype(x, shape[0], w_bits)
-                weight, rounded = levels(layer, codes, dtype if eight is None else torch.float32), x.double()
-                if eight is not None:
-                    q, scale = kernels.quantize_tokens(x, eight)
-                    rounded = q.double() * scale.double()
-                expected = F.linear(rounded, weight, layer.bias.double() if bias else None)
-                # fp8 products are given out in bf16, and summed in fewer bits than fp32
-                assert_close(layer(x), expected, 2**-7 if eight == FP8 else TOLERANCE[dtype])
+    for layer, codes in packed_layers(w_bits, dtype):
+        layer.mode = "fast"
+        for count in TOKENS:
+            x = tokens_of(count, layer.in_features, dtype)
+            eight = kernels.token_dtype(x, layer.out_features, w_bits)
+            weight, rounded = levels(layer, codes, dtype if eight is None else torch.float32), x.double()
+            if eight is not None:
+                q, scale = kernels.quantize_tokens(x, eight)
+                rounded = q.double() * scale.double()
+            expected = F.linear(rounded, weight, None if layer.bias is None else layer.bias.double())
+            # fp8 products are given out in bf16, and summed in fewer bits than fp32
+            assert_close(layer(x), expected, 2**-7 if eight == FP8 else TOLERANCE[dtype])
 
 
 @pytest.mark.kernels

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,24 +13,17 @@ import run as script
 from models.modeling_flux_quant import FluxTransformer2DModel
 from models.packing import PackedWriter
 from models.utils_quant import init_clip_val, quantize
-from utils.utils import run_script
 
 FAST = ("--steps", 2, "--device", "cpu", "--calibration_prompts", 2, "--calibration_stride", 1)
 
 
 @pytest.fixture
-def call(pipeline_folder, tmp_path, monkeypatch, capsys):
+def call(pipeline_folder, tmp_path, start, capsys):
     """call("--w_bits", 2) runs the script in this process, into `folder`; the result has returncode and last line."""
 
     def call(*flags, model=pipeline_folder, folder=tmp_path / "out", fast=FAST):
-        argv = ["run.py", "--model_id", model, "--output_path", folder, *fast, *flags]
-        monkeypatch.setattr(sys, "argv", [str(word) for word in argv])
         capsys.readouterr()
-        try:
-            run_script(script.main)
-            code = 0
-        except SystemExit as exit:
-            code = exit.code
+        code = start(script.main, "run.py", "--model_id", model, "--output_path", folder, *fast, *flags)
         lines = capsys.readouterr().err.strip().splitlines()
         return SimpleNamespace(returncode=code, line=lines[-1] if lines else "", folder=folder)
 

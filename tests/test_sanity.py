@@ -20,7 +20,6 @@ from PIL import Image
 import sanity
 from models.modeling_flux_quant import FluxTransformer2DModel
 from utils import scenes
-from utils.utils import run_script
 
 ROOT = Path(__file__).parents[1]
 SEED, IMAGES, STEPS, GUIDANCE = 7, 3, 3, 3.5
@@ -83,17 +82,12 @@ def draw(pipe) -> np.ndarray:
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(start, capsys):
     """call("--w_bits", 9) runs the script in this process; the result has returncode, stdout and stderr."""
 
     def call(*flags):
-        monkeypatch.setattr(sys, "argv", ["sanity.py", *map(str, flags)])
         capsys.readouterr()
-        try:
-            run_script(sanity.main)
-            code = 0
-        except SystemExit as exit:
-            code = exit.code
+        code = start(sanity.main, "sanity.py", *flags)
         output = capsys.readouterr()
         return SimpleNamespace(returncode=code, stdout=output.out, stderr=output.err)
 

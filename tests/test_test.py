@@ -6,7 +6,6 @@ References: the velocities and pictures of diffusers' own pipeline, and the size
 import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +17,7 @@ from PIL import Image
 import run as run_py
 import train as train_py
 from models.modeling_flux_quant import FluxTransformer2DModel
-from utils.utils import generate_images, record_velocities, run_script
+from utils.utils import generate_images, record_velocities
 
 # Under its own name it would hide Python's package `test`.
 spec = importlib.util.spec_from_file_location("test_script", Path(__file__).parents[1] / "test.py")
@@ -29,20 +28,8 @@ STEPS, SEED = 2, 5
 KINDS = ("sanity", "trainer", "trained", "packed", "pipeline")
 
 
-def start(main, *argv) -> int:
-    """The exit status of a script's main() in this process."""
-    old, sys.argv = sys.argv, [str(word) for word in argv]
-    try:
-        run_script(main)
-        return 0
-    except SystemExit as exit:
-        return exit.code
-    finally:
-        sys.argv = old
-
-
 @pytest.fixture(scope="module")
-def checkpoints(pipeline_folder, tmp_path_factory) -> dict[str, Path]:
+def checkpoints(pipeline_folder, tmp_path_factory, start) -> dict[str, Path]:
     """A ternary checkpoint of each of KINDS, made the way the project makes it."""
     folder = tmp_path_factory.mktemp("checkpoints")
     model = FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer", w_bits=0)
@@ -64,7 +51,7 @@ def checkpoints(pipeline_folder, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def call(pipeline_folder, tmp_path, capsys):
+def call(pipeline_folder, tmp_path, start, capsys):
     """call(checkpoint, 0, "--seed", 1) runs test.py; the result has returncode, stdout, stderr's last line, metrics."""
 
     def call(checkpoint, w_bits, *flags, model=pipeline_folder):

@@ -23,9 +23,14 @@ from tqdm import tqdm
 from utils.utils import check_disk, get_logger, run_script, whole_folder
 
 log = get_logger("random")
+FLUX = {
+    "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
+    "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768,
+    "axes_dims_rope": (16, 56, 56),
+}  # fmt: skip
 CONFIGS = {  # arguments of FluxTransformer2DModel
-    "flux-dev": {"guidance_embeds": True},
-    "flux-schnell": {"guidance_embeds": False},
+    "flux-dev": FLUX | {"guidance_embeds": True},
+    "flux-schnell": FLUX | {"guidance_embeds": False},
     "tiny": {
         "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
         "num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 32, "guidance_embeds": True,

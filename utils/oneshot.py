@@ -32,6 +32,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -217,15 +218,6 @@ def record_inputs(transformer: nn.Module, wanted: Callable[[int], bool]) -> Iter
         hook.remove()
 
 
-def _to(value, device: torch.device):
-    """A call's arguments, or a part of them, with their tensors on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {name: _to(part, device) for name, part in value.items()}
-    return tuple(_to(part, device) for part in value) if isinstance(value, tuple) else value
-
-
 @torch.no_grad()
 def block_inputs(transformer: nn.Module, calls: Iterable[dict], device: torch.device) -> list[dict]:
     """What the first block gets in each of the transformer's calls (keyword arguments), on the CPU.
@@ -236,7 +228,7 @@ def block_inputs(transformer: nn.Module, calls: Iterable[dict], device: torch.de
     before = [module for module in transformer.children() if not isinstance(module, nn.ModuleList)]
 
     def stop(module, args, kwargs):
-        found.append(_to(dict(kwargs), CPU))
+        found.append(send_to_device(dict(kwargs), CPU))
         raise _Reached
 
     hook = transformer.transformer_blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
@@ -245,7 +237,7 @@ def block_inputs(transformer: nn.Module, calls: Iterable[dict], device: torch.de
     try:
         for inputs in calls:
             try:
-                transformer(**_to(inputs, device))
+                transformer(**send_to_device(inputs, device))
             except _Reached:
                 pass
     finally:
@@ -303,7 +295,7 @@ def calibrate(
                     bar.update()
             for i in range(len(calls)):
                 for stream, parameters in zip(streams, (None, original), strict=True):
-                    text, image = _run(block, parameters, _to(stream[i], device))
+                    text, image = _run(block, parameters, send_to_device(stream[i], device))
                     stream[i] = stream[i] | {"encoder_hidden_states": text.to(CPU), "hidden_states": image.to(CPU)}
             for layer in done:
                 layer.to("meta")
@@ -331,9 +323,9 @@ def _collect(
     statistics: dict[str, Statistics] = {}
     try:
         for student, teacher, weight in zip(*streams, weights, strict=True):
-            _run(block, original, _to(teacher, device))
+            _run(block, original, send_to_device(teacher, device))
             reference = dict(seen)
-            _run(block, None, _to(student, device))
+            _run(block, None, send_to_device(student, device))
             first: dict[int, str] = {}  # of the layers that get this very tensor
             for name, tensor in seen.items():
                 leader = first.setdefault(id(tensor), name)

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.kernels import FP8, quantize_tokens
 from models.modeling_flux_quant import DEFAULT_SETTINGS, FluxTransformer2DModel
 from models.packing import FORMAT, PackedLinear, disk_row_bytes, pack_codes, row_chunks
 from models.utils_quant import code_grid
 
 NONZERO = 0.54  # of the codes, as error-minimal step sizes leave them in Gaussian rows
-E4M3_MAX = 448.0
 RUNS = 2  # timed in each turn of a rival
 
 
@@ -84,23 +84,17 @@ class Fp8Linear(nn.Module):
 
     def __init__(self, layer: PackedLinear):
         super().__init__()
-        weight, scale = _to_fp8(layer.dequantize())
+        weight, scale = quantize_tokens(layer.dequantize(), FP8)
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale.T.contiguous())
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        codes, scale = _to_fp8(x.flatten(0, -2))
+        codes, scale = quantize_tokens(x.flatten(0, -2), FP8)
         y = torch._scaled_mm(
             codes, self.weight.T, scale, self.scale, bias=self.bias, out_dtype=x.dtype, use_fast_accum=True
         )
         return y.unflatten(0, x.shape[:-1])
-
-
-def _to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """rows [R, in] as e4m3 and scales [R, 1] fp32, the largest of each row at the end of the range."""
-    scale = rows.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / E4M3_MAX
-    return (rows.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
 class Int8CodesLinear(nn.Module):
