@@ -42,7 +42,7 @@ def test_a_recipe_that_is_done_is_not_trained_again(tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "summary.json").write_text(json.dumps(summary))
     called = []
-    monkeypatch.setattr(compare_recipes, "run_logged", lambda words, log, gpu: called.append(words))
+    monkeypatch.setattr(compare_recipes, "run_logged", lambda words, log, environment: called.append(words))
     monkeypatch.setattr(sys, "argv", ["compare_recipes", "--output", str(tmp_path), "--recipes", "full"])
     compare_recipes.main()
     assert [words[words.index("--do_train") + 1] for words in called] == ["False"]  # the teacher cache, nothing else
@@ -80,9 +80,13 @@ def test_a_failed_call_is_one_line_that_names_the_log(tmp_path):
 def test_work_is_spread_over_the_gpus(monkeypatch):
     """Each slot of each GPU at most once at a time, the results in order."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 32)
     running, most, lock = {"2": 0, "5": 0}, {"2": 0, "5": 0}, threading.Lock()
 
-    def work(item, gpu):
+    def work(item, environment):
+        assert environment["OMP_NUM_THREADS"] == "8"  # four slots share the 32 cores
+        gpu = environment["CUDA_VISIBLE_DEVICES"]
         with lock:
             running[gpu] += 1
             most[gpu] = max(most[gpu], running[gpu])
@@ -95,7 +99,9 @@ def test_work_is_spread_over_the_gpus(monkeypatch):
     assert most == {"2": 2, "5": 2}
 
 
-def test_without_a_gpu_work_is_given_none(monkeypatch):
+def test_without_a_gpu_work_is_given_threads_alone(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # who says how many is obeyed
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert spread(lambda item, gpu: (item, gpu), "ab", 1) == [("a", None), ("b", None)]
+    threads = {"OMP_NUM_THREADS": "3"}
+    assert spread(lambda item, environment: (item, environment), "ab", 1) == [("a", threads), ("b", threads)]

@@ -10,6 +10,7 @@ table, OUTPUT/oneshot.md. What an interrupted call has finished is not done agai
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from utils.oneshot import INGREDIENTS, METHODS
@@ -19,7 +20,7 @@ from utils.utils import get_logger, run_logged, run_script, spread
 log = get_logger("oneshot")
 
 
-def cell(what: tuple[str, int, str | None], gpu: str | None, args: argparse.Namespace) -> dict:
+def cell(what: tuple[str, int, str | None], environment: Mapping[str, str], args: argparse.Namespace) -> dict:
     """The figures of run.py and test.py for (method, bit width, ingredient to leave out or None)."""
     method, w_bits, without = what
     name = f"{method}_{w_bits}" + (f"_without_{without}" if without else "")
@@ -32,10 +33,10 @@ def cell(what: tuple[str, int, str | None], gpu: str | None, args: argparse.Name
         flags += ["--calibration_prompts", args.calibration_prompts, "--batch_size", args.batch_size]
         if not pipeline.exists():
             flags += ["--without", without] if without else []
-            run_logged(["run.py", *flags, "--method", method, "--w_bits", w_bits], folder / "log.txt", gpu)
+            run_logged(["run.py", *flags, "--method", method, "--w_bits", w_bits], folder / "log.txt", environment)
         flags = ["--model", args.model, "--num_images", args.num_images, "--batch_size", args.batch_size]
         flags += ["--output_dir", (folder / "test").absolute()]
-        run_logged(["test.py", pipeline.absolute(), w_bits, *flags], folder / "log.txt", gpu)
+        run_logged(["test.py", pipeline.absolute(), w_bits, *flags], folder / "log.txt", environment)
     return json.loads(figures.read_text()) | {"run": json.loads((folder / "pipeline/metrics.json").read_text())}
 
 
@@ -79,7 +80,7 @@ def main() -> None:
             cells.append((method, w_bits, None))
             if args.ablate and method == "calibrated" and w_bits == 0:
                 cells += [(method, w_bits, ingredient) for ingredient in INGREDIENTS]
-    results = spread(lambda what, gpu: cell(what, gpu, args), cells, args.parallel)
+    results = spread(lambda what, environment: cell(what, environment, args), cells, args.parallel)
     (args.output / "oneshot.json").write_text(json.dumps(results, indent=2) + "\n")
     (args.output / "oneshot.md").write_text(table(results))
     print(table(results))

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ RECIPES = {  # name: (what it is, flags of train.py)
 }
 
 
-def call(folder: Path, args: argparse.Namespace, *flags, gpu: str | None = None) -> None:
+def call(folder: Path, args: argparse.Namespace, environment: Mapping[str, str], *flags) -> None:
     """Run train.py with the shared flags and `flags`, its output in folder/log.txt; ValueError if it fails."""
     shared = {
         "input_model_filename": args.model,
@@ -71,14 +72,14 @@ def call(folder: Path, args: argparse.Namespace, *flags, gpu: str | None = None)
         processes = args.parallel * len(visible_gpus())
         shared["dataloader_num_workers"] = max(1, min(8, (os.cpu_count() or 1) // processes))
     words = [word for name, value in shared.items() for word in (f"--{name}", value)]
-    run_logged(["train.py", *words, *flags, *args.flags], folder / "log.txt", gpu)
+    run_logged(["train.py", *words, *flags, *args.flags], folder / "log.txt", environment)
 
 
-def train(name: str, gpu: str | None, args: argparse.Namespace) -> dict:
+def train(name: str, environment: Mapping[str, str], args: argparse.Namespace) -> dict:
     """The summary of train.py with one recipe."""
     started, summary = time.time(), args.output / name / "summary.json"
     if not summary.exists():
-        call(args.output / name, args, *RECIPES[name][1], gpu=gpu)
+        call(args.output / name, args, environment, *RECIPES[name][1])
         log.info("%s: done in %.0f s", name, time.time() - started)
     return json.loads(summary.read_text())
 
@@ -117,8 +118,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     log.info("filling the teacher cache")
-    call(args.output / "teacher", args, "--do_train", "False", gpu=(visible_gpus() or [None])[0])
-    summaries = spread(lambda name, gpu: train(name, gpu, args), args.recipes, args.parallel)
+    spread(lambda name, environment: call(args.output / name, args, environment, "--do_train", "False"), ["teacher"], 1)
+    summaries = spread(lambda name, environment: train(name, environment, args), args.recipes, args.parallel)
     results = dict(zip(args.recipes, summaries, strict=True))
     figures = {"parallel": args.parallel, "recipes": results}
     (args.output / "recipes.json").write_text(json.dumps(figures, indent=2) + "\n")

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,16 +65,16 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(1)
 
 
-def run_logged(words: Sequence[object], log: Path, gpu: str | None = None) -> None:
+def run_logged(words: Sequence[object], log: Path, environment: Mapping[str, str] | None = None) -> None:
     """Run one of the repository's scripts (words: file name and flags), its output appended to `log`.
 
-    With `gpu` it sees that one alone. Raises ValueError, with the last line of the output, if it fails.
+    `environment` adds variables (see spread). Raises ValueError, with the last line of the output, if it fails.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
     with log.open("a") as output:
         command = [sys.executable, *map(str, words)]
-        status = subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT).returncode
+        variables = {**os.environ, **(environment or {})}
+        status = subprocess.run(command, cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT).returncode
     if status:
         lines = log.read_text().splitlines()
         raise ValueError(f"{words[0]} failed, see {log}: {lines[-1] if lines else 'no output'}")
@@ -86,19 +86,24 @@ def visible_gpus() -> list[str]:
     return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
 
 
-def spread(work: Callable[[object, str | None], object], items: Sequence[object], parallel: int) -> list:
-    """[work(item, gpu) for every item], `parallel` at a time on each GPU (without one: at all; gpu is then None)."""
+def spread(work: Callable[[object, dict[str, str]], object], items: Sequence[object], parallel: int) -> list:
+    """[work(item, environment) for every item], `parallel` at a time on each GPU (without one: at all).
+
+    `environment` holds the variables by which what `work` starts sees one GPU and takes its share of the cores.
+    """
     slots = (visible_gpus() or [None]) * parallel
-    free: queue.Queue[str | None] = queue.Queue()
+    # were each to start a thread per core, the CPU's part (grading, SSIM) would crawl
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(slots))))
+    free: queue.Queue[dict[str, str]] = queue.Queue()
     for gpu in slots:
-        free.put(gpu)
+        free.put({"OMP_NUM_THREADS": threads} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}))
 
     def one(item: object) -> object:
-        gpu = free.get()
+        environment = free.get()
         try:
-            return work(item, gpu)
+            return work(item, environment)
         finally:
-            free.put(gpu)
+            free.put(environment)
 
     with ThreadPoolExecutor(len(slots)) as pool:
         return list(pool.map(one, items))
