@@ -175,7 +175,7 @@ def quantize(weight: Tensor, alpha: Tensor | None, num_bits: int, layerwise: boo
 # With the codes c of the weights fixed, Σ(w − αc)² is least at α = Σwc/Σc², where (Σwc)²/Σc² of the energy Σw² is
 # captured. Both searches below look for the codes that capture the most.
 
-_CHUNK = 2**22  # weights worked on at a time: bounds the memory of a search by some tens of MB
+_CHUNK = 2**20  # weights worked on at a time: bounds the memory of a search by some tens of MB
 
 
 def _two_level_optimum(rows: Tensor, inner: float, outer: float) -> Tensor:
@@ -236,7 +236,8 @@ def init_clip_val(weight: Tensor, num_bits: int, method: str = "mse", layerwise:
     check_clip_init(method)
     rows = weight.reshape(1, -1) if layerwise else weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    peak = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True, dtype=dtype)
+    lowest, highest = rows.aminmax(dim=1, keepdim=True)  # unlike a norm in fp32, without an fp32 copy of the matrix
+    peak = torch.maximum(-lowest, highest).to(dtype)
     if not peak.isfinite().all():
         raise ValueError("the weight holds NaN or inf")
 
