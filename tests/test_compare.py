@@ -97,6 +97,7 @@ def test_work_is_spread_over_the_gpus(monkeypatch):
 
     assert spread(work, range(12), 2) == [item * 10 for item in range(12)]
     assert most == {"2": 2, "5": 2}
+    assert spread(lambda item, environment: environment["OMP_NUM_THREADS"], "a", 2) == ["32"]  # nothing beside it
 
 
 def test_without_a_gpu_work_is_given_threads_alone(monkeypatch):

@@ -93,7 +93,8 @@ def spread(work: Callable[[object, dict[str, str]], object], items: Sequence[obj
     """
     slots = (visible_gpus() or [None]) * parallel
     # were each to start a thread per core, the CPU's part (grading, SSIM) would crawl
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(slots))))
+    share = (os.cpu_count() or 1) // max(1, min(len(slots), len(items)))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, share)))
     free: queue.Queue[dict[str, str]] = queue.Queue()
     for gpu in slots:
         free.put({"OMP_NUM_THREADS": threads} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}))
