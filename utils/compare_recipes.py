@@ -25,6 +25,7 @@ from utils.utils import get_logger, run_logged, run_script, spread, visible_gpus
 log = get_logger("recipes")
 AVERAGED = "--learning_rate 1e-3 --ema_decay 0.999".split()
 SLOW_ALPHA = [*AVERAGED, "--clip_learning_rate", "1e-4", "--adam_beta2", "0.99"]
+WEIGHTED = [*SLOW_ALPHA, "--step_weighting", "2"]
 RECIPES = {  # name: (what it is, flags of train.py)
     "published": (
         "published port, literally: LoRA r 32 inside, scaling 1/32, α = max, lr 2e-5",
@@ -35,10 +36,11 @@ RECIPES = {  # name: (what it is, flags of train.py)
         "--lora_r 32 --lora_alpha 32 --learning_rate 1e-3 --clip_learning_rate 5e-4 --ema_decay 0".split(),
     ),
     "full": ("full weights, error-minimal α, lr 1e-3", "--learning_rate 1e-3 --ema_decay 0".split()),
-    "average": ("the same, weights averaged (decay 0.999)", AVERAGED),
+    "average": ("full weights, error-minimal α, lr 1e-3, averaged (decay 0.999)", AVERAGED),
     "slow_alpha": ("averaged, α at 1e-4, second moment decays by 0.99", SLOW_ALPHA),
-    "weighted": ("the same, steps weighted by their size squared", [*SLOW_ALPHA, "--step_weighting", "2"]),
-    "slow_weighted": ("the same, weights at 5e-4", [*SLOW_ALPHA, "--step_weighting", "2", "--learning_rate", "5e-4"]),
+    "weighted": ("averaged, α at 1e-4, second moment .99, steps weighted by their size squared", WEIGHTED),
+    "slow_weighted": ("weighted so, weights at 5e-4", [*WEIGHTED, "--learning_rate", "5e-4"]),
+    "fast_weighted": ("weighted so, weights at 2e-3", [*WEIGHTED, "--learning_rate", "2e-3"]),
     "max": ("averaged, but α = max", [*AVERAGED, "--clip_init", "max"]),
     "frozen_alpha": ("averaged, but α frozen", [*AVERAGED, "--clip_learning_rate", "0"]),
     "slow": ("averaged, but lr 5e-4", [*AVERAGED, "--learning_rate", "5e-4"]),
