@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Does the pipeline still draw? Full precision and 8, 4, 2 and 1.58 bits (0) side by side, without any training.
+# Does the pipeline still draw? Full precision and 8, 4, 2 and 1.58 bits (0) side by side, without any training; for
+# tiny-flux also the trained 1.58-bit student that comes with it.
 #
 #   bash 0_sanity_check.sh                                  # the embedded tiny-flux, on a laptop
 #   bash 0_sanity_check.sh black-forest-labs/FLUX.1-dev     # a folder or a hub id, on a GPU
@@ -17,5 +18,8 @@ fi
 
 source "$(dirname -- "${BASH_SOURCE[0]}")/utils/setup.sh"
 
+TRAINED=()
+if [ "$MODEL" = assets/tiny-flux ]; then TRAINED=(--trained assets/tiny-flux-1.58bit); fi
+
 exec "$PYTHON" sanity.py --local_dir output/sanity --output_dir output/sanity \
-    --input_model_filename "$MODEL" --qat True --w_bits 8 4 2 0 "$@"
+    --input_model_filename "$MODEL" --qat True --w_bits 8 4 2 0 ${TRAINED[@]+"${TRAINED[@]}"} "$@"

@@ -5,13 +5,14 @@
     python sanity.py --prompts my_prompts.txt --num_images 4 --num_inference_steps 8
 
 Every linear inside the transformer's blocks is quantized with error-minimal step sizes and nothing is trained, so
-this is where quantization-aware training starts from. It writes
+this is where quantization-aware training starts from; `--trained FOLDER` adds what training made of it, as the last
+row. It writes
 
-    OUTPUT_DIR/samples/{full,bits_W}/sample_000.png …    the pictures
-    OUTPUT_DIR/samples/grid.png                          all of them, rows = bit widths, columns = prompts
-    OUTPUT_DIR/samples/metrics.json                      the table that it prints
-    OUTPUT_DIR/cache/bits_W/                             each quantized transformer, for from_pretrained
-                                                         (--pack True: as small as its bits)
+    OUTPUT_DIR/samples/{full,bits_W,trained}/sample_000.png …    the pictures
+    OUTPUT_DIR/samples/grid.png                                  all of them, rows = bit widths, columns = prompts
+    OUTPUT_DIR/samples/metrics.json                              the table that it prints
+    OUTPUT_DIR/cache/bits_W/                                     each quantized transformer, for from_pretrained
+                                                                 (--pack True: as small as its bits)
 """
 
 import gc
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.modeling_flux_quant import QuantizeLinear
+from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear, is_quantized
 from models.utils_quant import FULL_PRECISION_BITS
 from utils import scenes
 from utils.metrics import nmse, psnr, scene_score
@@ -57,8 +58,22 @@ def count_parameters(transformer: nn.Module) -> tuple[int, int, int]:
     return sum(p.numel() for p in transformer.parameters()) - step_sizes, quantized, step_sizes
 
 
+def check_trained(folder: str) -> str:
+    """`folder`; ValueError unless it holds a quantized transformer."""
+    try:
+        settings = json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--trained {folder}: no transformer there ({error}); give what train.py wrote") from None
+    if not is_quantized(settings):
+        raise ValueError(f"--trained {folder}: not quantized; give what train.py wrote")
+    return folder
+
+
 def packed_bytes(transformer: nn.Module, w_bits: int) -> float:
-    """Bytes of the transformer with its quantized weights packed, fp32 step sizes, and the rest in 16 bits."""
+    """Bytes of the transformer with its quantized weights packed, fp32 step sizes, and the rest in 16 bits; of a packed
+    one, bytes of its files."""
+    if transformer.config.get("packed"):
+        return sum(file.stat().st_size for file in Path(transformer.config._name_or_path).glob("*.safetensors"))
     total, quantized, step_sizes = count_parameters(transformer)
     return quantized * BITS_STORED.get(w_bits, w_bits) / 8 + step_sizes * 4 + (total - quantized) * 2
 
@@ -73,13 +88,13 @@ def velocity_error(transformer: nn.Module, teacher_calls: list[tuple[dict, Tenso
 
 def print_table(rows: list[dict], with_scores: bool) -> None:
     """The result of each bit width as a line of text."""
-    print(f"\n{'transformer':<12}{'velocity NMSE':>14}{'PSNR dB':>9}{'scene score':>13}{'packed MB':>11}")
+    print(f"\n{'transformer':<18}{'velocity NMSE':>14}{'PSNR dB':>9}{'scene score':>13}{'packed MB':>11}")
     for row in rows:
         teacher = row["w_bits"] == 16 and "nmse" not in row
         error = "-" if teacher else f"{row['nmse']:.5f}"
         ratio = "-" if teacher else f"{row['psnr']:.1f}"
         score = f"{row['scene_score']['mean']:.2f}" if with_scores else "-"
-        print(f"{row['name']:<12}{error:>14}{ratio:>9}{score:>13}{row['packed_bytes'] / 1e6:>11,.1f}")
+        print(f"{row['name']:<18}{error:>14}{ratio:>9}{score:>13}{row['packed_bytes'] / 1e6:>11,.1f}")
     print("NMSE, PSNR: against full precision, same prompts and seeds. packed: bits of the blocks' weights as stored")
     print("(1.58 bit: 1.6), fp32 step sizes, 16 bits for the rest.")
     if not with_scores:
@@ -103,6 +118,7 @@ def main() -> None:
     )
     log.info("%d prompts: %s; %d pixels, seed %d", len(prompts), source, size, training_args.seed)
 
+    trained = None if model_args.trained is None else check_trained(model_args.trained)
     samples.mkdir(parents=True, exist_ok=True)  # here, and not after the first pictures, a bad folder shows
 
     def sample(name: str, folder: str) -> Tensor:
@@ -125,18 +141,9 @@ def main() -> None:
     if with_scores:
         rows[0]["scene_score"] = scene_score(teacher_images, prompts)
 
-    for w_bits in model_args.w_bits:
-        pipe.transformer = None  # two transformers at once would not fit beside each other on every card
-        gc.collect()
-        empty_cache(device)
-        transformer = load_quantized_model(model_args, training_args, w_bits=w_bits).to(device)
-        pipe.register_modules(transformer=transformer)
-        total, quantized, _ = count_parameters(transformer)
-        name = "1.58 bit" if w_bits == 0 else f"{w_bits} bit"
-        log.info(
-            "%s: %s of %s parameters quantized (%.1f %%)", name, f"{quantized:,}", f"{total:,}", 100 * quantized / total
-        )
-        images = sample(name, f"bits_{w_bits}")
+    def measure(name: str, folder: str, w_bits: int, transformer: FluxTransformer2DModel) -> None:
+        pipe.register_modules(transformer=transformer.to(device))
+        images = sample(name, folder)
         row = {
             "name": name,
             "w_bits": w_bits,
@@ -149,6 +156,21 @@ def main() -> None:
         grid[name] = images
         rows.append(row)
 
+    def free() -> None:
+        pipe.transformer = None  # two transformers at once would not fit beside each other on every card
+        gc.collect()
+        empty_cache(device)
+
+    for w_bits in model_args.w_bits:
+        free()
+        transformer = load_quantized_model(model_args, training_args, w_bits=w_bits)
+        total, quantized, _ = count_parameters(transformer)
+        name = "1.58 bit" if w_bits == 0 else f"{w_bits} bit"
+        log.info(
+            "%s: %s of %s parameters quantized (%.1f %%)", name, f"{quantized:,}", f"{total:,}", 100 * quantized / total
+        )
+        measure(name, f"bits_{w_bits}", w_bits, transformer)
+
         if model_args.pack and w_bits < FULL_PRECISION_BITS:
             transformer.pack()
         folder = cache / f"bits_{w_bits}"
@@ -156,6 +178,12 @@ def main() -> None:
         with whole_folder(folder) as partial:
             transformer.save_pretrained(partial)
         del transformer
+
+    if trained is not None:
+        free()
+        transformer = FluxTransformer2DModel.from_pretrained(trained, dtype=dtype)
+        w_bits = transformer.config.w_bits
+        measure(f"{1.58 if w_bits == 0 else w_bits} bit, trained", "trained", w_bits, transformer)
 
     save_grid(grid, prompts, samples / "grid.png")
     (samples / "metrics.json").write_text(json.dumps({"prompts": prompts, "rows": rows}, indent=2) + "\n")

@@ -42,6 +42,9 @@ class ModelArguments:
         default=True, metadata={"help": "train what is not quantized: biases, norms, embedders"}
     )
 
+    trained: str | None = field(
+        default=None, metadata={"help": "sanity.py: a trained student's folder, drawn as the last row"}
+    )
     pack: bool = field(
         default=False, metadata={"help": "save codes instead of weights: a tenth of the size, for inference only"}
     )
