@@ -275,7 +275,7 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
             raise ValueError(f"{folder / 'config.json'}: describes no transformer ({problem}); save it again") from None
         device_map = kwargs.get("device_map")
         device = next(iter(device_map.values()), None) if isinstance(device_map, dict) else device_map
-        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or torch.float32  # as diffusers does
         dtype = None if dtype == "auto" else dtype  # as they are stored
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype={dtype!r} is not supported: name a torch dtype, such as torch.bfloat16, or 'auto'")

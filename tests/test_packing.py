@@ -566,12 +566,22 @@ def test_a_model_cast_before_it_is_packed_computes_the_same(pipeline_folder, tmp
     model = student(pipeline_folder, w_bits=0).to(torch.bfloat16)
     expected = output(model, torch.bfloat16)
     model.pack().save_pretrained(tmp_path)
-    loaded = FluxTransformer2DModel.from_pretrained(tmp_path)
+    loaded = FluxTransformer2DModel.from_pretrained(tmp_path, torch_dtype="auto")
     assert loaded.dtype == torch.bfloat16
     for each in (model, loaded):
         assert torch.equal(output(each, torch.bfloat16), expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(output(loaded, torch.bfloat16), expected)
+
+
+def test_without_a_dtype_a_model_is_loaded_as_diffusers_loads_it(pipeline_folder, tmp_path):
+    """So that a pipeline and its packed transformer, both loaded without one, fit together."""
+    student(pipeline_folder, w_bits=0).to(torch.bfloat16).pack().save_pretrained(tmp_path / "packed")
+    plain = diffusers.FluxTransformer2DModel.from_pretrained(pipeline_folder / "transformer")
+    plain.to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    loaded = FluxTransformer2DModel.from_pretrained(tmp_path / "packed")
+    assert loaded.dtype == diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "plain").dtype == torch.float32
+    assert draw(diffusers.FluxPipeline.from_pretrained(pipeline_folder, transformer=loaded), "latent").isfinite().all()
 
 
 def test_a_state_dict_goes_into_another_model(ternary):
@@ -628,7 +638,7 @@ LOAD_AND_MEASURE = """
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # the peak counts from here
         before = resident("VmRSS")
-        model = FluxTransformer2DModel.from_pretrained(folder)
+        model = FluxTransformer2DModel.from_pretrained(folder, torch_dtype="auto")
         print(resident("VmHWM") - before, sum(p.numel() * p.element_size() for p in model.parameters()))
         del model
 """
@@ -802,7 +812,7 @@ def test_adapters_of_the_plain_model_work_on_the_packed_one(pipeline_folder, bas
         pipe.unload_lora_weights()
     assert torch.equal(latents(), drawn[0])
     packed.save_pretrained(tmp_path)
-    assert same_parameters(FluxTransformer2DModel.from_pretrained(tmp_path), packed)
+    assert same_parameters(FluxTransformer2DModel.from_pretrained(tmp_path, torch_dtype="auto"), packed)
 
 
 def test_what_is_saved_while_an_adapter_is_loaded_can_be_loaded_or_is_refused(ternary, tmp_path):
