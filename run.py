@@ -40,6 +40,7 @@ from models.packing import FORMAT, PackedLinear, PackedWriter, disk_row_bytes, r
 from models.utils_quant import check_bits, code_grid
 from utils.oneshot import INGREDIENTS, METHODS, calibrate, record_inputs, round_weight
 from utils.utils import (
+    bits_name,
     check_disk,
     device_name,
     empty_cache,
@@ -312,7 +313,7 @@ def main() -> None:
     rest = sum(f.stat().st_size for f in source.rglob("*.safetensors") if f.parent.name != "transformer")
     check_disk(args.output_path, rest + packed_bytes(source / "transformer", args.w_bits), "the quantized pipeline")
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32"))
-    name = "1.58 bit" if args.w_bits == 0 else f"{args.w_bits} bit"
+    name = bits_name(args.w_bits)
 
     pipe, teacher_images, prompts, errors = None, None, [], Errors()
     with whole_folder(args.output_path) as folder:  # a place that cannot be written to shows here

@@ -22,13 +22,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear, is_quantized
+from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
 from models.utils_quant import FULL_PRECISION_BITS
 from utils import scenes
 from utils.metrics import nmse, psnr, scene_score
 from utils.process_args import process_args
 from utils.utils import (
+    bits_name,
     check_disk,
+    check_quantized,
+    check_shapes,
     empty_cache,
     generate_images,
     get_logger,
@@ -42,6 +45,7 @@ from utils.utils import (
     run_script,
     save_grid,
     save_images,
+    transformer_folder,
     whole_folder,
 )
 
@@ -56,17 +60,6 @@ def count_parameters(transformer: nn.Module) -> tuple[int, int, int]:
     quantized = sum(layer.weight.numel() for layer in layers)
     step_sizes = sum(layer.weight_clip_val.numel() for layer in layers)
     return sum(p.numel() for p in transformer.parameters()) - step_sizes, quantized, step_sizes
-
-
-def check_trained(folder: str) -> str:
-    """`folder`; ValueError unless it holds a quantized transformer."""
-    try:
-        settings = json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--trained {folder}: no transformer there ({error}); give what train.py wrote") from None
-    if not is_quantized(settings):
-        raise ValueError(f"--trained {folder}: not quantized; give what train.py wrote")
-    return folder
 
 
 def packed_bytes(transformer: nn.Module, w_bits: int) -> float:
@@ -118,7 +111,10 @@ def main() -> None:
     )
     log.info("%d prompts: %s; %d pixels, seed %d", len(prompts), source, size, training_args.seed)
 
-    trained = None if model_args.trained is None else check_trained(model_args.trained)
+    if model_args.trained is not None:
+        trained = transformer_folder(Path(model_args.trained))
+        config, model = check_quantized(trained), model_args.input_model_filename
+        check_shapes(trained, config, model, pipe.transformer, "--input_model_filename")
     samples.mkdir(parents=True, exist_ok=True)  # here, and not after the first pictures, a bad folder shows
 
     def sample(name: str, folder: str) -> Tensor:
@@ -165,7 +161,7 @@ def main() -> None:
         free()
         transformer = load_quantized_model(model_args, training_args, w_bits=w_bits)
         total, quantized, _ = count_parameters(transformer)
-        name = "1.58 bit" if w_bits == 0 else f"{w_bits} bit"
+        name = bits_name(w_bits)
         log.info(
             "%s: %s of %s parameters quantized (%.1f %%)", name, f"{quantized:,}", f"{total:,}", 100 * quantized / total
         )
@@ -179,11 +175,11 @@ def main() -> None:
             transformer.save_pretrained(partial)
         del transformer
 
-    if trained is not None:
+    if model_args.trained is not None:
         free()
         transformer = FluxTransformer2DModel.from_pretrained(trained, dtype=dtype)
         w_bits = transformer.config.w_bits
-        measure(f"{1.58 if w_bits == 0 else w_bits} bit, trained", "trained", w_bits, transformer)
+        measure(f"{bits_name(w_bits)}, trained", "trained", w_bits, transformer)
 
     save_grid(grid, prompts, samples / "grid.png")
     (samples / "metrics.json").write_text(json.dumps({"prompts": prompts, "rows": rows}, indent=2) + "\n")

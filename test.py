@@ -31,10 +31,12 @@ from tqdm import tqdm
 from models.kernels import MODES
 from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
 from models.packing import PackedLinear, disk_row_bytes
-from models.utils_quant import FULL_PRECISION_BITS
 from utils import scenes
 from utils.metrics import learned_scores, nmse, psnr, scene_score, ssim
 from utils.utils import (
+    bits_name,
+    check_quantized,
+    check_shapes,
     device_name,
     empty_cache,
     generate_images,
@@ -48,36 +50,12 @@ from utils.utils import (
     save_grid,
     save_images,
     to_pil,
+    transformer_folder,
 )
 
 log = get_logger("test")
 NMSE_PROMPTS = 24  # the velocity error is measured along the teacher's trajectories of so many prompts
 GRID_PROMPTS = 8
-SHAPE = (
-    "in_channels", "num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim",
-    "joint_attention_dim", "pooled_projection_dim", "guidance_embeds",
-)  # fmt: skip
-
-
-def transformer_folder(checkpoint: Path) -> Path:
-    """The transformer's folder in a checkpoint that is one or a pipeline that has one; ValueError if neither."""
-    for folder in (checkpoint, checkpoint / "transformer"):
-        if (folder / "config.json").is_file():
-            return folder
-    raise ValueError(f"{checkpoint}: neither a transformer nor a pipeline (no config.json there); check the path")
-
-
-def check_quantized(folder: Path, w_bits: int) -> None:
-    """ValueError if the transformer in `folder` is full-precision: loading would quantize it on the spot."""
-    try:
-        found = json.loads((folder / "config.json").read_text()).get("w_bits", FULL_PRECISION_BITS)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: cannot be read ({error}); save it again") from None
-    if isinstance(found, int) and found >= FULL_PRECISION_BITS:
-        raise ValueError(
-            f"{folder}: w_bits={found} is not quantized, asked for w_bits={w_bits}; give what train.py, run.py or "
-            "sanity.py wrote"
-        )
 
 
 def find_teacher(checkpoint: Path) -> str:
@@ -86,16 +64,6 @@ def find_teacher(checkpoint: Path) -> str:
         return json.loads((checkpoint / "metrics.json").read_text())["model"]
     except (OSError, ValueError, KeyError, TypeError):
         return "assets/tiny-flux"
-
-
-def check_shapes(checkpoint: Path, student: FluxTransformer2DModel, model: str, teacher: nn.Module) -> None:
-    """ValueError, naming the first difference, unless both transformers are of one shape."""
-    for name in SHAPE:
-        if student.config[name] != teacher.config[name]:
-            raise ValueError(
-                f"{checkpoint}: {name}={student.config[name]}, but {name}={teacher.config[name]} in {model}; "
-                "name the checkpoint's teacher with --model"
-            )
 
 
 def resident_bytes(model: nn.Module) -> int:
@@ -243,9 +211,9 @@ def main() -> None:
         student.set_inference_mode(args.mode)
     model = args.model or find_teacher(args.checkpoint)
     pipe = load_pipeline(model, dtype)
-    check_shapes(args.checkpoint, student, model, pipe.transformer)
+    check_shapes(args.checkpoint, student.config, model, pipe.transformer, "--model")
     args.resolution = args.resolution or native_size(pipe)
-    name = "1.58 bit" if args.w_bits == 0 else f"{args.w_bits} bit"
+    name = bits_name(args.w_bits)
     if args.geneval or args.prompt_list:
         pipe.register_modules(transformer=student)
         place(pipe, device, args.offload)

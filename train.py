@@ -43,6 +43,7 @@ from utils.datautils import OnlineTeacher, TeacherSettings, Trajectories, fill_c
 from utils.process_args import process_args
 from utils.trainer import ONLINE_WINDOW, FluxQATTrainer, choose_parameters, restore_metrics, save_curves
 from utils.utils import (
+    bits_name,
     check_disk,
     device_name,
     empty_cache,
@@ -166,7 +167,7 @@ def summarize(trainer: FluxQATTrainer, seconds: float, steps: int) -> dict:
 
 def settings_line(settings: dict) -> str:
     """What is trained and how, in a few words."""
-    name = "1.58 bit" if settings["w_bits"] == 0 else f"{settings['w_bits']} bit"
+    name = bits_name(settings["w_bits"])
     lora = f", LoRA r {settings['lora_r']} alpha {settings['lora_alpha']:g}" if settings["lora_r"] else ""
     return f"{name}{lora}, clip_init {settings['clip_init']}, learning rate {settings['learning_rate']:g}"
 

@@ -635,12 +635,14 @@ LOAD_AND_MEASURE = """
 
     FluxTransformer2DModel.from_pretrained(sys.argv[1])  # a small one: what is imported on the way is not counted
     for folder in sys.argv[2:]:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak counts from here
-        before = resident("VmRSS")
-        model = FluxTransformer2DModel.from_pretrained(folder, torch_dtype="auto")
-        print(resident("VmHWM") - before, sum(p.numel() * p.element_size() for p in model.parameters()))
-        del model
+        for settings in ({"torch_dtype": "auto"}, {}):  # bfloat16, as stored; float32
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # the peak counts from here
+            before = resident("VmRSS")
+            model = FluxTransformer2DModel.from_pretrained(folder, **settings)
+            size = sum(p.numel() * p.element_size() for p in model.parameters())
+            print(model.dtype, resident("VmHWM") - before, size)
+            del model
 """
 
 
@@ -672,10 +674,12 @@ def test_loading_never_has_a_dense_weight_in_memory(ternary, tmp_path, run):
     assert result.returncode == 0, result.stderr
     assert sum(dense) > 140e6 and max(dense) > 45e6
     for line in result.stdout.splitlines():
-        peak, size = map(int, line.split())
+        dtype, peak, size = line.split()
+        peak, size = int(peak), int(size)
         # Half of this goes into looking for NaN in the largest weight that is not quantized, norm_out's.
         assert peak - size < 0.75 * max(dense), result.stdout
-        assert peak < sum(dense) / 2, result.stdout
+        if dtype == "torch.bfloat16":  # in float32 what is not quantized alone comes near to that here
+            assert peak < sum(dense) / 2, result.stdout
 
 
 @pytest.mark.parametrize("w_bits", [0, 1, 3, 8])

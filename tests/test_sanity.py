@@ -321,14 +321,18 @@ def test_usage_errors(flags, message, call, pipeline_folder, tmp_path):
 def test_folders_and_files_that_are_wrong(call, pipeline_folder, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
+    other = tmp_path / "other/config.json"
+    other.parent.mkdir()
+    other.write_text(json.dumps({"w_bits": 0, "in_channels": 32}))
     for flags, message in (
         (["--input_model_filename", "no/such/folder"], "no/such/folder: neither a folder nor a hub id"),
         (["--input_model_filename", pipeline_folder / "vae"], "vae: cannot be loaded .*no file named model_index.json"),
         (["--prompts", tmp_path / "none.txt"], "--prompts .*none.txt: cannot be read"),
         (["--prompts", empty], "--prompts .*empty.txt: no prompts in it; write one a line"),
         (["--num_images", 5000], "5000"),
-        (["--trained", "no/student"], "--trained no/student: no transformer there"),
-        (["--trained", pipeline_folder / "transformer"], "--trained .*transformer: not quantized; give what train.py"),
+        (["--trained", other.parent], "other: in_channels=32, but in_channels=64 in .*--input_model_filename"),
+        (["--trained", "no/student"], "no/student: neither a transformer nor a pipeline"),
+        (["--trained", pipeline_folder / "transformer"], "transformer: w_bits=16 is not quantized; give what train.py"),
     ):
         result = call("--input_model_filename", pipeline_folder, "--output_dir", tmp_path / "out", *flags)
         assert result.returncode == 1

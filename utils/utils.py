@@ -1,5 +1,6 @@
-"""What every script needs: pipelines and prompts, pictures and grids, devices and one-line errors."""
+"""What every script needs: pipelines, prompts and checkpoints, pictures and grids, devices and one-line errors."""
 
+import json
 import logging
 import os
 import queue
@@ -288,6 +289,55 @@ def pick_prompts(pipe: FluxPipeline, count: int, file: str | None = None, split:
     if split == "train":
         return world.train_prompts(count), f"training {kind} of {world.__name__.replace('.', '/')}.py"
     return world.eval_prompts(count), f"evaluation {kind} of {world.__name__.replace('.', '/')}.py"
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+SHAPE = (
+    "in_channels", "num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim",
+    "joint_attention_dim", "pooled_projection_dim", "guidance_embeds",
+)  # fmt: skip
+
+
+def bits_name(w_bits: int) -> str:
+    """A bit width in words."""
+    return "1.58 bit" if w_bits == 0 else f"{w_bits} bit"
+
+
+def transformer_folder(checkpoint: Path) -> Path:
+    """The transformer's folder in a checkpoint that is one or a pipeline that has one; ValueError if neither."""
+    for folder in (checkpoint, checkpoint / "transformer"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise ValueError(f"{checkpoint}: neither a transformer nor a pipeline (no config.json there); check the path")
+
+
+def check_quantized(folder: Path, w_bits: int | None = None) -> dict:
+    """config.json of the transformer in `folder`; ValueError if it is full-precision: loading would quantize it on the
+    spot. `w_bits`: what was asked for, if anything was."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        found = config.get("w_bits", FULL_PRECISION_BITS)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: cannot be read ({error}); save it again") from None
+    if isinstance(found, int) and found >= FULL_PRECISION_BITS:
+        asked = "" if w_bits is None else f", asked for w_bits={w_bits}"
+        raise ValueError(
+            f"{folder}: w_bits={found} is not quantized{asked}; give what train.py, run.py or sanity.py wrote"
+        )
+    return config
+
+
+def check_shapes(checkpoint: Path, config: Mapping, model: str, teacher: torch.nn.Module, flag: str) -> None:
+    """ValueError, naming the first difference and `flag`, the script's flag for `model`, unless `config` describes a
+    transformer of the teacher's shape."""
+    for name in SHAPE:
+        if config.get(name) != teacher.config[name]:
+            raise ValueError(
+                f"{checkpoint}: {name}={config.get(name)}, but {name}={teacher.config[name]} in {model}; "
+                f"name the checkpoint's teacher with {flag}"
+            )
 
 
 # ------------------------------------------------------------------------------------------------------ pictures
