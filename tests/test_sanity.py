@@ -330,7 +330,7 @@ def test_folders_and_files_that_are_wrong(call, pipeline_folder, tmp_path):
         (["--prompts", tmp_path / "none.txt"], "--prompts .*none.txt: cannot be read"),
         (["--prompts", empty], "--prompts .*empty.txt: no prompts in it; write one a line"),
         (["--num_images", 5000], "5000"),
-        (["--trained", other.parent], "other: in_channels=32, but in_channels=64 in .*--input_model_filename"),
+        (["--trained", other.parent], "other: in_channels=32, but in_channels=16 in .*--input_model_filename"),
         (["--trained", "no/student"], "no/student: neither a transformer nor a pipeline"),
         (["--trained", pipeline_folder / "transformer"], "transformer: w_bits=16 is not quantized; give what train.py"),
     ):
