@@ -16,7 +16,7 @@ student, the same transformer with quantized linears, learns to predict the same
 `--lora_r 32 --lora_alpha 1 --clip_init max --learning_rate 2e-5` is the recipe of the published port. It writes
 
     TEACHER_CACHE/{train,eval}/                      trajectories, shared by all runs with the same teacher
-    OUTPUT_DIR/eval/step_N/, steps.png               held-out prompts as the student draws them
+    OUTPUT_DIR/eval/step_N/, step-N.png, steps.png   held-out prompts as the student draws them
     OUTPUT_DIR/metrics.jsonl, curves.png             what was measured on the way; tensorboard reads runs/
     OUTPUT_DIR/checkpoint-N/                         to go on from
     OUTPUT_DIR/summary.json                          settings, hardware, time and what was reached

@@ -185,8 +185,8 @@ def test_samples_are_what_the_stock_pipeline_hands_its_transformer_bit_for_bit(
     for i in range(2):
         for step, (inputs, velocity) in enumerate(zip(stock.inputs, stock.velocities, strict=True)):
             sample = cached[i * STEPS + step]
-            assert set(sample) == per_prompt | {"img_ids", "txt_ids", "velocity", "step_size"}
-            assert sample["step_size"] == teacher.scheduler.sigmas.diff()[step].abs()
+            assert set(sample) == per_prompt | {"img_ids", "txt_ids", "velocity", "step"}
+            assert sample["step"] == step
             for name in per_prompt:
                 assert same(sample[name], inputs[name][i]), name
             for name in ("img_ids", "txt_ids"):

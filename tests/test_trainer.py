@@ -215,7 +215,7 @@ def random_batch() -> dict[str, Tensor]:
         "hidden_states": torch.randn(2, 16, 16), "encoder_hidden_states": torch.randn(2, 5, 32),
         "pooled_projections": torch.randn(2, 32), "timestep": torch.tensor([0.9, 0.2]), "img_ids": ids,
         "txt_ids": torch.zeros(5, 3), "guidance": torch.tensor([3.5, 1.0]), "velocity": torch.randn(2, 16, 16),
-        "step_size": torch.tensor([0.02, 0.06]),
+        "step": torch.tensor([2, 0]),
     }  # fmt: skip
 
 
@@ -233,16 +233,17 @@ def image_tokens_of_blocks(model, inputs) -> list[Tensor]:
     return kept
 
 
-@pytest.mark.parametrize(("weight", "power"), [(0, 0), (0.7, 0), (0, 1), (0, 2)])
+@pytest.mark.parametrize(("weight", "power"), [(0, 0), (0.7, 0), (0, 1), (0, -0.5)])
 def test_the_loss_is_the_mean_squared_error_of_the_velocity_and_of_the_blocks(weight, power, make, pipe):
     made, batch = make("--feature_loss", weight, "--step_weighting", power), random_batch()
     loss = made.compute_loss(made.model, batch)
 
-    inputs = {name: tensor for name, tensor in batch.items() if name not in ("velocity", "step_size")}
+    inputs = {name: tensor for name, tensor in batch.items() if name not in ("velocity", "step")}
     with torch.no_grad():
         velocity = made.model(**inputs).sample
     errors = (velocity.double() - batch["velocity"].double()).square().mean((1, 2))
-    weights = (batch["step_size"].double() / (1 / made.train_dataset.steps)) ** power
+    counts = [(k + 1) ** -power for k in range(made.train_dataset.steps)]
+    weights = torch.tensor([counts[2], counts[0]]) * len(counts) / sum(counts)
     expected = (errors * weights).mean()
     if weight:
         student, teacher = (image_tokens_of_blocks(model, inputs) for model in (made.model, pipe.transformer))
@@ -295,7 +296,7 @@ def adamw_loop(model, samples: Trajectories, batches, learning_rate, clip_learni
     losses, norms = [], []
     for numbers in batches:
         inputs = batch_of(samples, numbers)
-        target, _ = inputs.pop("velocity"), inputs.pop("step_size")
+        target, _ = inputs.pop("velocity"), inputs.pop("step")
         loss = (model(**inputs).sample - target).square().mean()
         loss.backward()
         losses.append(loss.item())
@@ -406,7 +407,7 @@ def test_the_average_is_what_is_saved_and_judged_and_training_does_not_notice(ma
 @torch.no_grad()
 def velocity_error(model, samples: Trajectories, prompts: int) -> float:
     inputs = batch_of(samples, range(prompts * samples.steps))
-    target, _ = inputs.pop("velocity").double(), inputs.pop("step_size")
+    target, _ = inputs.pop("velocity").double(), inputs.pop("step")
     return (model(**inputs).sample.double() - target).square().mean().item()
 
 
@@ -598,13 +599,14 @@ def test_the_strip_has_a_row_for_the_teacher_and_every_snapshot_in_the_order_of_
     ):  # fmt: skip
         fill(tmp_path / name, color, count)
     trainer.save_strip(tmp_path, ["one", "two", "three"])
-    strip = np.asarray(Image.open(tmp_path / "steps.png").convert("RGB"))
-    top, left = strip.shape[0] - 3 * 52, strip.shape[1] - 3 * 68
-    assert 10 < top < 100 and 10 < left < 100  # prompts above, names to the left
-    for row, color in enumerate([(10, 5), (20, 7), (30, 0)]):
-        for column in range(3):
-            cell = strip[top + 52 * row :, left + 68 * column :][:48, :64]
-            assert (cell == (*color, 10 * column)).all()
+    for name, colors in (("steps.png", [(10, 5), (20, 7), (30, 0)]), ("step-10.png", [(10, 5), (30, 0)])):
+        strip = np.asarray(Image.open(tmp_path / name).convert("RGB"))
+        top, left = strip.shape[0] - len(colors) * 52, strip.shape[1] - 3 * 68
+        assert 10 < top < 100 and 10 < left < 100  # prompts above, names to the left
+        for row, color in enumerate(colors):
+            for column in range(3):
+                cell = strip[top + 52 * row :, left + 68 * column :][:48, :64]
+                assert (cell == (*color, 10 * column)).all()
 
 
 @pytest.mark.parametrize("scored", [True, False])

@@ -23,29 +23,28 @@ from utils.scenes import CATEGORIES
 from utils.utils import get_logger, run_logged, run_script, spread, visible_gpus
 
 log = get_logger("recipes")
-AVERAGED = "--learning_rate 1e-3 --ema_decay 0.999".split()
-SLOW_ALPHA = [*AVERAGED, "--clip_learning_rate", "1e-4", "--adam_beta2", "0.99"]
-WEIGHTED = [*SLOW_ALPHA, "--step_weighting", "2"]
-RECIPES = {  # name: (what it is, flags of train.py)
+PLAIN = "--lora_r 0 --learning_rate 1e-3 --clip_learning_rate 1e-3 --ema_decay 0 --step_weighting 0".split()
+LORA = [*PLAIN, *"--lora_r 32 --lora_alpha 32 --clip_learning_rate 5e-4".split()]
+AVERAGED, EARLY = ["--ema_decay", "0.999"], ["--step_weighting", "1"]
+RECIPES = {  # name: (what it is, flags of train.py, none left to the defaults)
     "published": (
         "published port, literally: LoRA r 32 inside, scaling 1/32, α = max, lr 2e-5",
-        "--lora_r 32 --lora_alpha 1 --clip_init max --learning_rate 2e-5 --ema_decay 0".split(),
+        "--lora_r 32 --lora_alpha 1 --clip_init max --learning_rate 2e-5 --ema_decay 0 --step_weighting 0".split(),
     ),
-    "lora": (
-        "LoRA r 32 inside, scaling 1, error-minimal α, lr 1e-3 (α 5e-4)",
-        "--lora_r 32 --lora_alpha 32 --learning_rate 1e-3 --clip_learning_rate 5e-4 --ema_decay 0".split(),
+    "lora": ("LoRA r 32 inside, scaling 1, error-minimal α, lr 1e-3 (α 5e-4)", LORA),
+    "lora_early": ("LoRA likewise, first steps weighted up", [*LORA, *EARLY]),
+    "full": ("full weights, error-minimal α, lr 1e-3", PLAIN),
+    "full_early": ("full weights, first steps weighted up", [*PLAIN, *EARLY]),
+    "average": ("full weights, averaged (decay 0.999)", [*PLAIN, *AVERAGED]),
+    "average_early": ("full weights, averaged, first steps weighted up", [*PLAIN, *AVERAGED, *EARLY]),
+    "slow_early": (
+        "full weights at 5e-4, averaged, first steps weighted up",
+        [*PLAIN, *AVERAGED, *EARLY, "--learning_rate", "5e-4", "--clip_learning_rate", "5e-4"],
     ),
-    "full": ("full weights, error-minimal α, lr 1e-3", "--learning_rate 1e-3 --ema_decay 0".split()),
-    "average": ("full weights, error-minimal α, lr 1e-3, averaged (decay 0.999)", AVERAGED),
-    "slow_alpha": ("averaged, α at 1e-4, second moment decays by 0.99", SLOW_ALPHA),
-    "weighted": ("averaged, α at 1e-4, second moment .99, steps weighted by their size squared", WEIGHTED),
-    "slow_weighted": ("weighted so, weights at 5e-4", [*WEIGHTED, "--learning_rate", "5e-4"]),
-    "fast_weighted": ("weighted so, weights at 2e-3", [*WEIGHTED, "--learning_rate", "2e-3"]),
-    "max": ("averaged, but α = max", [*AVERAGED, "--clip_init", "max"]),
-    "frozen_alpha": ("averaged, but α frozen", [*AVERAGED, "--clip_learning_rate", "0"]),
-    "slow": ("averaged, but lr 5e-4", [*AVERAGED, "--learning_rate", "5e-4"]),
-    "fast": ("averaged, but lr 2e-3", [*AVERAGED, "--learning_rate", "2e-3"]),
-    "features": ("averaged, with feature loss 0.1", [*AVERAGED, "--feature_loss", "0.1"]),
+    "steep_early": (
+        "full weights, averaged, first steps weighted up steeply",
+        [*PLAIN, *AVERAGED, "--step_weighting", "2"],
+    ),
 }
 
 
@@ -111,7 +110,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max_steps", type=int, default=6000)
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--eval_batch_size", type=int, default=200)
-    parser.add_argument("--num_train_prompts", type=int, default=6000)
+    parser.add_argument("--num_train_prompts", type=int, default=32000)
     parser.add_argument("--num_final_images", type=int, default=1200)
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of train.py, last")
     return parser.parse_args()

@@ -145,7 +145,7 @@ class Trajectories(Dataset):
 
         hidden_states [L, C], encoder_hidden_states [S, D], pooled_projections [P], timestep [] (1 is pure noise),
         guidance [] where the model embeds it, img_ids [L, 3], txt_ids [S, 3]. Of the teacher: velocity [L, C] and
-        step_size [], the share |σ' − σ| of the way from noise to picture that is gone with it.
+        step [], 0 being the first.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -163,7 +163,7 @@ class Trajectories(Dataset):
             "img_ids": image_ids(side, latents.dtype),
             "txt_ids": torch.zeros(len(kept["prompt_embeds"]), 3, dtype=latents.dtype),
             "velocity": velocity,
-            "step_size": (kept["sigmas"][step] - kept["sigmas"][step + 1]).abs(),
+            "step": torch.tensor(step),
         }
         if self.description["guidance_embeds"]:
             sample["guidance"] = torch.tensor(self.description["guidance_scale"], dtype=torch.float32)
@@ -171,9 +171,9 @@ class Trajectories(Dataset):
 
 
 def split_batch(batch: Trajectory) -> tuple[Trajectory, Tensor, Tensor]:
-    """What the transformer is called with, the velocity and the step size."""
+    """What the transformer is called with, the velocity and the number of the step."""
     inputs = dict(batch)
-    return inputs, inputs.pop("velocity"), inputs.pop("step_size")
+    return inputs, inputs.pop("velocity"), inputs.pop("step")
 
 
 def collate(samples: list[Trajectory]) -> Trajectory:
@@ -343,7 +343,7 @@ def fill_cache(
 
     mine = range(state.process_index, len(prompts), state.num_processes)
     bad = [i for i in tqdm(mine, desc="check", leave=False, disable=not state.is_main_process) if not cache.holds(i)]
-    missing = sorted(gather_object(bad))
+    missing = set(gather_object(bad))
     if missing:
         if not os.access(folder, os.W_OK):  # a complete cache may well be read-only
             raise ValueError(f"{folder}: no permission to add what is missing; choose another --teacher_cache")

@@ -101,7 +101,7 @@ class TrainingArguments(transformers.TrainingArguments):
         default=0.0, metadata={"help": "average the trained parameters, e.g. 0.999, and evaluate and save the average"}
     )
     step_weighting: float = field(
-        default=0.0, metadata={"help": "weigh each step's error by this power of its share of the way to the picture"}
+        default=0.0, metadata={"help": "weigh the error of step k by 1/k to this power, the first steps most; 0: alike"}
     )
     feature_loss: float = field(
         default=0.0, metadata={"help": "weight of the error of the blocks' outputs; keeps the teacher in memory"}

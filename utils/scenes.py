@@ -29,6 +29,7 @@ SIZE = 128  # pixels a side
 MAX_THINGS = 4
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 EVAL_PER_CATEGORY = 200
+WORDINGS = 6000  # prompts that are all different; the smallest category has no more than a sixth of it
 
 # Hues lie at least 22 degrees apart: the hue alone tells the colours, under any shading.
 COLORS = {
@@ -204,31 +205,33 @@ def sample_prompt(category: str, rng: random.Random, evaluation: bool = False) -
             return prompt
 
 
-def _unique_prompts(n: int, evaluation: bool) -> list[str]:
-    """`n` different prompts, the categories taking turns."""
-    rng, prompts = random.Random(1 if evaluation else 0), {}
+def _prompts(n: int, evaluation: bool) -> list[str]:
+    """`n` prompts, the categories taking turns, the first WORDINGS of them different."""
+    rng, prompts, seen = random.Random(1 if evaluation else 0), [], set()
     while len(prompts) < n:
         category = CATEGORIES[len(prompts) % len(CATEGORIES)]
         prompt = sample_prompt(category, rng, evaluation)
-        while prompt in prompts:
+        while prompt in seen and len(prompts) < WORDINGS:
             prompt = sample_prompt(category, rng, evaluation)
-        prompts[prompt] = None
-    return list(prompts)
+        seen.add(prompt)
+        prompts.append(prompt)
+    return prompts
 
 
 @lru_cache(maxsize=1)
 def _all_eval_prompts() -> tuple[str, ...]:
-    return tuple(_unique_prompts(EVAL_PER_CATEGORY * len(CATEGORIES), evaluation=True))
+    return tuple(_prompts(EVAL_PER_CATEGORY * len(CATEGORIES), evaluation=True))
 
 
 def train_prompts(n: int) -> list[str]:
-    """The first `n` training prompts: all different, in a fixed order, the categories taking turns.
+    """The first `n` training prompts, in a fixed order, the categories taking turns.
 
-    Raises ValueError if n is not between 1 and 6,000, as many as the smallest category has wordings for.
+    The first WORDINGS are all different; among later ones a wording may come again, to be drawn from other noise.
+    Raises ValueError if n is not positive.
     """
-    if not 1 <= n <= 6000:
-        raise ValueError(f"train_prompts: n must lie between 1 and 6000, got {n}")
-    return _unique_prompts(n, evaluation=False)
+    if n < 1:
+        raise ValueError(f"train_prompts: n must be at least 1, got {n}")
+    return _prompts(n, evaluation=False)
 
 
 def eval_prompts(n: int = EVAL_PER_CATEGORY * len(CATEGORIES)) -> list[str]:

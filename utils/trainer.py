@@ -1,9 +1,9 @@
 """FluxQATTrainer: Hugging Face's Trainer with the velocity as the target.
 
 loss = mean (v_student(z_t, prompt, t, guidance) − v_teacher)², z_t and v_teacher from the teacher's own trajectories
-(utils/datautils.py), if asked for weighted by the size of the step. Trainer keeps the loop, DDP, gradient accumulation,
-schedules and logging; here stand the loss, what is trained, evaluation against the teacher, and checkpoints that hold
-safetensors and JSON only:
+(utils/datautils.py), if asked for with more weight on the first steps. Trainer keeps the loop, DDP, gradient
+accumulation, schedules and logging; here stand the loss, what is trained, evaluation against the teacher, and
+checkpoints that hold safetensors and JSON only:
 
     checkpoint-N/config.json, *.safetensors    the transformer, for FluxTransformer2DModel.from_pretrained
     checkpoint-N/training_state.safetensors    the optimizer's moments; with --ema_decay also the weights not averaged
@@ -136,6 +136,8 @@ class FluxQATTrainer(transformers.Trainer):
         self.loss_is_scaled_for_ga = False  # a mean over the batch
         if self.accelerator.ddp_handler is not None:  # no copies of the gradients into DDP's buckets and back
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
+        weights = torch.arange(1, train_data.steps + 1, device=args.device).float() ** -args.step_weighting
+        self.step_weights = weights / weights.mean()
         self.aside = 0.0  # seconds spent on evaluation and checkpoints
         self.average = None
         if args.ema_decay:
@@ -162,13 +164,13 @@ class FluxQATTrainer(transformers.Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean squared error of the velocity [B, L, C], in float32; plus feature_loss times that of the blocks.
 
-        With step_weighting p a sample counts by the power p of its step size, in units of the mean step: the errors of
-        the steps add up to that of the picture in proportion to the sizes, their squares to its square.
+        With step_weighting p a sample of step k, from 0, counts in proportion to (k + 1)^−p, on average 1: the first
+        steps decide the layout, and what is wrong there grows on the way to the picture.
         """
-        inputs, target, step_size = split_batch(inputs)
+        inputs, target, step = split_batch(inputs)
         velocity = model(**inputs, return_dict=False)[0]
         errors = (velocity.float() - target.float()).square().flatten(1).mean(1)
-        loss = (errors * (step_size * self.train_dataset.steps) ** self.args.step_weighting).mean()
+        loss = (errors * self.step_weights[step.long()]).mean()
         if self.args.feature_loss:
             dtype = self.teacher.dtype
             with torch.no_grad(), torch.autocast(self.args.device.type, dtype, enabled=dtype != torch.float32):
@@ -480,7 +482,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor],
 
 
 def save_strip(folder: Path, prompts: Sequence[str]) -> None:
-    """folder/steps.png: the teacher and every snapshot in `folder`, one row each, a column for each prompt."""
+    """folder/steps.png: the teacher and every snapshot in `folder`, one row each, a column for each prompt.
+
+    folder/step-N.png: the teacher and the last one.
+    """
 
     def read(snapshot: Path) -> Tensor:
         files = [snapshot / f"sample_{i:03d}.png" for i in range(len(prompts))]
@@ -493,6 +498,9 @@ def save_strip(folder: Path, prompts: Sequence[str]) -> None:
     rows = {"teacher": read(folder / "teacher")}
     rows |= {f"step {snapshot.name.removeprefix('step_')}": read(snapshot) for snapshot in snapshots}
     save_grid(rows, prompts, folder / "steps.png", cell=128)
+    last = list(rows)[-1]
+    latest = {name: rows[name] for name in ("teacher", last)}
+    save_grid(latest, prompts, folder / f"{last.replace(' ', '-')}.png", cell=128)
 
 
 def read_metrics(folder: Path) -> list[dict]:
