@@ -145,6 +145,7 @@ def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) ->
 def test_the_documented_files_and_no_others(finished, cache):
     checkpoints = [f"checkpoint-{step}/{file}" for step in (3, 4) for file in CHECKPOINT]
     pictures = [f"eval/{row}/sample_00{i}.png" for row in ("teacher", "step_0", "step_3", "step_4") for i in range(2)]
+    pictures += [f"eval/step-{step}.png" for step in (0, 3, 4)]
     others = ["curves.png", "eval/steps.png", "metrics.jsonl", "summary.json"]
     assert files(finished.folder / "out") == sorted(checkpoints + pictures + others)
     assert files(finished.folder / "local") == [f"models/model/{file}" for file in ("config.json", WEIGHTS)]
@@ -483,7 +484,7 @@ def test_the_shell_script_leaves_the_documented_outputs(pipeline_folder, tmp_pat
         cwd=pipeline_folder.parent, MODEL=pipeline_folder.name,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    expected = {"metrics.jsonl", "curves.png", "summary.json", "eval/steps.png"}
+    expected = {"metrics.jsonl", "curves.png", "summary.json", "eval/steps.png", "eval/step-0.png", "eval/step-2.png"}
     expected |= {f"checkpoint-2/{file}" for file in CHECKPOINT}
     expected |= {f"eval/{row}/sample_00{i}.png" for row in ("teacher", "step_0", "step_2") for i in range(2)}
     found = set(files(out))
