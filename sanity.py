@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
+from models.packing import PackedLinear
 from models.utils_quant import FULL_PRECISION_BITS
 from utils import scenes
 from utils.metrics import nmse, psnr, scene_score
@@ -37,6 +38,7 @@ from utils.utils import (
     get_logger,
     load_pipeline,
     load_quantized_model,
+    load_student,
     native_size,
     pick_device,
     pick_dtype,
@@ -56,17 +58,16 @@ BITS_STORED = {0: 1.6}  # five trits a byte; the other widths are stored as they
 
 def count_parameters(transformer: nn.Module) -> tuple[int, int, int]:
     """All parameters but step sizes; how many of them are quantized weights; step sizes."""
-    layers = [module for module in transformer.modules() if isinstance(module, QuantizeLinear)]
-    quantized = sum(layer.weight.numel() for layer in layers)
+    layers = [module for module in transformer.modules() if isinstance(module, (QuantizeLinear, PackedLinear))]
+    quantized = sum(layer.in_features * layer.out_features for layer in layers)
     step_sizes = sum(layer.weight_clip_val.numel() for layer in layers)
-    return sum(p.numel() for p in transformer.parameters()) - step_sizes, quantized, step_sizes
+    names = ["weight_codes" if isinstance(layer, PackedLinear) else "weight" for layer in layers]
+    stored = sum(layer.get_parameter(name).numel() for layer, name in zip(layers, names, strict=True))
+    return sum(p.numel() for p in transformer.parameters()) - stored - step_sizes + quantized, quantized, step_sizes
 
 
 def packed_bytes(transformer: nn.Module, w_bits: int) -> float:
-    """Bytes of the transformer with its quantized weights packed, fp32 step sizes, and the rest in 16 bits; of a packed
-    one, bytes of its files."""
-    if transformer.config.get("packed"):
-        return sum(file.stat().st_size for file in Path(transformer.config._name_or_path).glob("*.safetensors"))
+    """Bytes of the transformer with its quantized weights packed, fp32 step sizes, and the rest in 16 bits."""
     total, quantized, step_sizes = count_parameters(transformer)
     return quantized * BITS_STORED.get(w_bits, w_bits) / 8 + step_sizes * 4 + (total - quantized) * 2
 
@@ -177,7 +178,7 @@ def main() -> None:
 
     if model_args.trained is not None:
         free()
-        transformer = FluxTransformer2DModel.from_pretrained(trained, dtype=dtype)
+        transformer = load_student(trained, dtype)
         w_bits = transformer.config.w_bits
         measure(f"{bits_name(w_bits)}, trained", "trained", w_bits, transformer)
 

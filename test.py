@@ -29,19 +29,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.kernels import MODES
-from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
 from models.packing import PackedLinear, disk_row_bytes
 from utils import scenes
 from utils.metrics import learned_scores, nmse, psnr, scene_score, ssim
 from utils.utils import (
     bits_name,
-    check_quantized,
     check_shapes,
     device_name,
     empty_cache,
     generate_images,
     get_logger,
     load_pipeline,
+    load_student,
     native_size,
     pick_device,
     pick_prompts,
@@ -72,18 +71,11 @@ def resident_bytes(model: nn.Module) -> int:
 
 
 def bits_per_weight(model: nn.Module) -> float:
-    """Bits on disk of a quantized weight, its share of the step sizes included."""
-    bits = weights = 0
-    for layer in model.modules():
-        if isinstance(layer, PackedLinear):
-            bits += 8 * disk_row_bytes(layer.in_features, layer.w_bits) * layer.out_features
-        elif isinstance(layer, QuantizeLinear):
-            bits += 8 * layer.weight.nbytes
-        else:
-            continue
-        bits += 8 * layer.weight_clip_val.nbytes
-        weights += layer.in_features * layer.out_features
-    return bits / weights
+    """Bits on disk of a packed weight, its share of the step sizes included."""
+    layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
+    codes = sum(disk_row_bytes(layer.in_features, layer.w_bits) * layer.out_features for layer in layers)
+    step_sizes = sum(layer.weight_clip_val.nbytes for layer in layers)
+    return 8 * (codes + step_sizes) / sum(layer.in_features * layer.out_features for layer in layers)
 
 
 def place(pipe: FluxPipeline, device: torch.device, offload: bool) -> None:
@@ -119,7 +111,6 @@ def write_geneval(pipe: FluxPipeline, args: argparse.Namespace, folder: Path) ->
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise TypeError("a prompt that is no string")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        wanted = 'JSON lines with a "prompt"' if args.geneval else "UTF-8 text, a prompt a line"
         raise ValueError(f"{file}: cannot be read as {wanted} ({error!r})") from None
     if not prompts:
         raise ValueError(f"{file}: no prompts in it; write {wanted}")
@@ -205,8 +196,7 @@ def main() -> None:
     dtype = getattr(torch, args.dtype or default)
 
     folder = transformer_folder(args.checkpoint)
-    check_quantized(folder, args.w_bits)
-    student = FluxTransformer2DModel.from_pretrained(folder, w_bits=args.w_bits, dtype=dtype)
+    student = load_student(folder, dtype, w_bits=args.w_bits)
     if args.mode != "exact":
         student.set_inference_mode(args.mode)
     model = args.model or find_teacher(args.checkpoint)
@@ -276,7 +266,6 @@ def main() -> None:
             metrics["scene_score_teacher"] = scene_score(teacher_images, prompts)
     metrics["disk_bytes"] = sum(file.stat().st_size for file in folder.glob("diffusion_pytorch_model*.safetensors"))
     metrics["resident_bytes"] = resident_bytes(student)
-    metrics["packed"] = bool(student.config.packed)
     metrics["bits_per_weight"] = bits_per_weight(student)
     if teacher_images is not None:
         shown = range(min(GRID_PROMPTS, len(prompts)))

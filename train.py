@@ -38,7 +38,7 @@ import transformers
 from diffusers import FluxPipeline
 from transformers.trainer_utils import get_last_checkpoint
 
-from models.modeling_flux_quant import FluxTransformer2DModel, is_quantized
+from models.modeling_flux_quant import is_quantized
 from utils.datautils import OnlineTeacher, TeacherSettings, Trajectories, fill_cache
 from utils.process_args import process_args
 from utils.trainer import ONLINE_WINDOW, FluxQATTrainer, choose_parameters, restore_metrics, save_curves
@@ -50,6 +50,7 @@ from utils.utils import (
     get_logger,
     load_pipeline,
     load_quantized_model,
+    load_student,
     native_size,
     pick_dtype,
     pick_prompts,
@@ -269,7 +270,7 @@ def main() -> None:
             with whole_folder(output) as partial:
                 trainer.save_transformer(partial)
         if model_args.pack:
-            packed = FluxTransformer2DModel.from_pretrained(output, dtype=dtype).pack()
+            packed = load_student(output, dtype)
             with whole_folder(output) as partial:
                 packed.save_pretrained(partial)
         summary = summarize(trainer, seconds, result.global_step - first_step)

@@ -26,6 +26,7 @@ from test_process_args import PUBLISHED_TRAIN
 
 import train
 from models.modeling_flux_quant import FluxTransformer2DModel
+from models.utils_quant import QuantizeLinear
 from utils import scenes
 from utils.utils import run_script
 
@@ -161,6 +162,24 @@ def test_the_student_is_the_last_checkpoint_and_loads(finished):
         assert model.config.w_bits == 0 and model.dtype == torch.float32
     assert distance(load_file(result / WEIGHTS), load_file(checkpoint / WEIGHTS)) == 0
     assert distance(load_file(result / WEIGHTS), load_file(finished.folder / "out/checkpoint-3" / WEIGHTS)) > 0
+
+
+def test_the_packed_student_holds_the_codes_that_were_trained(call, tmp_path):
+    """In bfloat16, whose rounding moves weights across thresholds; --pack False says what was trained."""
+    for name in ("weights", "packed"):
+        flags = ("--bf16", True, "--pack", name == "packed", "--teacher_cache", tmp_path / "cache")
+        assert call(*flags, "--output_model_filename", name, "--output_dir", tmp_path / name).returncode == 0
+    folders = [tmp_path / "local/models" / name for name in ("weights", "packed")]
+    trained, packed = (FluxTransformer2DModel.from_pretrained(folder) for folder in folders)
+    rounded = FluxTransformer2DModel.from_pretrained(folders[0], dtype=torch.bfloat16)
+    layers = {name: layer for name, layer in trained.named_modules() if isinstance(layer, QuantizeLinear)}
+    assert layers
+    for name, layer in layers.items():
+        assert torch.equal(packed.get_submodule(name).dequantize(), layer.quantized_weight())
+    assert any(
+        not torch.equal(rounded.get_submodule(name).quantized_weight() == 0, layer.quantized_weight() == 0)
+        for name, layer in layers.items()
+    )
 
 
 def test_metrics_and_summary_say_what_was_reached(finished, pipeline_folder):

@@ -256,6 +256,18 @@ def load_quantized_model(
     return FluxTransformer2DModel.from_pretrained(model_args.input_model_filename, subfolder="transformer", **settings)
 
 
+def load_student(folder: Path, dtype: torch.dtype, **settings) -> FluxTransformer2DModel:
+    """The quantized transformer in `folder`, packed for inference if it is not yet, computing in `dtype`.
+
+    Codes are found from the weights as they are stored. Rounded to bfloat16 before, those beside a threshold would
+    fall on its other side, and training leaves many there. `settings` (w_bits) are what the checkpoint has to agree
+    with. Raises ValueError for a full-precision transformer, and what from_pretrained does.
+    """
+    packed = check_quantized(folder, settings.get("w_bits")).get("packed")
+    student = FluxTransformer2DModel.from_pretrained(folder, dtype=dtype if packed else torch.float32, **settings)
+    return student.pack().to(dtype)
+
+
 def pick_dtype(training_args, device: torch.device) -> torch.dtype:
     """bfloat16 with --bf16, float16 with --fp16; with neither, bfloat16 on CUDA and float32 elsewhere."""
     if training_args.fp16:
