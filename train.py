@@ -98,7 +98,8 @@ def run_settings(model_args, training_args, teacher: dict) -> dict:
     names = ("lora_r", "lora_alpha", "clip_init", "quantize_modulation", "train_weights", "train_unquantized")
     settings = {"w_bits": model_args.w_bits[0]} | {name: getattr(model_args, name) for name in names}
     names = ("learning_rate", "clip_learning_rate", "weight_decay", "ema_decay", "feature_loss", "bf16", "fp16")
-    names += ("step_weighting", "seed", "warmup_steps", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon")
+    names += ("step_weighting", "step_sampling", "seed", "warmup_steps", "max_grad_norm")
+    names += ("adam_beta1", "adam_beta2", "adam_epsilon")
     settings |= {name: getattr(training_args, name) for name in names}
     settings |= {
         "optim": training_args.optim.value,

@@ -682,6 +682,26 @@ def test_prompts_and_timesteps_are_mixed_within_a_batch(window):
         assert min(distinct) >= batch // 3
 
 
+@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("power", [0.5, 1, 2, -1])
+def test_steps_are_drawn_as_often_as_their_power_says_and_prompts_alike(power, window):
+    prompts, steps = 600, 28
+    sampler = ShuffledSamples(prompts, steps, seed=1, window=window, power=power)
+    order = list(sampler)
+    assert len(order) == len(sampler) == prompts * steps and order == list(sampler)
+    assert set(Counter(number // steps for number in order).values()) == {steps}
+    shares = [(k + 1) ** -power for k in range(steps)]
+    drawn = Counter(number % steps for number in order)
+    for k, share in enumerate(shares):  # a prompt gives a step this often, rounded down or up
+        each = steps * share / sum(shares)
+        spread = (prompts * (each % 1) * (1 - each % 1)) ** 0.5
+        assert drawn[k] == pytest.approx(prompts * each, abs=5 * spread + 1e-6)
+        counts = Counter(number // steps for number in order if number % steps == k)
+        assert set(counts.values()) <= {int(each), int(each) + 1}
+    sampler.set_epoch(1)
+    assert list(sampler) != order
+
+
 @pytest.mark.parametrize("window", [1, 8, 13])
 def test_no_more_than_a_window_of_prompts_is_needed_at_once(window):
     prompts, steps = 50, 4

@@ -187,12 +187,16 @@ def collate(samples: list[Trajectory]) -> Trajectory:
 class ShuffledSamples(Sampler[int]):
     """Every sample once an epoch, in an order that depends on seed and epoch alone.
 
+    With `power` p, each prompt still gives `steps` samples, but step k, from 1, as often as its share of k^−p says, on
+    average over the prompts: the first steps more than once, the last ones now and then.
     With `window`, prompts are shuffled and taken `window` at a time, their steps mixed: of trajectories that are made
     while training, no more than these are needed at once.
     """
 
-    def __init__(self, prompts: int, steps: int, seed: int, window: int | None = None):
+    def __init__(self, prompts: int, steps: int, seed: int, window: int | None = None, power: float = 0.0):
         self.prompts, self.steps, self.seed, self.window = prompts, steps, seed, window or prompts
+        shares = torch.arange(1, steps + 1, dtype=torch.float64) ** -power
+        self.bounds = shares.cumsum(0)[:-1] * steps / shares.sum()  # the steps share [0, steps) out
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -204,7 +208,9 @@ class ShuffledSamples(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         for group in torch.randperm(self.prompts, generator=generator).split(self.window):
-            samples = (group.view(-1, 1) * self.steps + torch.arange(self.steps)).flatten()
+            places = torch.arange(self.steps) + torch.rand(len(group), 1, generator=generator, dtype=torch.float64)
+            steps = torch.bucketize(places, self.bounds, right=True)
+            samples = (group.view(-1, 1) * self.steps + steps).flatten()
             yield from samples[torch.randperm(len(samples), generator=generator)].tolist()
 
 

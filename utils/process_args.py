@@ -103,6 +103,9 @@ class TrainingArguments(transformers.TrainingArguments):
     step_weighting: float = field(
         default=0.0, metadata={"help": "weigh the error of step k by 1/k to this power, the first steps most; 0: alike"}
     )
+    step_sampling: float = field(
+        default=0.0, metadata={"help": "draw step k as often as 1/k to this power says, the first steps most; 0: alike"}
+    )
     feature_loss: float = field(
         default=0.0, metadata={"help": "weight of the error of the blocks' outputs; keeps the teacher in memory"}
     )
