@@ -22,6 +22,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ from utils.utils import check_disk, get_logger, initial_noise, record_velocities
 
 log = get_logger("cache")
 FORMAT = 1
+THREADS = 8  # that check files: most of it is hashing, for which Python lets others run
 Trajectory = dict[str, Tensor]
 
 
@@ -348,7 +350,9 @@ def fill_cache(
     cache = TeacherCache(folder)
 
     mine = range(state.process_index, len(prompts), state.num_processes)
-    bad = [i for i in tqdm(mine, desc="check", leave=False, disable=not state.is_main_process) if not cache.holds(i)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        whole = tqdm(pool.map(cache.holds, mine), "check", len(mine), leave=False, disable=not state.is_main_process)
+        bad = [i for i, holds in zip(mine, whole, strict=True) if not holds]
     missing = set(gather_object(bad))
     if missing:
         if not os.access(folder, os.W_OK):  # a complete cache may well be read-only
