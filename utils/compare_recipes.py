@@ -23,27 +23,49 @@ from utils.scenes import CATEGORIES
 from utils.utils import get_logger, run_logged, run_script, spread, visible_gpus
 
 log = get_logger("recipes")
-PLAIN = "--lora_r 0 --learning_rate 1e-3 --clip_learning_rate 1e-3 --ema_decay 0 --step_weighting 0".split()
+PLAIN = [
+    *"--lora_r 0 --learning_rate 1e-3 --clip_learning_rate 1e-3".split(),
+    *"--ema_decay 0 --step_weighting 0 --step_sampling 0".split(),
+]
 LORA = [*PLAIN, *"--lora_r 32 --lora_alpha 32 --clip_learning_rate 5e-4".split()]
-AVERAGED, EARLY = ["--ema_decay", "0.999"], ["--step_weighting", "1"]
+AVERAGED, EARLY, SAMPLED = ["--ema_decay", "0.999"], ["--step_weighting", "1"], ["--step_sampling", "1"]
+
+
+def at(rate: str) -> list[str]:
+    """Weights and step sizes at this learning rate."""
+    return ["--learning_rate", rate, "--clip_learning_rate", rate]
+
+
 RECIPES = {  # name: (what it is, flags of train.py, none left to the defaults)
     "published": (
         "published port, literally: LoRA r 32 inside, scaling 1/32, α = max, lr 2e-5",
-        "--lora_r 32 --lora_alpha 1 --clip_init max --learning_rate 2e-5 --ema_decay 0 --step_weighting 0".split(),
+        [*PLAIN, *"--lora_r 32 --lora_alpha 1 --clip_init max".split(), *at("2e-5")],
     ),
     "lora": ("LoRA r 32 inside, scaling 1, error-minimal α, lr 1e-3 (α 5e-4)", LORA),
     "lora_early": ("LoRA likewise, first steps weighted up", [*LORA, *EARLY]),
+    "lora_sampled": ("LoRA at 5e-4, first steps drawn more often", [*LORA, *SAMPLED, *at("5e-4")]),
     "full": ("full weights, error-minimal α, lr 1e-3", PLAIN),
     "full_early": ("full weights, first steps weighted up", [*PLAIN, *EARLY]),
     "average": ("full weights, averaged (decay 0.999)", [*PLAIN, *AVERAGED]),
     "average_early": ("full weights, averaged, first steps weighted up", [*PLAIN, *AVERAGED, *EARLY]),
-    "slow_early": (
-        "full weights at 5e-4, averaged, first steps weighted up",
-        [*PLAIN, *AVERAGED, *EARLY, "--learning_rate", "5e-4", "--clip_learning_rate", "5e-4"],
-    ),
     "steep_early": (
         "full weights, averaged, first steps weighted up steeply",
         [*PLAIN, *AVERAGED, "--step_weighting", "2"],
+    ),
+    "slow_early": (
+        "full weights at 5e-4, averaged, first steps weighted up",
+        [*PLAIN, *AVERAGED, *EARLY, *at("5e-4")],
+    ),
+    "slow": ("full weights at 5e-4", [*PLAIN, *at("5e-4")]),
+    "sampled": ("full weights at 5e-4, first steps drawn more often", [*PLAIN, *SAMPLED, *at("5e-4")]),
+    "slow_sampled": ("full weights at 2.5e-4, first steps drawn more often", [*PLAIN, *SAMPLED, *at("2.5e-4")]),
+    "steep_sampled": (
+        "full weights at 5e-4, first steps drawn much more often",
+        [*PLAIN, "--step_sampling", "1.5", *at("5e-4")],
+    ),
+    "average_sampled": (
+        "full weights at 5e-4, averaged, first steps drawn more often",
+        [*PLAIN, *AVERAGED, *SAMPLED, *at("5e-4")],
     ),
 }
 
