@@ -121,6 +121,8 @@ def test_several_bit_widths():
         (["--num_inference_steps", "0"], "--num_inference_steps must be at least 1, got 0"),
         (["--resolution", "-16"], "--resolution must be at least 1, got -16"),
         (["--resolution", "100"], "--resolution must be a multiple of 16, got 100"),
+        (["--step_sampling", "9"], "--step_sampling must be from -8 to 8, got 9.0"),
+        (["--step_weighting", "nan"], "--step_weighting must be from -8 to 8, got nan"),
         (["--device", "toaster"], "--device toaster is not available here: use one of .*cpu"),
         (["--device", "meta"], "--device meta is not available here"),
         (["--nonsense", "3"], "unknown arguments: --nonsense 3"),

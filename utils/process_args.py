@@ -177,6 +177,10 @@ def process_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArg
                 raise ValueError(f"--{name} must be at least 1, got {value}")
         if not 0 <= training_args.ema_decay < 1:
             raise ValueError(f"--ema_decay must be at least 0 and below 1, got {training_args.ema_decay}")
+        for name in ("step_weighting", "step_sampling"):
+            value = getattr(training_args, name)
+            if not abs(value) <= 8:
+                raise ValueError(f"--{name} must be from -8 to 8, got {value}")
         if data_args.resolution and data_args.resolution % 16:
             raise ValueError(f"--resolution must be a multiple of 16, got {data_args.resolution}")
     except ValueError as error:

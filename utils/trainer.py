@@ -1,8 +1,8 @@
 """FluxQATTrainer: Hugging Face's Trainer with the velocity as the target.
 
 loss = mean (v_student(z_t, prompt, t, guidance) − v_teacher)², z_t and v_teacher from the teacher's own trajectories
-(utils/datautils.py), if asked for with more weight on the first steps. Trainer keeps the loop, DDP, gradient
-accumulation, schedules and logging; here stand the loss, what is trained, evaluation against the teacher, and
+(utils/datautils.py), if asked for with more of the first steps or more weight on them. Trainer keeps the loop, DDP,
+gradient accumulation, schedules and logging; here stand the loss, what is trained, evaluation against the teacher, and
 checkpoints that hold safetensors and JSON only:
 
     checkpoint-N/config.json, *.safetensors    the transformer, for FluxTransformer2DModel.from_pretrained
