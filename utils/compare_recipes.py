@@ -61,8 +61,12 @@ RECIPES = {  # name: (what it is, flags of train.py, none left to the defaults)
     "slow_sampled": ("full weights at 2.5e-4, first steps drawn more often", [*PLAIN, *SAMPLED, *at("2.5e-4")]),
     "slower_sampled": ("full weights at 1.25e-4, first steps drawn more often", [*PLAIN, *SAMPLED, *at("1.25e-4")]),
     "steep_sampled": (
-        "full weights at 2.5e-4, first steps drawn much more often",
+        "full weights at 2.5e-4, first steps drawn much more often (1.5)",
         [*PLAIN, "--step_sampling", "1.5", *at("2.5e-4")],
+    ),
+    "steeper_sampled": (
+        "full weights at 2.5e-4, first steps drawn much more often (2)",
+        [*PLAIN, "--step_sampling", "2", *at("2.5e-4")],
     ),
     "average_sampled": (
         "full weights at 5e-4, averaged, first steps drawn more often",
