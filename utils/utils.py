@@ -263,9 +263,10 @@ def load_student(folder: Path, dtype: torch.dtype, **settings) -> FluxTransforme
     fall on its other side, and training leaves many there. `settings` (w_bits) are what the checkpoint has to agree
     with. Raises ValueError for a full-precision transformer, and what from_pretrained does.
     """
-    packed = check_quantized(folder, settings.get("w_bits")).get("packed")
-    student = FluxTransformer2DModel.from_pretrained(folder, dtype=dtype if packed else torch.float32, **settings)
-    return student.pack().to(dtype)
+    if check_quantized(folder, settings.get("w_bits")).get("packed"):
+        return FluxTransformer2DModel.from_pretrained(folder, dtype=dtype, **settings)
+    student = FluxTransformer2DModel.from_pretrained(folder, dtype=torch.float32, **settings).pack()
+    return torch.nn.Module.to(student, dtype)  # diffusers' own warns of the step sizes, which stay in fp32 anyway
 
 
 def pick_dtype(training_args, device: torch.device) -> torch.dtype:
