@@ -210,10 +210,10 @@ class ShuffledSamples(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         for group in torch.randperm(self.prompts, generator=generator).split(self.window):
+            order = torch.randperm(len(group) * self.steps, generator=generator)
             places = torch.arange(self.steps) + torch.rand(len(group), 1, generator=generator, dtype=torch.float64)
             steps = torch.bucketize(places, self.bounds, right=True)
-            samples = (group.view(-1, 1) * self.steps + steps).flatten()
-            yield from samples[torch.randperm(len(samples), generator=generator)].tolist()
+            yield from (group.view(-1, 1) * self.steps + steps).flatten()[order].tolist()
 
 
 # --------------------------------------------------------------------------------------------------- description
