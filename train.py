@@ -13,7 +13,8 @@ student, the same transformer with quantized linears, learns to predict the same
     --clip_learning_rate 1e-4    the step sizes α (0: frozen)
     --train_unquantized True     biases, norms, embedders
 
-`--lora_r 32 --lora_alpha 1 --clip_init max --learning_rate 2e-5` is the recipe of the published port. It writes
+`--lora_r 32 --lora_alpha 1 --clip_init max --learning_rate 2e-5` is the recipe of the published port. `--start_from
+FOLDER` starts from the codes that run.py found. It writes
 
     TEACHER_CACHE/{train,eval}/                      trajectories, shared by all runs with the same teacher
     OUTPUT_DIR/eval/step_N/, step-N.png, steps.png   held-out prompts as the student draws them
@@ -45,6 +46,7 @@ from utils.trainer import ONLINE_WINDOW, FluxQATTrainer, choose_parameters, rest
 from utils.utils import (
     bits_name,
     check_disk,
+    check_shapes,
     device_name,
     empty_cache,
     get_logger,
@@ -55,6 +57,7 @@ from utils.utils import (
     pick_dtype,
     pick_prompts,
     run_script,
+    transformer_folder,
     whole_folder,
 )
 
@@ -96,6 +99,7 @@ def check_settings(checkpoint: Path, settings: dict) -> None:
 def run_settings(model_args, training_args, teacher: dict) -> dict:
     """What a resumed run must share with the interrupted one; `teacher` is the training trajectories' description."""
     names = ("lora_r", "lora_alpha", "clip_init", "quantize_modulation", "train_weights", "train_unquantized")
+    names += ("start_from",)
     settings = {"w_bits": model_args.w_bits[0]} | {name: getattr(model_args, name) for name in names}
     names = ("learning_rate", "clip_learning_rate", "weight_decay", "ema_decay", "feature_loss", "bf16", "fp16")
     names += ("step_weighting", "step_sampling", "seed", "warmup_steps", "max_grad_norm")
@@ -205,6 +209,11 @@ def main() -> None:
     pipe = load_pipeline(model_args.input_model_filename, pick_dtype(training_args, device))
     if is_quantized(pipe.transformer.config):
         raise ValueError(f"{model_args.input_model_filename}: already quantized; the teacher must be full precision")
+    start = None
+    if model_args.start_from is not None and checkpoint is None:
+        folder = transformer_folder(Path(model_args.start_from))
+        start = load_student(folder, torch.float32, w_bits=model_args.w_bits[0])
+        check_shapes(folder, start.config, model_args.input_model_filename, pipe.transformer, "--input_model_filename")
     train_data, eval_data, window = get_teacher(pipe, model_args, data_args, training_args, device)
     if not training_args.do_train:
         return
@@ -229,6 +238,8 @@ def main() -> None:
     load_dtype = dtype if checkpoint is None else torch.float32
     student = load_quantized_model(model_args, training_args, checkpoint, model_args.w_bits[0], load_dtype)
     choose_parameters(student, model_args, training_args.clip_learning_rate, frozen_dtype=dtype)
+    if start is not None:  # now that what is trained is in fp32
+        student.start_from(start)
     if training_args.gradient_checkpointing or getattr(training_args, "activation_checkpointing", False):
         student.enable_gradient_checkpointing()  # diffusers' own; Trainer would look for transformers'
         training_args.gradient_checkpointing = training_args.activation_checkpointing = False

@@ -28,7 +28,16 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from models.kernels import MODES
-from models.packing import FORMAT, INDEX, PackedLinear, PackedWriter, load_packed, read_index, stored_tensors
+from models.packing import (
+    FORMAT,
+    INDEX,
+    PackedLinear,
+    PackedWriter,
+    adopt_codes,
+    load_packed,
+    read_index,
+    stored_tensors,
+)
 from models.utils_quant import (
     FULL_PRECISION_BITS,
     LoRAQuantizeLinear,
@@ -163,6 +172,24 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
         if not self.config.packed:
             self._pack_linears()
             self.register_to_config(packed=FORMAT, lora_r=0)
+        return self
+
+    def start_from(self, packed: "FluxTransformer2DModel") -> "FluxTransformer2DModel":
+        """Move the weights to where they quantize to the codes of `packed`, a one-shot of the same transformer.
+
+        A weight with another code goes just across the threshold between the two, the others stay; step sizes and
+        biases of the quantized layers become those of `packed`. For a model that is not trained yet. Returns it.
+        ValueError, naming the setting or the layer, unless both are quantized alike.
+        """
+        for key in ("w_bits", "weight_layerwise"):
+            if packed.config[key] != self.config[key]:
+                raise ValueError(f"start_from(): {key}={packed.config[key]}, this model has {key}={self.config[key]}")
+        codes = {name: layer for name, layer in packed.named_modules() if isinstance(layer, PackedLinear)}
+        layers = {name: layer for name, layer in self.named_modules() if isinstance(layer, QuantizeLinear)}
+        if other := sorted(codes.keys() ^ layers.keys()):
+            raise ValueError(f"start_from(): {other[0]} is quantized in one of the models only")
+        for name, layer in layers.items():
+            adopt_codes(layer, codes[name], name)
         return self
 
     def set_inference_mode(self, mode: str) -> "FluxTransformer2DModel":

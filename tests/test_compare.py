@@ -51,6 +51,27 @@ def test_a_recipe_that_is_done_is_not_trained_again(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "recipes.json").read_text())["recipes"] == {"full": summary}
 
 
+def test_a_recipe_that_starts_from_a_one_shot_gets_one(tmp_path, monkeypatch):
+    called = []
+
+    def run(words, log, environment):
+        called.append([str(word) for word in words])
+        if words[0] == "train.py" and "--start_from" in words:
+            (tmp_path / "calibrated_sampled" / "summary.json").parent.mkdir()
+            summary = json.dumps({"final": FINAL, "seconds_per_step": 0.1})
+            (tmp_path / "calibrated_sampled" / "summary.json").write_text(summary)
+
+    monkeypatch.setattr(compare_recipes, "run_logged", run)
+    flags = ["--output", str(tmp_path), "--recipes", "calibrated_sampled"]
+    monkeypatch.setattr(sys, "argv", ["compare_recipes", *flags])
+    compare_recipes.main()
+    cache, oneshot, training = called
+    assert (cache[0], oneshot[0], training[0]) == ("train.py", "run.py", "train.py") and "--start_from" not in cache
+    made = oneshot[oneshot.index("--output_path") + 1]
+    assert training[training.index("--start_from") + 1] == made == str(tmp_path / "oneshot")
+    assert oneshot[oneshot.index("--w_bits") + 1] == "0"
+
+
 def test_oneshot_figures_become_a_table(tmp_path, monkeypatch):
     """An interrupted comparison goes on: what is measured already is read, nothing is run."""
     score = dict.fromkeys(CATEGORIES, 0.5) | {"mean": 0.5, "stderr": 0.01}

@@ -420,6 +420,68 @@ def test_packing_saving_and_loading_change_neither_output_nor_image(pipeline_fol
     assert torch.equal(draw(again), image)
 
 
+# Training from given codes
+
+
+def reference_place(w: Fraction, code: int, alpha: Fraction, w_bits: int) -> Fraction:
+    """The nearest weight to w of this code that is a twentieth of a level's width inside the code's range."""
+    low, high = code_range(w_bits)
+    here = reference_level(code, w_bits)
+    gap = reference_level(low + 1, w_bits) - reference_level(low, w_bits)
+    if code > low:
+        w = max(w, alpha * (here - gap * Fraction(9, 20)))
+    return min(w, alpha * (here + gap * Fraction(9, 20))) if code < high else w
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize("w_bits", [0, 1, 2, 3, 4, 8])
+def test_weights_move_no_further_than_to_the_codes_they_are_given(w_bits, layerwise):
+    shape = (9, 13)
+    codes = torch.tensor(random_codes(*shape, w_bits), dtype=torch.int8)
+    alpha = torch.rand(1 if layerwise else shape[0], 1) + 0.2
+    layer = layer_of(shape, w_bits, layerwise=layerwise)
+    before, bias = layer.weight.tolist(), torch.randn(shape[0])
+    packed = PackedLinear.from_codes(codes, alpha, bias, w_bits, layerwise)
+    packing.adopt_codes(layer, packed)
+    assert torch.equal(layer.quantized_weight(), packed.dequantize())
+    assert torch.equal(layer.weight_clip_val, packed.weight_clip_val) and torch.equal(layer.bias, bias)
+    for i, j in itertools.product(*map(range, shape)):
+        a = Fraction(alpha[0 if layerwise else i, 0].item())
+        expected = reference_place(Fraction(before[i][j]), int(codes[i, j]), a, w_bits)
+        assert layer.weight[i, j].item() == pytest.approx(float(expected), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"w_bits": 0}, {"w_bits": 3, "lora_r": 2}, {"w_bits": 4}])
+def test_a_model_starts_from_another_ones_codes(settings, pipeline_folder):
+    bits = settings["w_bits"]
+    packed = student(pipeline_folder, w_bits=bits).pack()
+    model = FluxTransformer2DModel.from_pretrained(pipeline_folder / "transformer", **settings).eval()
+    assert not torch.equal(output(model), output(packed))
+    assert model.start_from(packed) is model
+    assert torch.equal(output(model.pack()), output(packed))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"w_bits": 2}, "w_bits=0, this model has w_bits=2"),
+        ({"w_bits": 0, "weight_layerwise": True}, "weight_layerwise=False, this model has weight_layerwise=True"),
+        ({"w_bits": 0, "quantize_modulation": False}, "norm.*linear is quantized in one of the models only"),
+    ],
+)
+def test_codes_of_a_model_that_is_quantized_otherwise_are_refused(settings, message, pipeline_folder):
+    packed = student(pipeline_folder, w_bits=0).pack()
+    with pytest.raises(ValueError, match=message):
+        student(pipeline_folder, **settings).start_from(packed)
+
+
+def test_codes_of_another_shape_are_refused():
+    packed = PackedLinear.from_codes(torch.zeros(4, 8, dtype=torch.int8), torch.ones(4, 1), None, 0)
+    for shape, bias in (((4, 9), False), ((4, 8), True)):
+        with pytest.raises(ValueError, match="^here: .*expected the shape of"):
+            packing.adopt_codes(layer_of(shape, 0, bias=bias), packed, "here")
+
+
 def test_packing_a_model_loaded_from_a_quantized_checkpoint(pipeline_folder, tmp_path):
     model = student(pipeline_folder, w_bits=3, lora_r=2)
     model.save_pretrained(tmp_path / "quantized")

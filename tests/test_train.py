@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_process_args import PUBLISHED_TRAIN
 
+import run
 import train
 from models.modeling_flux_quant import FluxTransformer2DModel
 from models.utils_quant import QuantizeLinear
@@ -180,6 +181,20 @@ def test_the_packed_student_holds_the_codes_that_were_trained(call, tmp_path):
         not torch.equal(rounded.get_submodule(name).quantized_weight() == 0, layer.quantized_weight() == 0)
         for name, layer in layers.items()
     )
+
+
+def test_training_starts_from_the_codes_of_a_one_shot(call, start, pipeline_folder, tmp_path):
+    """At learning rate 0 they are what comes out; what run.py made without training differs from where a student is."""
+    flags = ["--model_id", pipeline_folder, "--output_path", tmp_path / "oneshot", "--method", "threshold"]
+    assert start(run.main, "run.py", *flags, "--num_images", 0, "--device", "cpu") == 0
+    flags = ["--learning_rate", 0, "--pack", True]
+    assert call(*flags, "--start_from", tmp_path / "oneshot", "--output_model_filename", "from").returncode == 0
+    assert call(*flags, "--output_dir", tmp_path / "other").returncode == 0
+    folders = [tmp_path / "oneshot/transformer", *(tmp_path / "local/models" / name for name in ("from", "model"))]
+    given, taken, other = (FluxTransformer2DModel.from_pretrained(folder).state_dict() for folder in folders)
+    codes = [name for name in given if "weight_codes" in name]
+    assert codes and all(torch.equal(given[name], taken[name]) for name in given)
+    assert not all(torch.equal(given[name], other[name]) for name in codes)
 
 
 def test_metrics_and_summary_say_what_was_reached(finished, pipeline_folder):
@@ -428,6 +443,14 @@ def test_a_run_with_a_cache_is_not_resumed_in_the_order_of_one_without(call, tmp
         (["--guidance_scale", 2], "made with another guidance_scale: found 3.5, asked for 2.0; delete", 1),
         (["--seed", 1], "made with another seed: found 42, asked for 1", 1),
         (["--num_train_prompts", 3], "made with another prompts: found 4 prompts, asked for 3", 1),
+        (["--start_from", "EMPTY"], "empty.txt: neither a transformer nor a pipeline", 1),
+        (["--start_from", "assets/tiny-flux"], "w_bits=16 is not quantized, asked for w_bits=0; give what", 1),
+        (["--start_from", "assets/tiny-flux-1.58bit", "--w_bits", 2], "asked for w_bits=2 but .* w_bits=0", 1),
+        (
+            ["--start_from", "assets/tiny-flux-1.58bit"],
+            "in_channels=64, but in_channels=16 in .*_filename",
+            1,
+        ),
         (["--clip_learning_rate", 0, "--train_weights", False, "--train_unquantized", False], "nothing to train", 1),
     ],
 )

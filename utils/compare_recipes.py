@@ -29,6 +29,7 @@ PLAIN = [
 ]
 LORA = [*PLAIN, *"--lora_r 32 --lora_alpha 32 --clip_learning_rate 5e-4".split()]
 AVERAGED, EARLY, SAMPLED = ["--ema_decay", "0.999"], ["--step_weighting", "1"], ["--step_sampling", "1"]
+ONESHOT = "ONESHOT"  # stands for the folder of run.py's calibrated one-shot
 
 
 def at(rate: str) -> list[str]:
@@ -68,6 +69,10 @@ RECIPES = {  # name: (what it is, flags of train.py, none left to the defaults)
         "full weights at 2.5e-4, first steps drawn much more often (2)",
         [*PLAIN, "--step_sampling", "2", *at("2.5e-4")],
     ),
+    "calibrated_sampled": (
+        "full weights at 2.5e-4, from the calibrated one-shot, first steps drawn more often",
+        [*PLAIN, *SAMPLED, *at("2.5e-4"), "--start_from", ONESHOT],
+    ),
     "average_sampled": (
         "full weights at 5e-4, averaged, first steps drawn more often",
         [*PLAIN, *AVERAGED, *SAMPLED, *at("5e-4")],
@@ -100,7 +105,16 @@ def call(folder: Path, args: argparse.Namespace, environment: Mapping[str, str],
         processes = args.parallel * len(visible_gpus())
         shared["dataloader_num_workers"] = max(1, min(8, (os.cpu_count() or 1) // processes))
     words = [word for name, value in shared.items() for word in (f"--{name}", value)]
+    flags = [args.output.absolute() / "oneshot" if flag == ONESHOT else flag for flag in flags]
     run_logged(["train.py", *words, *flags, *args.flags], folder / "log.txt", environment)
+
+
+def make_oneshot(environment: Mapping[str, str], args: argparse.Namespace) -> None:
+    """What the recipes with --start_from start from, in OUTPUT/oneshot."""
+    folder = args.output.absolute() / "oneshot"
+    if not folder.exists():
+        flags = ["--model_id", args.model, "--output_path", folder, "--w_bits", args.w_bits, "--num_images", 0]
+        run_logged(["run.py", *flags], args.output / "oneshot.txt", environment)
 
 
 def train(name: str, environment: Mapping[str, str], args: argparse.Namespace) -> dict:
@@ -147,6 +161,9 @@ def main() -> None:
     args = parse_args()
     log.info("filling the teacher cache")
     spread(lambda name, environment: call(args.output / name, args, environment, "--do_train", "False"), ["teacher"], 1)
+    if any(ONESHOT in RECIPES[name][1] for name in args.recipes):
+        log.info("quantizing the model to start from")
+        spread(lambda _, environment: make_oneshot(environment, args), [None], 1)
     summaries = spread(lambda name, environment: train(name, environment, args), args.recipes, args.parallel)
     results = dict(zip(args.recipes, summaries, strict=True))
     figures = {"parallel": args.parallel, "recipes": results}

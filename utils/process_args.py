@@ -41,7 +41,9 @@ class ModelArguments:
     train_unquantized: bool = field(
         default=True, metadata={"help": "train what is not quantized: biases, norms, embedders"}
     )
-
+    start_from: str | None = field(
+        default=None, metadata={"help": "train.py: what run.py made of the same model; training starts from its codes"}
+    )
     trained: str | None = field(
         default=None, metadata={"help": "sanity.py: a trained student's folder, drawn as the last row"}
     )
