@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
-from models.packing import PackedLinear
+from models.packing import PackedLinear, disk_row_bytes
 from models.utils_quant import FULL_PRECISION_BITS
 from utils import scenes
 from utils.metrics import nmse, psnr, scene_score
@@ -53,12 +53,16 @@ from utils.utils import (
 
 log = get_logger("sanity")
 NMSE_STRIDE = 4  # the velocity error is measured at every fourth step of the teacher's trajectories
-BITS_STORED = {0: 1.6}  # five trits a byte; the other widths are stored as they are
+
+
+def quantized_layers(transformer: nn.Module) -> list[QuantizeLinear | PackedLinear]:
+    """Its layers that hold quantized weights or their codes."""
+    return [module for module in transformer.modules() if isinstance(module, (QuantizeLinear, PackedLinear))]
 
 
 def count_parameters(transformer: nn.Module) -> tuple[int, int, int]:
     """All parameters but step sizes; how many of them are quantized weights; step sizes."""
-    layers = [module for module in transformer.modules() if isinstance(module, (QuantizeLinear, PackedLinear))]
+    layers = quantized_layers(transformer)
     quantized = sum(layer.in_features * layer.out_features for layer in layers)
     step_sizes = sum(layer.weight_clip_val.numel() for layer in layers)
     names = ["weight_codes" if isinstance(layer, PackedLinear) else "weight" for layer in layers]
@@ -66,10 +70,12 @@ def count_parameters(transformer: nn.Module) -> tuple[int, int, int]:
     return sum(p.numel() for p in transformer.parameters()) - stored - step_sizes + quantized, quantized, step_sizes
 
 
-def packed_bytes(transformer: nn.Module, w_bits: int) -> float:
-    """Bytes of the transformer with its quantized weights packed, fp32 step sizes, and the rest in 16 bits."""
+def packed_bytes(transformer: nn.Module) -> int:
+    """Bytes of the tensors of a packed checkpoint: codes, fp32 step sizes, and the rest in 16 bits."""
     total, quantized, step_sizes = count_parameters(transformer)
-    return quantized * BITS_STORED.get(w_bits, w_bits) / 8 + step_sizes * 4 + (total - quantized) * 2
+    layers = quantized_layers(transformer)
+    codes = sum(disk_row_bytes(layer.in_features, layer.w_bits) * layer.out_features for layer in layers)
+    return codes + 4 * step_sizes + 2 * (total - quantized)
 
 
 @torch.no_grad()
@@ -89,8 +95,8 @@ def print_table(rows: list[dict], with_scores: bool) -> None:
         ratio = "-" if teacher else f"{row['psnr']:.1f}"
         score = f"{row['scene_score']['mean']:.2f}" if with_scores else "-"
         print(f"{row['name']:<18}{error:>14}{ratio:>9}{score:>13}{row['packed_bytes'] / 1e6:>11,.1f}")
-    print("NMSE, PSNR: against full precision, same prompts and seeds. packed: bits of the blocks' weights as stored")
-    print("(1.58 bit: 1.6), fp32 step sizes, 16 bits for the rest.")
+    print("NMSE, PSNR: against full precision, same prompts and seeds. packed: codes as stored (1.58 bit: five a")
+    print("byte), fp32 step sizes, 16 bits for the rest.")
     if not with_scores:
         print("No scene score: it is defined for the drawn scenes of utils/scenes.py at 128 pixels.")
 
@@ -134,7 +140,7 @@ def main() -> None:
     with record_velocities(pipe.transformer) as teacher_calls:
         teacher_images = sample("full", "full")
     grid = {"full": teacher_images}
-    rows = [{"name": "full", "w_bits": 16, "packed_bytes": packed_bytes(pipe.transformer, 16)}]
+    rows = [{"name": "full", "w_bits": 16, "packed_bytes": packed_bytes(pipe.transformer)}]
     if with_scores:
         rows[0]["scene_score"] = scene_score(teacher_images, prompts)
 
@@ -146,7 +152,7 @@ def main() -> None:
             "w_bits": w_bits,
             "nmse": velocity_error(transformer, teacher_calls),
             "psnr": psnr(images, teacher_images),
-            "packed_bytes": packed_bytes(transformer, w_bits),
+            "packed_bytes": packed_bytes(transformer),
         }
         if with_scores:
             row["scene_score"] = scene_score(images, prompts)

@@ -99,8 +99,8 @@ def check_settings(checkpoint: Path, settings: dict) -> None:
 def run_settings(model_args, training_args, teacher: dict) -> dict:
     """What a resumed run must share with the interrupted one; `teacher` is the training trajectories' description."""
     names = ("lora_r", "lora_alpha", "clip_init", "quantize_modulation", "train_weights", "train_unquantized")
-    names += ("start_from",)
-    settings = {"w_bits": model_args.w_bits[0]} | {name: getattr(model_args, name) for name in names}
+    settings = {"w_bits": model_args.w_bits[0]}
+    settings |= {name: getattr(model_args, name) for name in (*names, "start_from")}
     names = ("learning_rate", "clip_learning_rate", "weight_decay", "ema_decay", "feature_loss", "bf16", "fp16")
     names += ("step_weighting", "step_sampling", "seed", "warmup_steps", "max_grad_norm")
     names += ("adam_beta1", "adam_beta2", "adam_epsilon")
@@ -240,6 +240,7 @@ def main() -> None:
     choose_parameters(student, model_args, training_args.clip_learning_rate, frozen_dtype=dtype)
     if start is not None:  # now that what is trained is in fp32
         student.start_from(start)
+    del start
     if training_args.gradient_checkpointing or getattr(training_args, "activation_checkpointing", False):
         student.enable_gradient_checkpointing()  # diffusers' own; Trainer would look for transformers'
         training_args.gradient_checkpointing = training_args.activation_checkpointing = False

@@ -34,7 +34,7 @@ from models.utils_quant import ALPHA_FLOOR, Fp32Parameters, QuantizeLinear, chec
 FORMAT = 1
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 TRITS = 5  # a byte: 3^5 = 243 of its 256 values
-MARGIN = 0.05  # of the distance between two levels, by which adopt_codes stays away from a threshold
+MARGIN = 0.05  # of the distance between two levels: adopt_codes keeps so far from a threshold
 
 # ------------------------------------------------------------------------------------------------- codes and bytes
 
@@ -125,26 +125,6 @@ def from_disk(stored: Tensor, w_bits: int, in_features: int) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------ layer
-
-
-@torch.no_grad()
-def adopt_codes(layer: QuantizeLinear, packed: "PackedLinear", name: str = "") -> None:
-    """Give `layer` the step sizes and the bias of `packed`, and weights that quantize to its codes.
-
-    Each weight goes the shortest way into the range of its code, MARGIN of a level's width inside. ValueError, opening
-    with `name`, if the layers differ in shape.
-    """
-    if (packed.out_features, packed.in_features) != layer.weight.shape or (packed.bias is None) != (layer.bias is None):
-        raise ValueError(f"{name or type(layer).__name__}: {packed}, expected the shape of {layer}")
-    (n, s), bits = code_grid(layer.w_bits), layer.w_bits
-    lowest, highest = (-1, 1) if bits == 0 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    codes, step = packed.codes().to(layer.weight.device), packed.weight_clip_val.to(layer.weight.device)
-    low, high = ((codes + s + side) * (step / n) for side in (MARGIN - 0.5, 0.5 - MARGIN))
-    low[codes == lowest], high[codes == highest] = -torch.inf, torch.inf
-    layer.weight.copy_(layer.weight.float().clamp(low, high))
-    layer.weight_clip_val.copy_(step)
-    if layer.bias is not None:
-        layer.bias.copy_(packed.bias)
 
 
 class PackedLinear(Fp32Parameters, nn.Linear):
@@ -257,6 +237,27 @@ class PackedLinear(Fp32Parameters, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, w_bits={self.w_bits}"
+
+
+@torch.no_grad()
+def adopt_codes(layer: QuantizeLinear, packed: "PackedLinear", name: str = "") -> None:
+    """Give `layer` the step sizes [out, 1] and the bias [out] of `packed`, and weights that quantize to its codes.
+
+    Each weight of [out, in] goes the shortest way into the range of its code c, between α·(c + s ± 1/2)/n and open
+    beyond the outermost codes, and stays MARGIN of α/n inside. In fp32 all codes are met; a weight kept in bf16 may
+    miss one at 8 bits. ValueError, opening with `name`, if the layers differ in shape.
+    """
+    if (packed.out_features, packed.in_features) != layer.weight.shape or (packed.bias is None) != (layer.bias is None):
+        raise ValueError(f"{name or type(layer).__name__}: {packed}, expected the shape of {layer}")
+    (n, s), bits = code_grid(layer.w_bits), layer.w_bits
+    lowest, highest = (-1, 1) if bits == 0 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    codes, step = packed.codes().to(layer.weight.device), packed.weight_clip_val.to(layer.weight.device)
+    low, high = ((codes + s + side) * (step / n) for side in (MARGIN - 0.5, 0.5 - MARGIN))
+    low[codes == lowest], high[codes == highest] = -torch.inf, torch.inf
+    layer.weight.copy_(layer.weight.float().clamp(low, high))
+    layer.weight_clip_val.copy_(step)
+    if layer.bias is not None:
+        layer.bias.copy_(packed.bias)
 
 
 # ------------------------------------------------------------------------------------------------------------ files

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import sanity
 from models.modeling_flux_quant import FluxTransformer2DModel
@@ -158,9 +159,9 @@ def test_sizes_of_the_table(finished, teacher):
     matrices = [p for name, p in parameters.items() if "transformer_blocks." in name and p.ndim == 2]
     quantized, step_sizes = sum(p.numel() for p in matrices), sum(len(p) for p in matrices)
     total = sum(p.numel() for p in parameters.values())
-    for name, bits in (("8 bit", 8), ("1.58 bit", 1.6)):
-        expected = quantized * bits / 8 + 4 * step_sizes + 2 * (total - quantized)
-        assert finished.rows[name]["packed_bytes"] == pytest.approx(expected)
+    for name, codes_a_byte in (("8 bit", 1), ("1.58 bit", 5)):
+        codes = sum(p.shape[0] * math.ceil(p.shape[1] / codes_a_byte) for p in matrices)
+        assert finished.rows[name]["packed_bytes"] == codes + 4 * step_sizes + 2 * (total - quantized)
     assert finished.rows["full"]["packed_bytes"] == finished.rows["16 bit"]["packed_bytes"] == 2 * total
     assert f"transformer with {total:,} parameters, torch.float32 on cpu" in finished.stdout
     share = 100 * quantized / total
@@ -232,6 +233,11 @@ def test_trained_student_is_the_last_row(packed, finished, call, pipeline_folder
     assert list(rows) == ["full", "16 bit", "1.58 bit, trained"]
     row, untrained = rows["1.58 bit, trained"], finished.rows["1.58 bit"]
     assert {**row, "name": 0} == {**untrained, "name": 0}
+    if packed:  # what is in 32 bits there would take 16
+        tensors = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        whole = sum(t.nbytes for name, t in tensors.items() if name.endswith(("weight_codes", "weight_clip_val")))
+        rest = sum(t.nbytes for name, t in tensors.items() if not name.endswith(("weight_codes", "weight_clip_val")))
+        assert row["packed_bytes"] == whole + rest / 2
     for index in range(IMAGES):
         new, old = (
             pixels(f / f"sample_00{index}.png")

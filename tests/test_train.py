@@ -446,11 +446,7 @@ def test_a_run_with_a_cache_is_not_resumed_in_the_order_of_one_without(call, tmp
         (["--start_from", "EMPTY"], "empty.txt: neither a transformer nor a pipeline", 1),
         (["--start_from", "assets/tiny-flux"], "w_bits=16 is not quantized, asked for w_bits=0; give what", 1),
         (["--start_from", "assets/tiny-flux-1.58bit", "--w_bits", 2], "asked for w_bits=2 but .* w_bits=0", 1),
-        (
-            ["--start_from", "assets/tiny-flux-1.58bit"],
-            "in_channels=64, but in_channels=16 in .*_filename",
-            1,
-        ),
+        (["--start_from", "assets/tiny-flux-1.58bit"], "in_channels=64, but in_channels=16 in .*_filename", 1),
         (["--clip_learning_rate", 0, "--train_weights", False, "--train_unquantized", False], "nothing to train", 1),
     ],
 )

@@ -198,7 +198,7 @@ class ShuffledSamples(Sampler[int]):
     def __init__(self, prompts: int, steps: int, seed: int, window: int | None = None, power: float = 0.0):
         self.prompts, self.steps, self.seed, self.window = prompts, steps, seed, window or prompts
         shares = torch.arange(1, steps + 1, dtype=torch.float64) ** -power
-        self.bounds = shares.cumsum(0)[:-1] * steps / shares.sum()  # the steps share [0, steps) out
+        self.bounds = shares.cumsum(0)[:-1] * steps / shares.sum()  # where in [0, steps) a share ends
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:

@@ -256,14 +256,15 @@ def load_quantized_model(
     return FluxTransformer2DModel.from_pretrained(model_args.input_model_filename, subfolder="transformer", **settings)
 
 
-def load_student(folder: Path, dtype: torch.dtype, **settings) -> FluxTransformer2DModel:
+def load_student(folder: Path, dtype: torch.dtype, w_bits: int | None = None) -> FluxTransformer2DModel:
     """The quantized transformer in `folder`, packed for inference if it is not yet, computing in `dtype`.
 
     Codes are found from the weights as they are stored. Rounded to bfloat16 before, those beside a threshold would
-    fall on its other side, and training leaves many there. `settings` (w_bits) are what the checkpoint has to agree
-    with. Raises ValueError for a full-precision transformer, and what from_pretrained does.
+    fall on its other side, and training leaves many there. Raises ValueError for a full-precision transformer or, if
+    `w_bits` is given, one of other bits, and what from_pretrained does.
     """
-    if check_quantized(folder, settings.get("w_bits")).get("packed"):
+    settings = {} if w_bits is None else {"w_bits": w_bits}
+    if check_quantized(folder, w_bits).get("packed"):
         return FluxTransformer2DModel.from_pretrained(folder, dtype=dtype, **settings)
     student = FluxTransformer2DModel.from_pretrained(folder, dtype=torch.float32, **settings).pack()
     return torch.nn.Module.to(student, dtype)  # diffusers' own warns of the step sizes, which stay in fp32 anyway
