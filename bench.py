@@ -70,6 +70,7 @@ from matplotlib import pyplot  # noqa: E402 (the backend is to be chosen first)
 log = get_logger("bench")
 TEXT_TOKENS = {"flux-dev": 512, "flux-schnell": 256}  # that their pipelines pad a prompt to
 CPU_ROWS = 512  # M of the multiplications on a CPU, at most
+IN_A_ROW = 8  # layers that see one token, timed together
 CPU_WEIGHTS = 10**9  # a larger transformer is cut down to a block of each kind there
 
 
@@ -241,7 +242,8 @@ def bench_steps(args: argparse.Namespace, packed: FluxTransformer2DModel) -> lis
 def bench_layers(args: argparse.Namespace, whole: nn.Module, packed: FluxTransformer2DModel) -> list[dict]:
     """A row for each GEMM shape of the `whole` transformer and rival, timed on a layer of `packed`.
 
-    M is 1 for modulation, else all tokens; on a CPU at most CPU_ROWS, and modulation's shapes at that M too.
+    M is 1 for modulation, IN_A_ROW layers of a shape one after the other, else all tokens; on a CPU at most CPU_ROWS,
+    and modulation's shapes at that M too.
     """
     gpu = args.device.type == "cuda"
     flush = torch.empty(2**28, dtype=torch.uint8, device=args.device) if gpu else None
@@ -249,16 +251,19 @@ def bench_layers(args: argparse.Namespace, whole: nn.Module, packed: FluxTransfo
     kinds = dict.fromkeys([args.dtype_name, "bfloat16", *list(MAKERS)[3:], *(f"ours {mode}" for mode in args.mode)])
     dtypes = {kind: torch.bfloat16 if kind == "bfloat16" else args.dtype for kind in kinds}
     problems = {kind: why_not(kind, dtypes[kind], args.device) for kind in kinds}
+    timed = dict(packed.named_modules())
     rows = []
     for (modulation, n, k), names in layer_shapes(whole).items():
         # q, k and v may share what is made of their input; an attention's output layer has its own.
-        name = max(names, key=lambda name: "to_out" in name)
+        chosen = [max(names, key=lambda name: "to_out" in name)]
+        if modulation:  # so short that a launch would count, were it not for the next ones behind it
+            chosen = [name for name in names if name in timed][:IN_A_ROW]
         counts = {1} if modulation else tokens
         if not gpu:
             counts = {1, CPU_ROWS} if modulation else {min(m, CPU_ROWS) for m in tokens}
         for m in sorted(counts):
-            entry = {"m": m, "n": n, "k": k, "count": len(names), "modulation": modulation}
-            found = layer_times(m, packed, name, [kind for kind in kinds if not problems[kind]], args, flush)
+            entry = {"m": m, "n": n, "k": k, "count": len(names), "modulation": modulation, "in_a_row": len(chosen)}
+            found = layer_times(m, packed, chosen, [kind for kind in kinds if not problems[kind]], args, flush)
             for kind, runs in found.items():
                 row = entry | {"rival": kind}
                 rows.append(row)
@@ -277,26 +282,36 @@ def bench_layers(args: argparse.Namespace, whole: nn.Module, packed: FluxTransfo
 
 
 def layer_times(
-    m: int, packed: FluxTransformer2DModel, name: str, kinds: list[str], args: argparse.Namespace, flush: Tensor | None
-) -> dict[str, list[float] | str]:
-    """Milliseconds of random x [m, in] through each kind of the layer called `name`; of one that fails, the reason."""
+    m: int, packed: FluxTransformer2DModel, names: list[str], kinds: list[str], args: argparse.Namespace,
+    flush: Tensor | None,
+) -> dict[str, list[float] | str]:  # fmt: skip
+    """Milliseconds of random x [m, in] through each kind of a layer, those called `names` one after the other; of a
+    kind that fails, the reason."""
     torch._dynamo.reset()
-    layer, cases, problems = packed.get_submodule(name), [], {}
-    x = torch.randn(m, layer.in_features, device=args.device, dtype=args.dtype)
+    layers, cases, problems = [packed.get_submodule(name) for name in names], [], {}
+    x = torch.randn(m, layers[0].in_features, device=args.device, dtype=args.dtype)
     for kind in kinds:
         mode = kind.removeprefix("ours ") if kind.startswith("ours") else None
         given = x.bfloat16() if kind == "bfloat16" else x
         try:
-            module = layer if mode else MAKERS[kind](layer)
+            modules = layers if mode else [MAKERS[kind](layer) for layer in layers]
             if args.compile and kind not in ("float32", "float16", "bfloat16") and "gemlite" not in kind:
-                module = torch.compile(module, fullgraph=True, dynamic=False)
+                modules = [torch.compile(module, fullgraph=True, dynamic=False) for module in modules]
         except Exception as error:
             problems[kind] = one_line(error)
             continue
         way = "compiled" if args.compile else "eager"
-        cases.append((Rival(kind, kind, way, mode), packed, lambda module=module, x=given: module(x)))
-    times = take_turns(cases, args.rounds, args.device, flush)
-    return {kind: problems.get(kind) or times[kind] for kind in kinds}
+
+        def call(modules=modules, given=given) -> None:
+            for module in modules:
+                module(given)
+
+        cases.append((Rival(kind, kind, way, mode), packed, call))
+    times = problems | take_turns(cases, args.rounds, args.device, flush)
+    return {
+        kind: times[kind] if isinstance(times[kind], str) else [ms / len(layers) for ms in times[kind]]
+        for kind in kinds
+    }
 
 
 def bench_load(args: argparse.Namespace, packed: FluxTransformer2DModel) -> dict:

@@ -104,14 +104,13 @@ if triton is not None:
     @triton.jit
     def _few_tokens(
         codes, x, alpha, bias, out, rows, columns, in_features, alpha_stride, shift, factor,
-        WIDTH: tl.constexpr, LIFT: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+        WIDTH: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
         """out[m, n] = Σ_k x[m, k]·W[n, k] + bias[n] in fp32, W rounded to x's dtype; one m and ROWS rows a program."""
         n, m = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
         dtype = x.dtype.element_ty
         step = tl.load(alpha + n * alpha_stride, mask=n < rows, other=0)
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
-        x_total = tl.zeros([COLUMNS], tl.float32)
         for start in range(0, columns, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
             inside = (n < rows)[:, None] & (column < columns)[None, :]
@@ -120,19 +119,45 @@ if triton is not None:
             for i in tl.static_range(8 // WIDTH):
                 k = i * columns + column
                 x_i = tl.load(x + m * in_features + k, mask=(column < columns) & (k < in_features), other=0)
-                x_i = x_i.to(tl.float32)
-                if LIFT:
-                    # In the uppermost bits of a mantissa, and with its sign flipped, the field reads 1.5 + c/4.
-                    lifted = ((byte << (21 - 2 * i)) & 0x600000) ^ 0x3FC00000
-                    total += lifted.to(tl.float32, bitcast=True) * x_i[None, :]
-                    x_total += x_i
-                else:
-                    field = (byte >> (i * WIDTH)) & ((1 << WIDTH) - 1)
-                    level = ((field ^ (1 << (WIDTH - 1))) - (1 << (WIDTH - 1)) + shift) * factor
-                    total += (level * step[:, None]).to(dtype).to(tl.float32) * x_i[None, :]
+                field = (byte >> (i * WIDTH)) & ((1 << WIDTH) - 1)
+                level = ((field ^ (1 << (WIDTH - 1))) - (1 << (WIDTH - 1)) + shift) * factor
+                total += (level * step[:, None]).to(dtype).to(tl.float32) * x_i.to(tl.float32)[None, :]
         y = tl.sum(total, 1)
-        if LIFT:
-            y = (y - 1.5 * tl.sum(x_total, 0)) * 4 * (step * factor).to(dtype).to(tl.float32)
+        if BIASED:
+            y += tl.load(bias + n, mask=n < rows, other=0).to(tl.float32)
+        tl.store(out + m * rows + n, y.to(dtype), mask=n < rows)
+
+    @triton.jit
+    def _few_tokens_ternary(
+        codes, x, alpha, bias, out, rows, columns, alpha_stride, factor,
+        BIASED: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    ):  # fmt: skip
+        """The same for ternary codes, x of 16 bits and columns a multiple of 4: 16 codes a word, three operations each.
+
+        A byte of codes, their sign bits flipped, is put into the uppermost bits of the mantissa of 1. With all of it
+        but field i masked out, the number reads 1 + (c + 2)/unit for unit = 4^(4 − i). So x·unit is multiplied by it,
+        and x·(unit + 2) taken off at the end: with products 4 to 256 times too large, the sum loses up to eight bits.
+        """
+        n, m = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+        dtype = x.dtype.element_ty
+        code_at = codes.to(tl.pointer_type(tl.int32)) + n.to(tl.int64)[:, None] * (columns // 4)
+        x_at = x.to(tl.pointer_type(tl.int32)) + m * (columns * 2)
+        total = tl.zeros([ROWS, WORDS], tl.float32)
+        offset = tl.zeros([WORDS], tl.float32)
+        for start in range(0, columns // 4, WORDS):
+            at = start + tl.arange(0, WORDS)
+            there = at < columns // 4
+            word = tl.load(code_at + at[None, :], mask=(n < rows)[:, None] & there[None, :], other=0) ^ -0x55555556
+            for j in tl.static_range(4):
+                mantissa = ((word >> (8 * j)) & 0xFF) << 15 | 0x3F800000
+                for i in tl.static_range(4):
+                    pair = tl.load(x_at + i * (columns // 2) + at * 2 + j // 2, mask=there, other=0)
+                    x_i = (pair >> (16 * (j % 2))).to(tl.int16).to(dtype, bitcast=True).to(tl.float32) * (256 >> 2 * i)
+                    lifted = (mantissa & (0x3F800000 | 0x18000 << 2 * i)).to(tl.float32, bitcast=True)
+                    total += lifted * x_i[None, :]
+                    offset += x_i * (1 + 2 / (256 >> 2 * i))
+        step = tl.load(alpha + n * alpha_stride, mask=n < rows, other=0)
+        y = tl.sum(total - offset[None, :], 1) * (step * factor).to(dtype).to(tl.float32)
         if BIASED:
             y += tl.load(bias + n, mask=n < rows, other=0).to(tl.float32)
         tl.store(out + m * rows + n, y.to(dtype), mask=n < rows)
@@ -274,15 +299,22 @@ def _exact(x: Tensor, codes: Tensor, alpha: Tensor, bias: Tensor | None, w_bits:
     tokens = x.numel() // x.shape[-1]
     if not in_triton(codes, w_bits) or not 0 < tokens <= SMALL:
         return F.linear(x, _dequantize(codes, alpha, w_bits, x.shape[-1], x.dtype), bias)
-    (n, s), x = code_grid(w_bits), x.contiguous()
-    out = x.new_empty(*x.shape[:-1], len(codes))
-    rows = 16
-    lift = w_bits == 0 and x.dtype != torch.float32  # costs three bits of the sum
-    _launch(
-        _few_tokens, (-(-len(codes) // rows), tokens), codes, x, alpha, x if bias is None else bias, out, len(codes),
-        codes.shape[1], x.shape[-1], int(alpha.numel() > 1), s, 1 / n, PLANES[w_bits][0], lift, bias is not None,
-        rows, 256,
-    )  # fmt: skip
+    (n, s), x, rows, columns = code_grid(w_bits), x.contiguous(), len(codes), codes.shape[1]
+    out = x.new_empty(*x.shape[:-1], rows)
+    stride, biased = int(alpha.numel() > 1), bias is not None
+    bias = bias if biased else x
+    words = columns % 4 == 0 and 4 * columns == x.shape[-1] and codes.storage_offset() % 4 == 0
+    if w_bits == 0 and x.element_size() == 2 and words and x.storage_offset() % 2 == 0:
+        block = 16 if rows > 12288 else 8  # about as many programs for each of FLUX.1-dev's two shapes
+        _launch(
+            _few_tokens_ternary, (-(-rows // block), tokens), codes, x, alpha, bias, out, rows, columns, stride, 1 / n,
+            biased, block, 64, num_warps=2,
+        )  # fmt: skip
+    else:
+        _launch(
+            _few_tokens, (-(-rows // 16), tokens), codes, x, alpha, bias, out, rows, columns, x.shape[-1], stride,
+            s, 1 / n, PLANES[w_bits][0], biased, 16, 256,
+        )  # fmt: skip
     return out
 
 
