@@ -21,7 +21,7 @@ def cells(line):
 
 def test_recipes_become_a_table():
     summary = {"final": FINAL, "seconds_per_step": 0.0481}
-    head, rule, *rows = compare_recipes.table({"full": summary, "published": summary}).splitlines()
+    head, rule, *rows = compare_recipes.table({"uniform": summary, "published": summary}).splitlines()
     assert len(rows) == 2
     assert all(len(cells(line)) == len(cells(head)) for line in (rule, *rows))
     row = dict(zip(cells(head), cells(rows[1]), strict=True))
@@ -33,22 +33,21 @@ def test_recipes_become_a_table():
 def test_the_published_recipe_is_literal():
     flags = compare_recipes.RECIPES["published"][1]
     pairs = dict(zip(flags[::2], flags[1::2], strict=True))  # the last of a flag counts, as in argparse
-    for name in ("--ema_decay", "--step_weighting", "--step_sampling"):  # the defaults may be others
-        assert pairs.pop(name) == "0"
+    assert (pairs.pop("--ema_decay"), pairs.pop("--early_share")) == ("0", "0.25")  # the defaults may be others
     assert pairs.pop("--clip_learning_rate") == pairs["--learning_rate"]
     assert pairs == {"--lora_r": "32", "--lora_alpha": "1", "--clip_init": "max", "--learning_rate": "2e-5"}
 
 
 def test_a_recipe_that_is_done_is_not_trained_again(tmp_path, monkeypatch):
     summary = {"final": FINAL, "seconds_per_step": 0.1}
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "uniform").mkdir()
+    (tmp_path / "uniform" / "summary.json").write_text(json.dumps(summary))
     called = []
     monkeypatch.setattr(compare_recipes, "run_logged", lambda words, log, environment: called.append(words))
-    monkeypatch.setattr(sys, "argv", ["compare_recipes", "--output", str(tmp_path), "--recipes", "full"])
+    monkeypatch.setattr(sys, "argv", ["compare_recipes", "--output", str(tmp_path), "--recipes", "uniform"])
     compare_recipes.main()
     assert [words[words.index("--do_train") + 1] for words in called] == ["False"]  # the teacher cache, nothing else
-    assert json.loads((tmp_path / "recipes.json").read_text())["recipes"] == {"full": summary}
+    assert json.loads((tmp_path / "recipes.json").read_text())["recipes"] == {"uniform": summary}
 
 
 def test_a_recipe_that_starts_from_a_one_shot_gets_one(tmp_path, monkeypatch):
@@ -57,12 +56,12 @@ def test_a_recipe_that_starts_from_a_one_shot_gets_one(tmp_path, monkeypatch):
     def run(words, log, environment):
         called.append([str(word) for word in words])
         if words[0] == "train.py" and "--start_from" in words:
-            (tmp_path / "calibrated_sampled" / "summary.json").parent.mkdir()
+            (tmp_path / "calibrated" / "summary.json").parent.mkdir()
             summary = json.dumps({"final": FINAL, "seconds_per_step": 0.1})
-            (tmp_path / "calibrated_sampled" / "summary.json").write_text(summary)
+            (tmp_path / "calibrated" / "summary.json").write_text(summary)
 
     monkeypatch.setattr(compare_recipes, "run_logged", run)
-    flags = ["--output", str(tmp_path), "--recipes", "calibrated_sampled"]
+    flags = ["--output", str(tmp_path), "--recipes", "calibrated"]
     monkeypatch.setattr(sys, "argv", ["compare_recipes", *flags])
     compare_recipes.main()
     cache, oneshot, training = called

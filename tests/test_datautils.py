@@ -185,8 +185,7 @@ def test_samples_are_what_the_stock_pipeline_hands_its_transformer_bit_for_bit(
     for i in range(2):
         for step, (inputs, velocity) in enumerate(zip(stock.inputs, stock.velocities, strict=True)):
             sample = cached[i * STEPS + step]
-            assert set(sample) == per_prompt | {"img_ids", "txt_ids", "velocity", "step"}
-            assert sample["step"] == step
+            assert set(sample) == per_prompt | {"img_ids", "txt_ids", "velocity"}
             for name in per_prompt:
                 assert same(sample[name], inputs[name][i]), name
             for name in ("img_ids", "txt_ids"):
@@ -683,17 +682,18 @@ def test_prompts_and_timesteps_are_mixed_within_a_batch(window):
 
 
 @pytest.mark.parametrize("window", [None, 16])
-@pytest.mark.parametrize("power", [0.5, 1, 2, -1])
-def test_steps_are_drawn_as_often_as_their_power_says_and_prompts_alike(power, window):
-    prompts, steps = 600, 28
-    sampler = ShuffledSamples(prompts, steps, seed=1, window=window, power=power)
+@pytest.mark.parametrize(("steps", "early_share"), [(28, 0.9), (28, 0.1), (10, 0.5), (4, 0.9)])
+def test_the_first_quarter_of_the_steps_gets_its_share_and_prompts_are_drawn_alike(steps, early_share, window):
+    prompts = 600
+    sampler = ShuffledSamples(prompts, steps, seed=1, window=window, early_share=early_share)
     order = list(sampler)
     assert len(order) == len(sampler) == prompts * steps and order == list(sampler)
     assert set(Counter(number // steps for number in order).values()) == {steps}
-    shares = [(k + 1) ** -power for k in range(steps)]
+    early = [min(1, max(0, steps / 4 - k)) for k in range(steps)]  # the part of a step that is in the first quarter
+    shares = [e / steps * 4 * early_share + (1 - e) / steps / 0.75 * (1 - early_share) for e in early]
     drawn = Counter(number % steps for number in order)
     for k, share in enumerate(shares):  # a prompt gives a step this often, rounded down or up
-        each = steps * share / sum(shares)
+        each = steps * share
         spread = (prompts * (each % 1) * (1 - each % 1)) ** 0.5
         assert drawn[k] == pytest.approx(prompts * each, abs=5 * spread + 1e-6)
         counts = Counter(number // steps for number in order if number % steps == k)

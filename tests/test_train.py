@@ -409,7 +409,7 @@ def refusal(result, message: str, code: int = 1) -> None:
     ("flags", "message"),
     [
         (["--w_bits", 4], "checkpoint-4: trained with w_bits=0, asked for w_bits=4; give the same settings, or"),
-        (["--learning_rate", 1e-4], "trained with learning_rate=0.001, asked for learning_rate=0.0001"),
+        (["--learning_rate", 1e-4], "trained with learning_rate=0.0005, asked for learning_rate=0.0001"),
         (["--gradient_accumulation_steps", 2], "trained with global_batch_size=2, asked for global_batch_size=4"),
         (["--ema_decay", 0], "trained with ema_decay=0.5, asked for ema_decay=0.0"),
         (["--lora_r", 2], "trained with lora_r=0, asked for lora_r=2"),
@@ -535,5 +535,5 @@ def test_the_shell_script_leaves_the_documented_outputs(pipeline_folder, tmp_pat
     assert 0 <= summary["final"]["eval_scene_score"] <= 1 and "eval_scene_score_teacher" in summary["final"]
     assert FluxTransformer2DModel.from_pretrained(tmp_path / "local/models" / name).config.w_bits == 0
     assert sorted(os.listdir(tmp_path / "local/teacher_cache")) == ["eval", "train"]
-    assert "1.58 bit, clip_init mse, learning rate 0.001: training " in result.stdout
+    assert "1.58 bit, clip_init mse, learning rate 0.0005: training " in result.stdout
     assert re.search(r"^velocity NMSE +[\d.e-]+ +[\d.e-]+$", result.stdout, re.MULTILINE)

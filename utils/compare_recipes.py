@@ -1,7 +1,7 @@
 """Train the same student by several recipes and put them in one table.
 
     python -m utils.compare_recipes --output output/recipes                  # on each GPU a recipe after the other
-    python -m utils.compare_recipes --parallel 4 --recipes average published # four at a time on each GPU
+    python -m utils.compare_recipes --parallel 4 --recipes early97 published # four at a time on each GPU
     python -m utils.compare_recipes --output output/recipes --max_steps 50 --num_final_images 12 --batch_size 4
 
 Every recipe is one call of train.py, with the same teacher cache, steps, batch size and held-out prompts; what an
@@ -23,12 +23,8 @@ from utils.scenes import CATEGORIES
 from utils.utils import get_logger, run_logged, run_script, spread, visible_gpus
 
 log = get_logger("recipes")
-PLAIN = [
-    *"--lora_r 0 --learning_rate 1e-3 --clip_learning_rate 1e-3".split(),
-    *"--ema_decay 0 --step_weighting 0 --step_sampling 0".split(),
-]
-LORA = [*PLAIN, *"--lora_r 32 --lora_alpha 32 --clip_learning_rate 5e-4".split()]
-AVERAGED, EARLY, SAMPLED = ["--ema_decay", "0.999"], ["--step_weighting", "1"], ["--step_sampling", "1"]
+PLAIN = "--lora_r 0 --learning_rate 5e-4 --clip_learning_rate 5e-4 --ema_decay 0 --early_share 0.25".split()
+EARLY, VERY_EARLY = ["--early_share", "0.9"], ["--early_share", "0.97"]
 ONESHOT = "ONESHOT"  # stands for the folder of run.py's calibrated one-shot
 
 
@@ -42,40 +38,19 @@ RECIPES = {  # name: (what it is, flags of train.py, none left to the defaults)
         "published port, literally: LoRA r 32 inside, scaling 1/32, α = max, lr 2e-5",
         [*PLAIN, *"--lora_r 32 --lora_alpha 1 --clip_init max".split(), *at("2e-5")],
     ),
-    "lora": ("LoRA r 32 inside, scaling 1, error-minimal α, lr 1e-3 (α 5e-4)", LORA),
-    "lora_early": ("LoRA likewise, first steps weighted up", [*LORA, *EARLY]),
-    "lora_sampled": ("LoRA at 5e-4, first steps drawn more often", [*LORA, *SAMPLED, *at("5e-4")]),
-    "full": ("full weights, error-minimal α, lr 1e-3", PLAIN),
-    "full_early": ("full weights, first steps weighted up", [*PLAIN, *EARLY]),
-    "average": ("full weights, averaged (decay 0.999)", [*PLAIN, *AVERAGED]),
-    "average_early": ("full weights, averaged, first steps weighted up", [*PLAIN, *AVERAGED, *EARLY]),
-    "steep_early": (
-        "full weights, averaged, first steps weighted up steeply",
-        [*PLAIN, *AVERAGED, "--step_weighting", "2"],
+    "uniform": ("full weights, lr 5e-4, all steps alike", PLAIN),
+    "early75": ("full weights, lr 5e-4, 75 % early", [*PLAIN, "--early_share", "0.75"]),
+    "early90": ("full weights, lr 5e-4, 90 % early", [*PLAIN, *EARLY]),
+    "early97": ("full weights, lr 5e-4, 97 % early", [*PLAIN, *VERY_EARLY]),
+    "fast": ("full weights, lr 1e-3, 97 % early", [*PLAIN, *VERY_EARLY, *at("1e-3")]),
+    "slow": ("full weights, lr 2.5e-4, 90 % early", [*PLAIN, *EARLY, *at("2.5e-4")]),
+    "calibrated": (
+        "full weights from the calibrated one-shot, lr 2.5e-4, 90 % early",
+        [*PLAIN, *EARLY, *at("2.5e-4"), "--start_from", ONESHOT],
     ),
-    "slow_early": (
-        "full weights at 5e-4, averaged, first steps weighted up",
-        [*PLAIN, *AVERAGED, *EARLY, *at("5e-4")],
-    ),
-    "slow": ("full weights at 5e-4", [*PLAIN, *at("5e-4")]),
-    "sampled": ("full weights at 5e-4, first steps drawn more often", [*PLAIN, *SAMPLED, *at("5e-4")]),
-    "slow_sampled": ("full weights at 2.5e-4, first steps drawn more often", [*PLAIN, *SAMPLED, *at("2.5e-4")]),
-    "slower_sampled": ("full weights at 1.25e-4, first steps drawn more often", [*PLAIN, *SAMPLED, *at("1.25e-4")]),
-    "steep_sampled": (
-        "full weights at 2.5e-4, first steps drawn much more often (1.5)",
-        [*PLAIN, "--step_sampling", "1.5", *at("2.5e-4")],
-    ),
-    "steeper_sampled": (
-        "full weights at 2.5e-4, first steps drawn much more often (2)",
-        [*PLAIN, "--step_sampling", "2", *at("2.5e-4")],
-    ),
-    "calibrated_sampled": (
-        "full weights at 2.5e-4, from the calibrated one-shot, first steps drawn more often",
-        [*PLAIN, *SAMPLED, *at("2.5e-4"), "--start_from", ONESHOT],
-    ),
-    "average_sampled": (
-        "full weights at 5e-4, averaged, first steps drawn more often",
-        [*PLAIN, *AVERAGED, *SAMPLED, *at("5e-4")],
+    "lora": (
+        "LoRA r 32 inside, scaling 1, lr 5e-4, 97 % early",
+        [*PLAIN, *VERY_EARLY, *"--lora_r 32 --lora_alpha 32".split()],
     ),
 }
 
@@ -151,7 +126,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max_steps", type=int, default=6000)
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--eval_batch_size", type=int, default=200)
-    parser.add_argument("--num_train_prompts", type=int, default=32000)
+    parser.add_argument("--num_train_prompts", type=int, default=64000)
     parser.add_argument("--num_final_images", type=int, default=1200)
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of train.py, last")
     return parser.parse_args()

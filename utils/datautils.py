@@ -146,8 +146,7 @@ class Trajectories(Dataset):
         """The transformer's inputs at one step, without the batch dimension, and what the teacher did there.
 
         hidden_states [L, C], encoder_hidden_states [S, D], pooled_projections [P], timestep [] (1 is pure noise),
-        guidance [] where the model embeds it, img_ids [L, 3], txt_ids [S, 3]. Of the teacher: velocity [L, C] and
-        step [], 0 being the first.
+        guidance [] where the model embeds it, img_ids [L, 3], txt_ids [S, 3]. Of the teacher: velocity [L, C].
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -165,17 +164,16 @@ class Trajectories(Dataset):
             "img_ids": image_ids(side, latents.dtype),
             "txt_ids": torch.zeros(len(kept["prompt_embeds"]), 3, dtype=latents.dtype),
             "velocity": velocity,
-            "step": torch.tensor(step),
         }
         if self.description["guidance_embeds"]:
             sample["guidance"] = torch.tensor(self.description["guidance_scale"], dtype=torch.float32)
         return sample
 
 
-def split_batch(batch: Trajectory) -> tuple[Trajectory, Tensor, Tensor]:
-    """What the transformer is called with, the velocity and the number of the step."""
+def split_batch(batch: Trajectory) -> tuple[Trajectory, Tensor]:
+    """What the transformer is called with, and the velocity."""
     inputs = dict(batch)
-    return inputs, inputs.pop("velocity"), inputs.pop("step")
+    return inputs, inputs.pop("velocity")
 
 
 def collate(samples: list[Trajectory]) -> Trajectory:
@@ -187,18 +185,20 @@ def collate(samples: list[Trajectory]) -> Trajectory:
 
 
 class ShuffledSamples(Sampler[int]):
-    """Every sample once an epoch, in an order that depends on seed and epoch alone.
+    """As many samples an epoch as there are, in an order that depends on seed and epoch alone.
 
-    With `power` p, each prompt still gives `steps` samples, but step k, from 1, as often as its share of k^−p says, on
-    average over the prompts: the first steps more than once, the last ones now and then.
+    `early_share` of them are of the first quarter of the steps, one of these as often as the other, and likewise the
+    rest. With 0.25 every sample is drawn once; else each prompt still gives `steps` samples, and only on average over
+    the prompts so many of each step.
     With `window`, prompts are shuffled and taken `window` at a time, their steps mixed: of trajectories that are made
     while training, no more than these are needed at once.
     """
 
-    def __init__(self, prompts: int, steps: int, seed: int, window: int | None = None, power: float = 0.0):
+    def __init__(self, prompts: int, steps: int, seed: int, window: int | None = None, early_share: float = 0.25):
         self.prompts, self.steps, self.seed, self.window = prompts, steps, seed, window or prompts
-        shares = torch.arange(1, steps + 1, dtype=torch.float64) ** -power
-        self.bounds = shares.cumsum(0)[:-1] * steps / shares.sum()  # where in [0, steps) a share ends
+        ends = torch.arange(1, steps, dtype=torch.float64) / steps
+        early, late = 4 * early_share * ends, early_share + (1 - early_share) * (ends - 0.25) / 0.75
+        self.bounds = steps * torch.where(ends < 0.25, early, late)  # where in [0, steps) the share of a step ends
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:

@@ -92,7 +92,7 @@ class TrainingArguments(transformers.TrainingArguments):
         default=None, metadata={"help": "compute in bfloat16; default: on CUDA, unless --fp16 True"}
     )
     optim: str = field(default="adamw_torch_fused", metadata={"help": "the optimizer"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})
+    learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate"})
     clip_learning_rate: float | None = field(
         default=None, metadata={"help": "of the step sizes; default: learning_rate; 0 freezes them"}
     )
@@ -102,11 +102,9 @@ class TrainingArguments(transformers.TrainingArguments):
     ema_decay: float = field(
         default=0.0, metadata={"help": "average the trained parameters, e.g. 0.999, and evaluate and save the average"}
     )
-    step_weighting: float = field(
-        default=0.0, metadata={"help": "weigh the error of step k by 1/k to this power, the first steps most; 0: alike"}
-    )
-    step_sampling: float = field(
-        default=0.0, metadata={"help": "draw step k as often as 1/k to this power says, the first steps most; 0: alike"}
+    early_share: float = field(
+        default=0.97,
+        metadata={"help": "share of the samples that is of the first quarter of the steps; 0.25: all alike"},
     )
     feature_loss: float = field(
         default=0.0, metadata={"help": "weight of the error of the blocks' outputs; keeps the teacher in memory"}
@@ -179,10 +177,8 @@ def process_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArg
                 raise ValueError(f"--{name} must be at least 1, got {value}")
         if not 0 <= training_args.ema_decay < 1:
             raise ValueError(f"--ema_decay must be at least 0 and below 1, got {training_args.ema_decay}")
-        for name in ("step_weighting", "step_sampling"):
-            value = getattr(training_args, name)
-            if not abs(value) <= 8:
-                raise ValueError(f"--{name} must be from -8 to 8, got {value}")
+        if not 0 < training_args.early_share < 1:
+            raise ValueError(f"--early_share must be above 0 and below 1, got {training_args.early_share}")
         if data_args.resolution and data_args.resolution % 16:
             raise ValueError(f"--resolution must be a multiple of 16, got {data_args.resolution}")
     except ValueError as error:

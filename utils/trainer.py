@@ -1,7 +1,7 @@
 """FluxQATTrainer: Hugging Face's Trainer with the velocity as the target.
 
 loss = mean (v_student(z_t, prompt, t, guidance) − v_teacher)², z_t and v_teacher from the teacher's own trajectories
-(utils/datautils.py), if asked for with more of the first steps or more weight on them. Trainer keeps the loop, DDP,
+(utils/datautils.py), most of them of the first steps, which decide the layout. Trainer keeps the loop, DDP,
 gradient accumulation, schedules and logging; here stand the loss, what is trained, evaluation against the teacher, and
 checkpoints that hold safetensors and JSON only:
 
@@ -120,7 +120,7 @@ class FluxQATTrainer(transformers.Trainer):
             raise ValueError("feature_loss needs the teacher")
         self.eval_pipe, self.settings, self.teacher = eval_pipe, settings, teacher
         self.num_images, self.num_final_images = num_images, num_final_images
-        self.sampler = ShuffledSamples(len(train_data.prompts), train_data.steps, args.seed, window, args.step_sampling)
+        self.sampler = ShuffledSamples(len(train_data.prompts), train_data.steps, args.seed, window, args.early_share)
         self.folder = Path(args.output_dir)
         super().__init__(
             model=model,
@@ -136,8 +136,6 @@ class FluxQATTrainer(transformers.Trainer):
         self.loss_is_scaled_for_ga = False  # a mean over the batch
         if self.accelerator.ddp_handler is not None:  # no copies of the gradients into DDP's buckets and back
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
-        weights = torch.arange(1, train_data.steps + 1, device=args.device).float() ** -args.step_weighting
-        self.step_weights = weights / weights.mean()
         self.aside = 0.0  # seconds spent on evaluation and checkpoints
         self.average = None
         if args.ema_decay:
@@ -162,15 +160,10 @@ class FluxQATTrainer(transformers.Trainer):
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean squared error of the velocity [B, L, C], in float32; plus feature_loss times that of the blocks.
-
-        With step_weighting p a sample of step k, from 0, counts in proportion to (k + 1)^−p, on average 1: the first
-        steps decide the layout, and what is wrong there grows on the way to the picture.
-        """
-        inputs, target, step = split_batch(inputs)
+        """Mean squared error of the velocity [B, L, C], in float32; plus feature_loss times that of the blocks."""
+        inputs, target = split_batch(inputs)
         velocity = model(**inputs, return_dict=False)[0]
-        errors = (velocity.float() - target.float()).square().flatten(1).mean(1)
-        loss = (errors * self.step_weights[step.long()]).mean()
+        loss = F.mse_loss(velocity.float(), target.float())
         if self.args.feature_loss:
             dtype = self.teacher.dtype
             with torch.no_grad(), torch.autocast(self.args.device.type, dtype, enabled=dtype != torch.float32):
@@ -272,7 +265,7 @@ class FluxQATTrainer(transformers.Trainer):
         sums = torch.zeros(3, data.steps, dtype=torch.float64)  # squared error, squared target, elements
         for start in tqdm(range(0, len(mine), size), desc="velocity", leave=False, disable=self.args.disable_tqdm):
             numbers = mine[start : start + size]
-            inputs, target, _ = split_batch(self._prepare_inputs(collate([data[number] for number in numbers])))
+            inputs, target = split_batch(self._prepare_inputs(collate([data[number] for number in numbers])))
             with self.accelerator.autocast():
                 velocity = self.model(**inputs, return_dict=False)[0].float()
             rows = [(velocity - target).square().flatten(1).sum(1), target.square().flatten(1).sum(1)]
