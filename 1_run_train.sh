@@ -23,6 +23,9 @@ if [ -d "$PWD/$MODEL" ]; then MODEL=$PWD/$MODEL; fi  # relative to where the use
 
 source "$(dirname -- "${BASH_SOURCE[0]}")/utils/setup.sh"
 
+# The same numbers from MKL in every process: what was killed and goes on ends where it would have ended.
+export MKL_CBWR=${MKL_CBWR:-AUTO}
+
 case $MODEL in
     *tiny-flux)  # what a laptop can do in a few minutes
         SIZE=(--num_train_prompts 160 --num_images 12 --max_steps 400 --eval_steps 200 --save_steps 200

@@ -5,6 +5,8 @@ import os
 # Before torch is imported, and inherited by the scripts: for tensors this small a second thread gains nothing, and on
 # a busy machine the threads wait for each other most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Some processors get other last digits from MKL in one process than in another; files are compared byte for byte here.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 import subprocess  # noqa: E402
 import sys  # noqa: E402
