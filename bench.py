@@ -251,13 +251,13 @@ def bench_layers(args: argparse.Namespace, whole: nn.Module, packed: FluxTransfo
     kinds = dict.fromkeys([args.dtype_name, "bfloat16", *list(MAKERS)[3:], *(f"ours {mode}" for mode in args.mode)])
     dtypes = {kind: torch.bfloat16 if kind == "bfloat16" else args.dtype for kind in kinds}
     problems = {kind: why_not(kind, dtypes[kind], args.device) for kind in kinds}
-    timed = dict(packed.named_modules())
+    held = dict(packed.named_modules())  # on a CPU a block of each kind, of all that `whole` has
     rows = []
     for (modulation, n, k), names in layer_shapes(whole).items():
         # q, k and v may share what is made of their input; an attention's output layer has its own.
         chosen = [max(names, key=lambda name: "to_out" in name)]
         if modulation:  # so short that a launch would count, were it not for the next ones behind it
-            chosen = [name for name in names if name in timed][:IN_A_ROW]
+            chosen = [name for name in names if name in held][:IN_A_ROW]
         counts = {1} if modulation else tokens
         if not gpu:
             counts = {1, CPU_ROWS} if modulation else {min(m, CPU_ROWS) for m in tokens}

@@ -11,10 +11,10 @@ W[n, k] = α[n]·(c[n, k] + s)/n_grid for integer codes c (utils_quant.code_grid
             e4m3 and 0.8 % in int8 if it is Gaussian. `_fused` does all of it without a scratch matrix.
 
 Up to SMALL tokens (modulation has one a picture) a layer is memory traffic and nothing else: on a GPU `_few_tokens`
-reads the codes once and multiplies in fp32, in either mode. A scratch matrix lives inside one call; the caching
-allocator, or the pool of a CUDA graph, gives the same memory to the next. torch.compile takes the launches of the
-kernels into its graph, as it does with the plain torch around them; only where there is no Triton, or a gradient is
-wanted, a layer is an op of its own.
+(ternary codes: `_few_tokens_ternary`) reads the codes once and multiplies in fp32, in either mode. A scratch matrix
+lives inside one call; the caching allocator, or the pool of a CUDA graph, gives the same memory to the next.
+torch.compile takes the launches of the kernels into its graph, as it does with the plain torch around them; only where
+there is no Triton, or a gradient is wanted, a layer is an op of its own.
 """
 
 from collections.abc import Iterator
