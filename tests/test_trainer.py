@@ -274,6 +274,16 @@ def test_feature_loss_without_the_teacher_is_an_error(make):
 # ------------------------------------------------------------------------------------------------------- the steps
 
 
+@pytest.mark.parametrize("power", [0.5, 0.25])
+def test_loss_power_is_applied_to_each_sample(power, make):
+    made, batch = make("--loss_power", power), random_batch()
+    loss = made.compute_loss(made.model, batch)
+    with torch.no_grad():
+        velocity = made.model(**{name: tensor for name, tensor in batch.items() if name != "velocity"}).sample
+    errors = (velocity.double() - batch["velocity"].double()).square().flatten(1).mean(1)
+    assert loss.item() == pytest.approx(sum(e.item() ** power for e in errors) / len(errors), rel=1e-5)
+
+
 def adamw_loop(model, samples: Trajectories, batches, learning_rate, clip_learning_rate, weight_decay, eps):
     """Quantization-aware training in its plainest form; the losses, and the gradient's norms before clipping."""
     kinds = by_kind(model)

@@ -23,7 +23,9 @@ from utils.scenes import CATEGORIES
 from utils.utils import get_logger, run_logged, run_script, spread, visible_gpus
 
 log = get_logger("recipes")
-PLAIN = "--lora_r 0 --learning_rate 5e-4 --clip_learning_rate 5e-4 --ema_decay 0 --early_share 0.25".split()
+PLAIN = (
+    "--lora_r 0 --learning_rate 5e-4 --clip_learning_rate 5e-4 --ema_decay 0 --early_share 0.25 --loss_power 1".split()
+)
 EARLY, VERY_EARLY = ["--early_share", "0.9"], ["--early_share", "0.97"]
 ONESHOT = "ONESHOT"  # stands for the folder of run.py's calibrated one-shot
 
@@ -42,6 +44,7 @@ RECIPES = {  # name: (what it is, flags of train.py, none left to the defaults)
     "early75": ("full weights, lr 5e-4, 75 % early", [*PLAIN, "--early_share", "0.75"]),
     "early90": ("full weights, lr 5e-4, 90 % early", [*PLAIN, *EARLY]),
     "early97": ("full weights, lr 5e-4, 97 % early", [*PLAIN, *VERY_EARLY]),
+    "quarter": ("full weights, lr 5e-4, 97 % early, error^¼", [*PLAIN, *VERY_EARLY, "--loss_power", "0.25"]),
     "fast": ("full weights, lr 1e-3, 97 % early", [*PLAIN, *VERY_EARLY, *at("1e-3")]),
     "slow": ("full weights, lr 2.5e-4, 90 % early", [*PLAIN, *EARLY, *at("2.5e-4")]),
     "calibrated": (

@@ -106,6 +106,11 @@ class TrainingArguments(transformers.TrainingArguments):
         default=0.97,
         metadata={"help": "share of the samples that is of the first quarter of the steps; 0.25: all alike"},
     )
+    loss_power: float = field(
+        default=1.0,
+        metadata={"help": "each sample's mean squared error is raised to it: 1 is the usual loss, less of it counts "
+                  "easy samples for more"},
+    )  # fmt: skip
     feature_loss: float = field(
         default=0.0, metadata={"help": "weight of the error of the blocks' outputs; keeps the teacher in memory"}
     )
@@ -179,6 +184,8 @@ def process_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArg
             raise ValueError(f"--ema_decay must be at least 0 and below 1, got {training_args.ema_decay}")
         if not 0 < training_args.early_share < 1:
             raise ValueError(f"--early_share must be above 0 and below 1, got {training_args.early_share}")
+        if not 0 < training_args.loss_power <= 1:
+            raise ValueError(f"--loss_power must be above 0 and at most 1, got {training_args.loss_power}")
         if data_args.resolution and data_args.resolution % 16:
             raise ValueError(f"--resolution must be a multiple of 16, got {data_args.resolution}")
     except ValueError as error:
