@@ -124,6 +124,7 @@ def test_several_bit_widths():
         (["--early_share", "1"], "--early_share must be above 0 and below 1, got 1.0"),
         (["--early_share", "nan"], "--early_share must be above 0 and below 1, got nan"),
         (["--loss_power", "0"], "--loss_power must be above 0 and at most 1, got 0.0"),
+        (["--loss_power", "nan"], "--loss_power must be above 0 and at most 1, got nan"),
         (["--device", "toaster"], "--device toaster is not available here: use one of .*cpu"),
         (["--device", "meta"], "--device meta is not available here"),
         (["--nonsense", "3"], "unknown arguments: --nonsense 3"),

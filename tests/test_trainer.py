@@ -284,6 +284,16 @@ def test_loss_power_is_applied_to_each_sample(power, make):
     assert loss.item() == pytest.approx(sum(e.item() ** power for e in errors) / len(errors), rel=1e-5)
 
 
+def test_a_sample_without_error_has_a_gradient_whatever_the_power(make):
+    made, batch = make("--loss_power", 0.25), random_batch()
+    with torch.no_grad():
+        batch["velocity"] = made.model(**{n: t for n, t in batch.items() if n != "velocity"}).sample
+    batch["velocity"][1:] += 1  # the first sample is met exactly
+    made.compute_loss(made.model, batch).backward()
+    assert all(p.grad.isfinite().all() for p in made.trained())
+    assert any(p.grad.any() for p in made.trained())
+
+
 def adamw_loop(model, samples: Trajectories, batches, learning_rate, clip_learning_rate, weight_decay, eps):
     """Quantization-aware training in its plainest form; the losses, and the gradient's norms before clipping."""
     kinds = by_kind(model)

@@ -108,9 +108,8 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     loss_power: float = field(
         default=1.0,
-        metadata={"help": "each sample's mean squared error is raised to it: 1 is the usual loss, less of it counts "
-                  "easy samples for more"},
-    )  # fmt: skip
+        metadata={"help": "exponent of each sample's mean squared error; below 1 hard samples count for less"},
+    )
     feature_loss: float = field(
         default=0.0, metadata={"help": "weight of the error of the blocks' outputs; keeps the teacher in memory"}
     )

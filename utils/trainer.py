@@ -1,9 +1,9 @@
 """FluxQATTrainer: Hugging Face's Trainer with the velocity as the target.
 
-loss = mean (v_student(z_t, prompt, t, guidance) − v_teacher)², z_t and v_teacher from the teacher's own trajectories
-(utils/datautils.py), most of them of the first steps, which decide the layout. Trainer keeps the loop, DDP,
-gradient accumulation, schedules and logging; here stand the loss, what is trained, evaluation against the teacher, and
-checkpoints that hold safetensors and JSON only:
+loss = mean over the samples of (mean (v_student(z_t, prompt, t, guidance) − v_teacher)²)^loss_power, z_t and v_teacher
+from the teacher's own trajectories (utils/datautils.py), most of them of the first steps, which decide the layout.
+Trainer keeps the loop, DDP, gradient accumulation, schedules and logging; here stand the loss, what is trained,
+evaluation against the teacher, and checkpoints that hold safetensors and JSON only:
 
     checkpoint-N/config.json, *.safetensors    the transformer, for FluxTransformer2DModel.from_pretrained
     checkpoint-N/training_state.safetensors    the optimizer's moments; with --ema_decay also the weights not averaged
@@ -161,8 +161,8 @@ class FluxQATTrainer(transformers.Trainer):
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean over the samples of (mean squared error of the velocity [L, C])^loss_power, in float32; plus
-        feature_loss times the blocks' error.
+        """Mean over the samples of (mean squared error of the velocity [L, C])^loss_power, in float32, plus
+        feature_loss times that of the blocks.
 
         A few samples, in which the student decides for another layout than the teacher, hold most of the squared error.
         Below 1 the power keeps them from outweighing all others in the gradient.
