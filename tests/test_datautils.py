@@ -309,6 +309,7 @@ pipe = FluxPipeline.from_pretrained(model)
 pipe.transformer.register_forward_hook(lambda *_: time.sleep(float(seconds)))
 wanted = TeacherSettings(**settings)
 fill_cache(Path(cache), pipe, "random", json.loads(prompts), wanted, int(batch_size), state.device)
+state.destroy_process_group()
 """
 
 

@@ -72,6 +72,25 @@ def test_run_script_leaves_bugs_alone():
         run_script(lambda: 1 / 0)
 
 
+def test_run_script_leaves_the_process_group_unless_there_was_an_error(tmp_path):
+    def join(name: str) -> None:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / name}", rank=0, world_size=1)
+
+    run_script(lambda: join("done"))
+    assert not torch.distributed.is_initialized()
+
+    def fail():
+        join("failed")
+        raise ValueError("no disk")
+
+    try:
+        with pytest.raises(SystemExit):
+            run_script(fail)
+        assert torch.distributed.is_initialized()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize(
     ("gpus", "mps", "default"), [(2, False, "cuda"), (0, True, "mps"), (2, True, "cuda"), (0, False, "cpu")]
 )

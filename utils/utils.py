@@ -55,7 +55,9 @@ def get_logger(name: str) -> logging.Logger:
 def run_script(main: Callable[[], None]) -> None:
     """Call `main`; ValueError, OSError and SafetensorError, which name their cause, end in one line and status 1.
 
-    With TRACEBACK=1 in the environment they are raised as usual.
+    With TRACEBACK=1 in the environment they are raised as usual. At the end a process that torchrun started leaves its
+    group, whose threads could otherwise outlive the interpreter and abort it, and torchrun would then end the other
+    ranks, whatever they are writing. Not after an error: leaving may wait for a rank that is in a collective.
     """
     try:
         main()
@@ -64,6 +66,8 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def run_logged(words: Sequence[object], log: Path, environment: Mapping[str, str] | None = None) -> None:
