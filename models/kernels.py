@@ -211,6 +211,15 @@ def _launch(kernel, grid: tuple[int, ...], codes: Tensor, *arguments, **options)
         kernel[grid](codes, *arguments, **options)
 
 
+def _in_words(tensor: Tensor) -> bool:
+    """Whether a contiguous tensor may be read in 32-bit words.
+
+    Dynamo cannot ask. What a graph computes lies in words, as parameters do; only a slice that begins between two
+    words and goes straight from a graph's arguments into a layer would not.
+    """
+    return torch.compiler.is_compiling() or tensor.storage_offset() * tensor.element_size() % 4 == 0
+
+
 # ---------------------------------------------------------------------------------------------------------- unpacking
 
 
@@ -303,8 +312,8 @@ def _exact(x: Tensor, codes: Tensor, alpha: Tensor, bias: Tensor | None, w_bits:
     out = x.new_empty(*x.shape[:-1], rows)
     stride, biased = int(alpha.numel() > 1), bias is not None
     bias = bias if biased else x
-    words = columns % 4 == 0 and 4 * columns == x.shape[-1] and codes.storage_offset() % 4 == 0
-    if w_bits == 0 and x.element_size() == 2 and words and x.storage_offset() % 2 == 0:
+    words = columns % 4 == 0 and 4 * columns == x.shape[-1] and _in_words(codes) and _in_words(x)
+    if w_bits == 0 and x.element_size() == 2 and words:
         block = 16 if rows > 12288 else 8  # about as many programs for each of FLUX.1-dev's two shapes
         _launch(
             _few_tokens_ternary, (-(-rows // block), tokens), codes, x, alpha, bias, out, rows, columns, stride, 1 / n,

@@ -257,6 +257,26 @@ def test_blocks_compile_whole_and_once(small, blocks, mode):
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("blocks", ["transformer_blocks", "single_transformer_blocks"])
+def test_what_leads_to_a_kernel_can_be_traced(small, blocks, dtype, monkeypatch):
+    """As on a GPU, where the kernels become part of the graph; here they are only counted."""
+    pytest.importorskip("triton", reason="Triton is made for Linux only")
+    launched = []
+    monkeypatch.setattr(kernels, "in_triton", lambda codes, w_bits: True)
+    monkeypatch.setattr(kernels, "_launch", lambda kernel, *arguments, **options: launched.append(kernel))
+    block = copy.deepcopy(getattr(small, blocks)[0]).to(dtype)
+    inputs = {name: part if name == "image_rotary_emb" else part.to(dtype) for name, part in block_inputs(0).items()}
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(block, fullgraph=True, backend="eager")(**inputs)
+    few = kernels._few_tokens_ternary if dtype == torch.bfloat16 else kernels._few_tokens
+    packed = [name for name, layer in block.named_modules() if isinstance(layer, PackedLinear)]
+    modulation = sum(name.endswith("linear") for name in packed)
+    assert launched.count(few) == modulation
+    assert launched.count(kernels._unpack) == len(packed) - modulation
+
+
 @pytest.mark.parametrize(("blocks", "inputs"), [("transformer_blocks", 8), ("single_transformer_blocks", 2)])
 def test_q_k_and_v_share_their_quantized_tokens(small, blocks, inputs, monkeypatch):
     if not GPU:  # where modulation is exact
