@@ -107,7 +107,7 @@ class TrainingArguments(transformers.TrainingArguments):
         metadata={"help": "share of the samples that is of the first quarter of the steps; 0.25: all alike"},
     )
     loss_power: float = field(
-        default=1.0,
+        default=0.25,
         metadata={"help": "exponent of each sample's mean squared error; below 1 hard samples count for less"},
     )
     feature_loss: float = field(
