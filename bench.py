@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from models.kernels import MODES
 from models.modeling_flux_quant import DEFAULT_SETTINGS, MODULATION, FluxTransformer2DModel
-from models.packing import PackedLinear
+from models.packing import PackedLinear, row_chunks, store_codes, unpack_trits
 from utils.make_random_flux import CONFIGS
 from utils.metrics import nmse
 from utils.rivals import (
@@ -328,6 +328,26 @@ def bench_load(args: argparse.Namespace, packed: FluxTransformer2DModel) -> dict
         return {"seconds": seconds(load, args.device), "bytes": size}
 
 
+def bench_decoding(args: argparse.Namespace, packed: FluxTransformer2DModel) -> dict[str, float]:
+    """Ternary codes a second, 1e9 of them (GB, at a byte each), that come out of their form on disk, five a byte: of
+    the largest layer, by one thread of the CPU and by the device."""
+    layer = max((m for m in packed.modules() if isinstance(m, PackedLinear)), key=lambda m: m.weight_codes.numel())
+    codes, k = layer.codes().cpu(), layer.in_features
+    stored, threads, rates = store_codes(codes, 0), torch.get_num_threads(), {}
+    torch.set_num_threads(1)
+    for device in dict.fromkeys([torch.device("cpu"), args.device]):
+        given = stored.to(device)
+
+        def decode(given=given) -> None:
+            for rows in row_chunks(*codes.shape):  # as from_pretrained does
+                unpack_trits(given[rows], k)
+
+        decode()
+        rates[device.type] = codes.numel() / 1e9 / statistics.median(seconds(decode, device) for _ in range(5 * RUNS))
+    torch.set_num_threads(threads)
+    return rates
+
+
 # ------------------------------------------------------------------------------------------------------------ output
 
 
@@ -419,7 +439,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help="a side, multiples of 16; default: the autoencoder's size, else 1024 512")  # fmt: skip
     parser.add_argument("--text_tokens", type=int, help="default: what the pipeline pads its prompts to")
     parser.add_argument("--layers", action="store_true", help="also time each GEMM shape of the blocks on its own")
-    parser.add_argument("--load", action="store_true", help="also time loading a packed checkpoint from a warm disk")
+    parser.add_argument(
+        "--load", action="store_true", help="also time loading a packed checkpoint from a warm disk, and decoding codes"
+    )
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help="of ours; default: both")
     parser.add_argument("--no_steps", action="store_true", help="leave the denoising steps out")
     parser.add_argument("--device", help="default: cuda if there, else mps, else cpu")
@@ -482,8 +504,10 @@ def main(argv: list[str] | None = None) -> None:
         print("\n" + table(figures["layers"], LAYER_COLUMNS) + "\n")
         save(figures, args.output / "bench.json")
     if args.load:
-        figures["load"] = bench_load(args, packed)
-        print("packed checkpoint: {bytes:,} bytes on disk, loaded in {seconds:.2f} s\n".format(**figures["load"]))
+        figures["load"] = bench_load(args, packed) | {"decoded_gb_per_second": bench_decoding(args, packed)}
+        print("packed checkpoint: {bytes:,} bytes on disk, loaded in {seconds:.2f} s".format(**figures["load"]))
+        rates = figures["load"]["decoded_gb_per_second"]
+        print("codes decoded: " + ", ".join(f"{rate:.2f} GB/s on {device}" for device, rate in rates.items()) + "\n")
         save(figures, args.output / "bench.json")
     log.info("figures: %s", args.output / "bench.json")
     for row in figures.get("steps", []) + figures.get("layers", []):

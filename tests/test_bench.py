@@ -156,6 +156,7 @@ def test_bench_measures_every_rival(folder, tmp_path, capsys):
     }  # fmt: skip
 
     disk = rows[32, "ours exact, eager"]["disk_bytes"]
+    assert set(found["load"]["decoded_gb_per_second"]) == {"cpu"} and found["load"]["decoded_gb_per_second"]["cpu"] > 0
     assert found["load"]["seconds"] > 0 and found["load"]["bytes"] > disk  # the headers and the index besides
 
 
