@@ -24,10 +24,11 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 from diffusers import ModelMixin  # found here by FluxPipeline.from_pretrained when a saved pipeline holds our class
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.activations import GELU
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from models.kernels import MODES
+from models.kernels import MODES, gelu
 from models.packing import (
     FORMAT,
     INDEX,
@@ -207,7 +208,10 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
                 layer.mode = mode
             for names in SIBLINGS:
                 if siblings := [layers[name] for name in names if name in layers]:
-                    PackedLinear.share_tokens(siblings)
+                    PackedLinear.join(siblings)
+            for module in block.modules():
+                if isinstance(module, GELU | nn.GELU) and module.approximate == "tanh":
+                    _set_gelu(module, mode)
         return self
 
     def train(self, mode: bool = True) -> "FluxTransformer2DModel":
@@ -315,6 +319,15 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
         if is_quantized(self.config):
             raise ValueError("fuse_qkv_projections() would drop the quantizers: use it with w_bits=16, lora_r=0 only")
         super().fuse_qkv_projections()
+
+
+def _set_gelu(module: nn.Module, mode: str) -> None:
+    """Let torch's or diffusers' tanh GELU compute by kernels.gelu in fast mode, and as it was made in exact mode."""
+    method = "forward" if isinstance(module, nn.GELU) else "gelu"
+    if mode == "fast":
+        setattr(module, method, gelu)
+    else:
+        vars(module).pop(method, None)
 
 
 def _check_device_map(device_map) -> None:

@@ -147,7 +147,7 @@ class PackedLinear(Fp32Parameters, nn.Linear):
         nn.Module.__init__(self)  # not Linear's, which would allocate the weight
         self.in_features, self.out_features = in_features, out_features
         self.w_bits, self.weight_layerwise = check_bits(w_bits), weight_layerwise
-        self.siblings, self.last_sibling = kernels.Siblings(), True
+        self.siblings, self.place = None, 0  # the layers with the same input, and which of them this is
 
         def parameter(*shape: int, dtype: torch.dtype | None) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
@@ -174,11 +174,11 @@ class PackedLinear(Fp32Parameters, nn.Linear):
         return layer.eval()
 
     @staticmethod
-    def share_tokens(layers: list["PackedLinear"]) -> None:
-        """Quantize the input of these layers once in fast mode; they are called with it one after the other."""
-        siblings = kernels.Siblings()
-        for layer in layers:
-            layer.siblings, layer.last_sibling = siblings, layer is layers[-1]
+    def join(layers: list["PackedLinear"]) -> None:
+        """Multiply these layers as one in fast mode; they are called with the same input one after the other."""
+        siblings = kernels.Siblings(layers) if len(layers) > 1 else None
+        for place, layer in enumerate(layers):
+            layer.siblings, layer.place = siblings, place
 
     @classmethod
     @torch.no_grad()
@@ -225,15 +225,15 @@ class PackedLinear(Fp32Parameters, nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(input.device.type):
-            input = input.to(torch.get_autocast_dtype(input.device.type))
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        weight = (self.weight_codes, self.weight_clip_val, bias, self.w_bits)
-        dtype = kernels.token_dtype(input, self.out_features, self.w_bits) if self.mode == "fast" else None
-        if dtype is None or (input.requires_grad and torch.is_grad_enabled()):
-            return kernels.exact_linear(input, *weight)
-        q, scale = self.siblings.quantize(input, dtype, self.last_sibling)
-        return kernels.fast_linear(q, scale * kernels.grid_step(self.w_bits), *weight, input.dtype)
+        autocast = torch.is_autocast_enabled(input.device.type)
+        x = input.to(torch.get_autocast_dtype(input.device.type)) if autocast else input
+        dtype = kernels.token_dtype(x, self.out_features, self.w_bits) if self.mode == "fast" else None
+        if dtype is None or (x.requires_grad and torch.is_grad_enabled()):
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return kernels.exact_linear(x, self.weight_codes, self.weight_clip_val, bias, self.w_bits)
+        if self.siblings is None:
+            return kernels.fast_linear(x, dtype, [self])[0]
+        return self.siblings.product(self.place, input, x, dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, w_bits={self.w_bits}"

@@ -151,8 +151,11 @@ def test_the_fused_kernel(eight, dtype, monkeypatch):
             for count in [7, 150] + [4608] * GPU:
                 q, scale = kernels.quantize_tokens(tokens_of(count, shape[1], dtype), eight)
                 expected = F.linear(q.double() * scale.double(), weight, layer.bias.double() if bias else None)
-                step = scale * kernels.grid_step(0)
-                found = kernels.fast_linear(q, step, layer.weight_codes, layer.weight_clip_val, layer.bias, 0, dtype)
+                step, alpha = (
+                    scale * kernels.grid_step(0),
+                    layer.weight_clip_val.repeat(shape[0] if layerwise else 1, 1),
+                )
+                found = kernels._fast(q, step, [layer.weight_codes], alpha, layer.bias, 0, dtype)
                 assert found.dtype == dtype
                 assert_close(found, expected, max(TOLERANCE[dtype], 2e-3 if GPU and eight == FP8 else 0))
 
@@ -210,7 +213,7 @@ def test_the_ops_keep_the_rules_of_custom_ops():
     torch.library.opcheck(kernels.exact_op, (x.requires_grad_(), codes, alpha, bias, 0))
     torch.library.opcheck(kernels.exact_op, (x[:3].detach(), codes, alpha, None, 0))
     q, scale = kernels.quantize_tokens(x.detach(), kernels.token_dtype(x, 32, 0))
-    torch.library.opcheck(kernels.fast_op, (q, scale, codes, alpha, bias, 0, torch.float32))
+    torch.library.opcheck(kernels.fast_op, (q, scale, [codes], alpha, bias, 0, torch.float32))
 
 
 # Models
@@ -278,7 +281,7 @@ def test_what_leads_to_a_kernel_can_be_traced(small, blocks, dtype, monkeypatch)
 
 
 @pytest.mark.parametrize(("blocks", "inputs"), [("transformer_blocks", 8), ("single_transformer_blocks", 2)])
-def test_q_k_and_v_share_their_quantized_tokens(small, blocks, inputs, monkeypatch):
+def test_layers_with_one_input_are_multiplied_as_one(small, blocks, inputs, monkeypatch):
     if not GPU:  # where modulation is exact
         inputs += 2 if blocks == "transformer_blocks" else 1
     calls = []
@@ -287,19 +290,53 @@ def test_q_k_and_v_share_their_quantized_tokens(small, blocks, inputs, monkeypat
     model = copy.deepcopy(small).set_inference_mode("fast")
     block = getattr(model, blocks)[0]
     layers = [module for module in block.modules() if isinstance(module, PackedLinear)]
+    held = [layer.siblings for layer in layers if layer.siblings is not None]
+    assert len(held) == (6 if blocks == "transformer_blocks" else 4)
     with torch.no_grad():
         found = block(**block_inputs(0))
         assert len(calls) == inputs < len(layers)
-        assert all(layer.siblings.x is None and layer.siblings.quantized is None for layer in layers)
-        for layer in layers:
-            PackedLinear.share_tokens([layer])
-        assert all(torch.equal(a, b) for a, b in zip(found, block(**block_inputs(0)), strict=True))
+        assert all(siblings.given is None and siblings.products is None for siblings in held)
+        with torch.autocast(DEVICE.type, torch.bfloat16):  # every layer casts the same input anew
+            calls.clear()
+            block(**block_inputs(0))
+            assert len(calls) == inputs
 
         calls.clear()
-        model.set_inference_mode("fast")
-        torch.compile(block, fullgraph=True, backend="eager")(**block_inputs(0))
+        torch._dynamo.reset()
+        compiled = torch.compile(block, fullgraph=True, backend="eager")(**block_inputs(0))
         assert len(calls) == inputs  # traced
-        assert all(layer.siblings.x is None and layer.siblings.quantized is None for layer in layers)
+        assert all(siblings.given is None and siblings.products is None for siblings in held)
+        for layer in layers:
+            PackedLinear.join([layer])
+        alone = block(**block_inputs(0))
+        for a, b, c in zip(found, compiled, alone, strict=True):
+            torch.testing.assert_close(a, b)
+            torch.testing.assert_close(a, c)
+
+
+def test_gelu_is_the_same_function_compiled():
+    x = torch.cat([torch.linspace(-40, 40, 20001), torch.tensor([0.0, 1e-30, -1e30, 1e30])]).to(DEVICE)
+    torch._dynamo.reset()
+    compiled = torch.compile(kernels.gelu, fullgraph=True, backend="eager")
+    expected = F.gelu(x.double(), approximate="tanh")
+    torch.testing.assert_close(compiled(x).double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(kernels.gelu(x), F.gelu(x, approximate="tanh"))
+    assert compiled(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_fast_mode_takes_another_gelu_and_exact_mode_gives_it_back(small):
+    model = copy.deepcopy(small)
+    block, single = model.transformer_blocks[0], model.single_transformer_blocks[0]
+
+    def found():
+        places = [block.ff.net[0].gelu, block.ff_context.net[0].gelu, single.act_mlp.forward]
+        return [function is kernels.gelu for function in places]
+
+    assert not any(found())
+    model.set_inference_mode("fast")
+    assert all(found())
+    model.set_inference_mode("exact")
+    assert not any(found())
 
 
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
