@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from models.kernels import MODES
 from models.modeling_flux_quant import DEFAULT_SETTINGS, MODULATION, FluxTransformer2DModel
 from models.packing import PackedLinear, row_chunks, store_codes, unpack_trits
+from utils.cuda_graph import captured
 from utils.make_random_flux import CONFIGS
 from utils.metrics import nmse
 from utils.rivals import (
@@ -52,7 +53,6 @@ from utils.rivals import (
     RUNS,
     Allocations,
     Rival,
-    captured,
     model_bytes,
     one_line,
     random_packed,
@@ -285,10 +285,11 @@ def layer_times(
     m: int, packed: FluxTransformer2DModel, names: list[str], kinds: list[str], args: argparse.Namespace,
     flush: Tensor | None,
 ) -> dict[str, list[float] | str]:  # fmt: skip
-    """Milliseconds of random x [m, in] through each kind of a layer, those called `names` one after the other; of a
-    kind that fails, the reason."""
+    """Milliseconds of random x [m, in] through each kind of a layer, those called `names` one after the other, on CUDA
+    as a graph; of a kind that fails, the reason."""
     torch._dynamo.reset()
     layers, cases, problems = [packed.get_submodule(name) for name in names], [], {}
+    kept = []  # what the graphs read, which they do not hold
     x = torch.randn(m, layers[0].in_features, device=args.device, dtype=args.dtype)
     for kind in kinds:
         mode = kind.removeprefix("ours ") if kind.startswith("ours") else None
@@ -300,13 +301,19 @@ def layer_times(
         except Exception as error:
             problems[kind] = one_line(error)
             continue
-        way = "compiled" if args.compile else "eager"
+        rival = Rival(kind, kind, "compiled" if args.compile else "eager", mode)
 
-        def call(modules=modules, given=given) -> None:
-            for module in modules:
-                module(given)
+        def call(modules=modules, given=given) -> Tensor:
+            return [module(given) for module in modules][-1]
 
-        cases.append((Rival(kind, kind, way, mode), packed, call))
+        try:
+            if args.device.type == "cuda":
+                kept.append(call)
+                with rival.on_stage(packed):
+                    call, _ = captured(call)
+            cases.append((rival, packed, call))
+        except Exception as error:
+            problems[kind] = one_line(error)
     times = problems | take_turns(cases, args.rounds, args.device, flush)
     return {
         kind: times[kind] if isinstance(times[kind], str) else [ms / len(layers) for ms in times[kind]]

@@ -4,7 +4,7 @@
     python test.py output/models/tiny-flux-1.58bit 0 --num_images 1200           # what train.py left
     python test.py output/train/run/checkpoint-200 0                             # one of its checkpoints
     python test.py CHECKPOINT 0 --model black-forest-labs/FLUX.1-dev --offload   # the real one on a small card
-    python test.py output/oneshot 0 --mode fast                                  # 8-bit activations (models/kernels.py)
+    python test.py output/oneshot 0 --mode fast --compile                        # 8-bit activations, at full speed
     python test.py CHECKPOINT 0 --geneval evaluation_metadata.jsonl              # GenEval's folders, four a prompt
 
 CHECKPOINT is a transformer or a whole pipeline, W_BITS what it was quantized to (0: 1.58 bit). Teacher and checkpoint
@@ -31,6 +31,7 @@ from tqdm import tqdm
 from models.kernels import MODES
 from models.packing import PackedLinear, disk_row_bytes
 from utils import scenes
+from utils.cuda_graph import compile_steps
 from utils.metrics import learned_scores, nmse, psnr, scene_score, ssim
 from utils.utils import (
     bits_name,
@@ -78,12 +79,14 @@ def bits_per_weight(model: nn.Module) -> float:
     return 8 * (codes + step_sizes) / sum(layer.in_features * layer.out_features for layer in layers)
 
 
-def place(pipe: FluxPipeline, device: torch.device, offload: bool) -> None:
-    """Put the pipeline where it computes: on the device, or part after part as it is needed."""
-    if offload:
-        pipe.enable_model_cpu_offload(device=device)
+def place(pipe: FluxPipeline, args: argparse.Namespace) -> None:
+    """Put the pipeline where it computes: on the device, or part after part as it is needed. Compile it if asked to."""
+    if args.offload:
+        pipe.enable_model_cpu_offload(device=args.device)
     else:
-        pipe.to(device)
+        pipe.to(args.device)
+    if args.compile:
+        compile_steps(pipe.transformer)
 
 
 def velocity_errors(transformer: nn.Module, calls: list[tuple[dict, Tensor]], steps: int) -> dict:
@@ -165,6 +168,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no_teacher", action="store_true", help="draw with the checkpoint only")
     parser.add_argument("--offload", action="store_true", help="keep on the device only the part that computes")
     parser.add_argument("--mode", choices=MODES, default="exact", help="to compute in; fast: 8-bit activations")
+    parser.add_argument("--compile", action="store_true", help="compile the transformer, on CUDA as a CUDA graph too: "
+                        "a minute or two at the start, then two to three times as fast")  # fmt: skip
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA")
     parser.add_argument("--device", help="default: cuda if there, else mps, else cpu")
     parser.add_argument("--seed", type=int, default=42, help="picture i starts from the noise of seed + i")
@@ -184,6 +189,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise ValueError("--geneval and --prompt_list: give one of them")
         if args.offload and args.device.type == "cpu":
             raise ValueError("--offload needs a GPU to bring the parts to")
+        if args.offload and args.compile:
+            raise ValueError("--offload moves what --compile wants to stay: give one of them")
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -206,7 +213,7 @@ def main() -> None:
     name = bits_name(args.w_bits)
     if args.geneval or args.prompt_list:
         pipe.register_modules(transformer=student)
-        place(pipe, device, args.offload)
+        place(pipe, args)
         write_geneval(pipe, args, args.output_dir / "geneval" / f"bits_{args.w_bits}")
         return
 
@@ -217,16 +224,16 @@ def main() -> None:
     samples = args.output_dir / "samples"
     samples.mkdir(parents=True, exist_ok=True)
 
-    def draw(prompts: list[str], seed: int, desc: str) -> Tensor:
+    def draw(prompts: list[str], seed: int, desc: str, steps: int = args.steps) -> Tensor:
         return generate_images(
-            pipe, prompts, seed, num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
+            pipe, prompts, seed, num_inference_steps=steps, guidance_scale=args.guidance_scale,
             size=args.resolution, batch_size=args.batch_size, desc=desc,
         )  # fmt: skip
 
     # 1. The teacher.
     teacher_images, calls = None, []
     if not args.no_teacher:
-        place(pipe, device, args.offload)
+        place(pipe, args)
         first, rest = prompts[:NMSE_PROMPTS], prompts[NMSE_PROMPTS:]
         with record_velocities(pipe.transformer) as calls:
             teacher_images = draw(first, args.seed, "teacher")
@@ -241,14 +248,15 @@ def main() -> None:
     gc.collect()
     empty_cache(device)
     pipe.register_modules(transformer=student)
-    place(pipe, device, args.offload)
+    place(pipe, args)
     metrics = {
         "checkpoint": str(args.checkpoint), "w_bits": args.w_bits, "model": model, "prompts": len(prompts),
         "prompt_source": source, "seed": args.seed, "steps": args.steps, "guidance_scale": args.guidance_scale,
-        "resolution": args.resolution, "dtype": str(dtype), "mode": args.mode, "batch_size": args.batch_size,
-        "device": device_name(device),
-        "torch": torch.__version__,
+        "resolution": args.resolution, "dtype": str(dtype), "mode": args.mode, "compile": args.compile,
+        "batch_size": args.batch_size, "device": device_name(device), "torch": torch.__version__,
     }  # fmt: skip
+    if args.compile:  # what is timed next finds the compiled code
+        draw(prompts[: args.batch_size], args.seed, "compiling", steps=1)
     started = time.time()
     images = draw(prompts, args.seed, name)
     metrics["seconds_per_image"] = (time.time() - started) / len(prompts)

@@ -187,21 +187,6 @@ class Rival:
             yield
 
 
-def captured(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """A CUDA graph of `step` to replay, and the output of its first replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):  # compiles and loads what a capture must not
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = step()
-    graph.replay()
-    return graph.replay, output
-
-
 def one_line(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
