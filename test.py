@@ -187,10 +187,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise ValueError(f"--resolution must be a multiple of 16, got {args.resolution}")
         if args.geneval and args.prompt_list:
             raise ValueError("--geneval and --prompt_list: give one of them")
-        if args.offload and args.device.type == "cpu":
-            raise ValueError("--offload needs a GPU to bring the parts to")
         if args.offload and args.compile:
             raise ValueError("--offload moves what --compile wants to stay: give one of them")
+        if args.offload and args.device.type == "cpu":
+            raise ValueError("--offload needs a GPU to bring the parts to")
     except ValueError as error:
         parser.error(str(error))
     return args

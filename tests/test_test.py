@@ -133,6 +133,21 @@ def test_fast_mode_is_another_computation_of_the_same_picture(checkpoints, call)
     assert (unpacked["nmse"], unpacked["psnr"]) == (fast["nmse"], fast["psnr"])
 
 
+def test_compiled_it_draws_the_same_pictures(checkpoints, call, monkeypatch):
+    flags, compiled = ("--num_images", 2, "--resolution", 64), []
+
+    def blocks_through_dynamo(transformer):  # inductor would take minutes, and changes no more than last digits
+        compiled.append(type(transformer).__module__)
+        transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+
+    monkeypatch.setattr(script, "compile_steps", blocks_through_dynamo)
+    plain, found = (call(checkpoints["packed"], 0, *flags, *more).metrics for more in ((), ("--compile",)))
+    assert [name.split(".")[0] for name in compiled] == ["diffusers", "models"]  # teacher and checkpoint
+    assert found["compile"] and not plain["compile"]
+    assert found["nmse"] == pytest.approx(plain["nmse"], rel=1e-4)
+    assert found["psnr"] == pytest.approx(plain["psnr"], abs=0.01)
+
+
 def test_without_the_teacher(checkpoints, call):
     result = call(checkpoints["packed"], 0, "--num_images", 1, "--no_teacher")
     assert result.returncode == 0
@@ -212,6 +227,7 @@ def test_prompt_files_that_hold_none_are_refused(flag, content, message, checkpo
         (("--resolution", 100), 2, "--resolution must be a multiple of 16"),
         (("--geneval", "a", "--prompt_list", "b"), 2, "--geneval and --prompt_list: give one of them"),
         (("--offload",), 2, "--offload needs a GPU"),
+        (("--offload", "--compile"), 2, "--offload moves what --compile wants to stay"),
         (("--device", "abacus"), 2, "--device abacus is not available here"),
         (("--prompts", "nowhere.txt"), 1, "--prompts nowhere.txt: cannot be read"),
         (("--geneval", "nowhere.jsonl"), 1, "nowhere.jsonl: cannot be read"),
