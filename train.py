@@ -13,10 +13,11 @@ student, the same transformer with quantized linears, learns to predict the same
     --clip_learning_rate 1e-4    the step sizes α (0: frozen)
     --train_unquantized True     biases, norms, embedders
 
-`--lora_r 32 --lora_alpha 1 --clip_init max --learning_rate 2e-5 --early_share 0.25 --loss_power 1` is the recipe of
-the published port. `--early_share` is how much of the training goes to the first quarter of the denoising steps, which
-decide the layout, `--loss_power` below 1 makes hard samples count for less; `--start_from FOLDER` starts from the codes
-that run.py found. It writes
+`--lora_r 32 --lora_alpha 1 --clip_init max --learning_rate 2e-5 --early_share 0.25 --loss_power 1 --freeze_codes 0` is
+the recipe of the published port. `--early_share` is how much of the training goes to the first quarter of the denoising
+steps, which decide the layout, `--loss_power` below 1 makes hard samples count for less; for the last `--freeze_codes`
+of the steps the codes stay, and what is left is trained for them; `--start_from FOLDER` starts from the codes that
+run.py found. It writes
 
     TEACHER_CACHE/{train,eval}/                      trajectories, shared by all runs with the same teacher
     OUTPUT_DIR/eval/step_N/, step-N.png, steps.png   held-out prompts as the student draws them
@@ -104,7 +105,7 @@ def run_settings(model_args, training_args, teacher: dict) -> dict:
     settings = {"w_bits": model_args.w_bits[0]}
     settings |= {name: getattr(model_args, name) for name in (*names, "start_from")}
     names = ("learning_rate", "clip_learning_rate", "weight_decay", "ema_decay", "feature_loss", "bf16", "fp16")
-    names += ("early_share", "loss_power", "seed", "warmup_steps", "max_grad_norm")
+    names += ("early_share", "loss_power", "freeze_codes", "seed", "warmup_steps", "max_grad_norm")
     names += ("adam_beta1", "adam_beta2", "adam_epsilon")
     settings |= {name: getattr(training_args, name) for name in names}
     settings |= {

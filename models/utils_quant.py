@@ -326,7 +326,20 @@ class QuantizeLinear(Fp32Parameters, nn.Linear):
 
     def reset_quantizer(self, name: str = "") -> None:
         """Make anew, on the weight's device, the parameters that quantization adds to nn.Linear's."""
+        self.register_buffer("frozen_codes", None, persistent=False)
         self.reset_clip_val(name)
+
+    @torch.no_grad()
+    def freeze_codes(self) -> None:
+        """Keep the codes as they are now, whatever becomes of the weight and of the step sizes."""
+        if self.w_bits < FULL_PRECISION_BITS:
+            self.frozen_codes = quantize_codes(self.effective_weight(), self.weight_clip_val, self.w_bits)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Make the weight one that quantizes to the frozen codes, if they are frozen: what it quantizes to."""
+        if self.frozen_codes is not None:
+            self.weight.copy_(self.quantized_weight())
 
     @torch.no_grad()
     def reset_clip_val(self, name: str = "") -> None:
@@ -350,6 +363,11 @@ class QuantizeLinear(Fp32Parameters, nn.Linear):
 
     def quantized_weight(self) -> Tensor:
         """What comes out of the quantizer and is multiplied with, [out, in]."""
+        if self.frozen_codes is not None:
+            n, s = code_grid(self.w_bits)
+            levels = (self.frozen_codes + s) / n
+            # DDP waits for a gradient of every parameter
+            return levels * self.weight_clip_val.clamp(min=ALPHA_FLOOR) + 0 * self.effective_weight()
         return quantize(self.effective_weight(), self.weight_clip_val, self.w_bits, self.weight_layerwise)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -411,6 +429,12 @@ class LoRAQuantizeLinear(QuantizeLinear):
             fp32 = {"dtype": torch.float32, "device": self.weight.device}
             self.lora_A = nn.Parameter(0.01 * torch.randn(self.out_features, self.lora_r, **fp32))
             self.lora_B = nn.Parameter(torch.zeros(self.lora_r, self.in_features, **fp32))
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        super().settle()
+        if self.frozen_codes is not None and self.lora_B is not None:
+            self.lora_B.zero_()
 
     def effective_weight(self) -> Tensor:
         if self.lora_A is None:

@@ -33,7 +33,12 @@ def test_recipes_become_a_table():
 def test_the_published_recipe_is_literal():
     flags = compare_recipes.RECIPES["published"][1]
     pairs = dict(zip(flags[::2], flags[1::2], strict=True))  # the last of a flag counts, as in argparse
-    plain = {"--ema_decay": "0", "--early_share": "0.25", "--loss_power": "1"}  # the defaults may be others
+    plain = {
+        "--ema_decay": "0",
+        "--early_share": "0.25",
+        "--loss_power": "1",
+        "--freeze_codes": "0",
+    }  # not the defaults
     assert {name: pairs.pop(name) for name in plain} == plain
     assert pairs.pop("--clip_learning_rate") == pairs["--learning_rate"]
     assert pairs == {"--lora_r": "32", "--lora_alpha": "1", "--clip_init": "max", "--learning_rate": "2e-5"}
@@ -49,6 +54,17 @@ def test_a_recipe_that_is_done_is_not_trained_again(tmp_path, monkeypatch):
     compare_recipes.main()
     assert [words[words.index("--do_train") + 1] for words in called] == ["False"]  # the teacher cache, nothing else
     assert json.loads((tmp_path / "recipes.json").read_text())["recipes"] == {"uniform": summary}
+
+
+def test_all_gpus_fill_the_teacher_cache(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    monkeypatch.setattr(compare_recipes, "run_logged", lambda words, log, environment: called.append(words))
+    monkeypatch.setattr(compare_recipes, "train", lambda *args: {"final": FINAL, "seconds_per_step": 0.1})
+    monkeypatch.setattr(sys, "argv", ["compare_recipes", "--output", str(tmp_path), "--recipes", "uniform"])
+    compare_recipes.main()
+    [words] = called
+    assert words[:2] == ["-m", "torch.distributed.run"] and "--nproc_per_node=2" in words[: words.index("train.py")]
 
 
 def test_a_recipe_that_starts_from_a_one_shot_gets_one(tmp_path, monkeypatch):

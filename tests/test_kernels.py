@@ -151,11 +151,8 @@ def test_the_fused_kernel(eight, dtype, monkeypatch):
             for count in [7, 150] + [4608] * GPU:
                 q, scale = kernels.quantize_tokens(tokens_of(count, shape[1], dtype), eight)
                 expected = F.linear(q.double() * scale.double(), weight, layer.bias.double() if bias else None)
-                step, alpha = (
-                    scale * kernels.grid_step(0),
-                    layer.weight_clip_val.repeat(shape[0] if layerwise else 1, 1),
-                )
-                found = kernels._fast(q, step, [layer.weight_codes], alpha, layer.bias, 0, dtype)
+                step = scale * kernels.grid_step(0)
+                found = kernels._fast(q, step, layer.weight_codes, layer.weight_clip_val, layer.bias, 0, dtype)
                 assert found.dtype == dtype
                 assert_close(found, expected, max(TOLERANCE[dtype], 2e-3 if GPU and eight == FP8 else 0))
 
@@ -213,7 +210,7 @@ def test_the_ops_keep_the_rules_of_custom_ops():
     torch.library.opcheck(kernels.exact_op, (x.requires_grad_(), codes, alpha, bias, 0))
     torch.library.opcheck(kernels.exact_op, (x[:3].detach(), codes, alpha, None, 0))
     q, scale = kernels.quantize_tokens(x.detach(), kernels.token_dtype(x, 32, 0))
-    torch.library.opcheck(kernels.fast_op, (q, scale, [codes], alpha, bias, 0, torch.float32))
+    torch.library.opcheck(kernels.fast_op, (q, scale, codes, alpha, bias, 0, torch.float32))
 
 
 # Models

@@ -103,6 +103,12 @@ def test_defaults_are_the_embedded_model():
     assert (data_args.guidance_scale, training_args.seed) == (3.5, 42)
 
 
+def test_averaged_weights_go_without_frozen_codes_unless_asked():
+    assert process_args([])[2].freeze_codes == 0.1
+    assert process_args(["--ema_decay", "0.9"])[2].freeze_codes == 0
+    assert process_args(["--ema_decay", "0.9", "--freeze_codes", "0"])[2].freeze_codes == 0
+
+
 def test_several_bit_widths():
     assert process_args(["--w_bits", "8", "4", "2", "0"])[0].w_bits == [8, 4, 2, 0]
     assert process_args(["--w_bits", "8", "4", "--w_bits", "3"])[0].w_bits == [3]  # the last one counts
@@ -123,6 +129,8 @@ def test_several_bit_widths():
         (["--resolution", "100"], "--resolution must be a multiple of 16, got 100"),
         (["--early_share", "1"], "--early_share must be above 0 and below 1, got 1.0"),
         (["--early_share", "nan"], "--early_share must be above 0 and below 1, got nan"),
+        (["--freeze_codes", "1"], "--freeze_codes must be at least 0 and below 1, got 1.0"),
+        (["--freeze_codes", "0.1", "--ema_decay", "0.9"], "--freeze_codes cannot be combined with --ema_decay"),
         (["--loss_power", "0"], "--loss_power must be above 0 and at most 1, got 0.0"),
         (["--loss_power", "nan"], "--loss_power must be above 0 and at most 1, got nan"),
         (["--device", "toaster"], "--device toaster is not available here: use one of .*cpu"),

@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.modeling_flux_quant import FluxTransformer2DModel
+from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
+from models.utils_quant import quantize_codes
 from utils import scenes, trainer
 from utils.datautils import TeacherSettings, Trajectories, fill_cache
 from utils.process_args import process_args
@@ -25,8 +26,9 @@ from utils.trainer import FluxQATTrainer, choose_parameters, parameter_groups
 
 SIZE, GUIDANCE, TRAIN_STEPS, EVAL_STEPS, EVAL_SEED = 64, 3.5, 3, 4, 70
 FLAGS = """
---device cpu --bf16 False --loss_power 1 --per_device_train_batch_size 2 --per_device_eval_batch_size 2 --max_steps 2
---learning_rate 1e-3 --lr_scheduler_type constant --warmup_steps 0 --eval_strategy no --eval_on_start False
+--device cpu --bf16 False --loss_power 1 --freeze_codes 0 --max_steps 2
+--per_device_train_batch_size 2 --per_device_eval_batch_size 2 --learning_rate 1e-3
+--lr_scheduler_type constant --warmup_steps 0 --eval_strategy no --eval_on_start False
 --save_strategy no --logging_steps 1 --disable_tqdm True --report_to none
 """
 
@@ -576,8 +578,9 @@ def test_a_checkpoint_that_cannot_be_written_whole_is_not_there(make, tmp_path, 
         ["--optim", "adamw_torch", "--lora_r", 2, "--clip_learning_rate", 1e-4, "--bf16", True],
         ["--optim", "adafactor"],
         ["--optim", "sgd"],
+        ["--optim", "adamw_torch", "--freeze_codes", 0.6],
     ],
-    ids=lambda flags: flags[1] + " in bf16" * ("--bf16" in flags),
+    ids=lambda flags: flags[1] + " in bf16" * ("--bf16" in flags) + " frozen" * ("--freeze_codes" in flags),
 )
 def test_a_resumed_run_ends_where_an_undisturbed_one_does(flags, make, data, tmp_path):
     """Resumed in the middle of the second epoch, learning rate still moving."""
@@ -597,6 +600,68 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(flags, make, data, tmp
         assert distance(undisturbed.recorder.weights[step], again.recorder.weights[step - 7]) < 1e-6 * moved
     with undisturbed.averaged_weights(), again.averaged_weights():
         assert distance(trained(undisturbed.model), trained(again.model)) < 1e-6 * moved
+
+
+# ---------------------------------------------------------------------------------------------------- frozen codes
+
+
+def all_codes(model) -> dict[str, Tensor]:
+    return {
+        name: quantize_codes(layer.quantized_weight(), layer.weight_clip_val, layer.w_bits)
+        for name, layer in model.named_modules()
+        if isinstance(layer, QuantizeLinear)
+    }
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--w_bits", 0], ["--w_bits", 1], ["--w_bits", 4], ["--lora_r", 2, "--lora_alpha", 2]],
+    ids=lambda flags: f"{flags[0]} {flags[1]}",
+)
+def test_frozen_codes_stay_while_the_rest_is_trained(flags, make, tmp_path):
+    schedule = ["--max_steps", 4, "--learning_rate", 0.02, *flags]
+    free, frozen = make(*schedule), make(*schedule, "--freeze_codes", 0.5)
+    codes = {}
+    for made in (free, frozen):
+        made.recorder.at = {
+            step: lambda made=made, step=step: codes.update({step: all_codes(made.model)}) for step in (3, 4)
+        }
+        made.train()
+        assert all(torch.equal(codes[3][name], found) for name, found in codes[4].items()) == (made is frozen)
+    wanted = codes[3]
+    for name, parameter in frozen.recorder.weights[2].items():
+        if name.endswith("weight_clip_val") or "proj_out" in name:
+            assert not torch.equal(parameter, frozen.recorder.weights[4][name])
+    frozen.save_transformer(tmp_path / "saved")
+    packed = load(tmp_path / "saved").pack()
+    for name, layer in frozen.model.named_modules():
+        if isinstance(layer, QuantizeLinear):
+            assert torch.equal(packed.get_submodule(name).codes(), wanted[name])
+            torch.testing.assert_close(packed.get_submodule(name).dequantize(), layer.quantized_weight())
+
+
+def test_frozen_codes_give_the_step_sizes_their_whole_gradient():
+    layer = QuantizeLinear(24, 8, w_bits=0)
+    layer.freeze_codes()
+    levels, slope = layer.frozen_codes * 2 / 3, torch.randn(8, 24)
+    (slope * layer.quantized_weight()).sum().backward()
+    torch.testing.assert_close(layer.weight_clip_val.grad, (slope * levels).sum(1, keepdim=True))
+    assert not layer.weight.grad.any()
+
+
+def test_frozen_codes_have_a_schedule_of_their_own(make):
+    made = make("--max_steps", 10, "--lr_scheduler_type", "linear", "--warmup_steps", 0.2, "--freeze_codes", 0.4)
+    made.train()
+    rates = [line["learning_rate"] for line in made.state.log_history if "learning_rate" in line]
+    assert rates == pytest.approx([0, 5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4, 0, 1e-3, 2 / 3e3, 1 / 3e3])
+
+
+def test_a_schedule_that_cannot_run_twice_is_named(make):
+    made = make("--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_strategy", "steps", "--freeze_codes", 0.5)
+    with pytest.raises(
+        ValueError, match="--lr_scheduler_type reduce_lr_on_plateau cannot run twice: choose another, or --freeze"
+    ):
+        made.create_optimizer_and_scheduler(4)
 
 
 # -------------------------------------------------------------------------------------------------------- pictures

@@ -24,8 +24,9 @@ from utils.utils import get_logger, run_logged, run_script, spread, visible_gpus
 
 log = get_logger("recipes")
 PLAIN = (
-    "--lora_r 0 --learning_rate 5e-4 --clip_learning_rate 5e-4 --ema_decay 0 --early_share 0.25 --loss_power 1".split()
-)
+    "--lora_r 0 --learning_rate 5e-4 --clip_learning_rate 5e-4 --ema_decay 0 --early_share 0.25 --loss_power 1 "
+    "--freeze_codes 0"
+).split()
 EARLY, VERY_EARLY = ["--early_share", "0.9"], ["--early_share", "0.97"]
 ONESHOT = "ONESHOT"  # stands for the folder of run.py's calibrated one-shot
 
@@ -33,6 +34,13 @@ ONESHOT = "ONESHOT"  # stands for the folder of run.py's calibrated one-shot
 def at(rate: str) -> list[str]:
     """Weights and step sizes at this learning rate."""
     return ["--learning_rate", rate, "--clip_learning_rate", rate]
+
+
+def frozen(early: int, power: str, share: int) -> tuple[str, list[str]]:
+    """A recipe in which the codes stay for the last `share` % of the steps."""
+    name = f"full weights, lr 5e-4, {early} % early, error^{power}, codes frozen for the last {share} %"
+    flags = ["--early_share", str(early / 100), "--loss_power", power, "--freeze_codes", str(share / 100)]
+    return name, [*PLAIN, *flags]
 
 
 RECIPES = {  # name: (what it is, flags of train.py, none left to the defaults)
@@ -45,6 +53,10 @@ RECIPES = {  # name: (what it is, flags of train.py, none left to the defaults)
     "early90": ("full weights, lr 5e-4, 90 % early", [*PLAIN, *EARLY]),
     "early97": ("full weights, lr 5e-4, 97 % early", [*PLAIN, *VERY_EARLY]),
     "quarter": ("full weights, lr 5e-4, 97 % early, error^¼", [*PLAIN, *VERY_EARLY, "--loss_power", "0.25"]),
+    "frozen10": frozen(97, "0.25", 10),
+    "frozen20": frozen(97, "0.25", 20),
+    "frozen20_90": frozen(90, "0.25", 20),
+    "frozen20_tenth": frozen(97, "0.1", 20),
     "fast": ("full weights, lr 1e-3, 97 % early", [*PLAIN, *VERY_EARLY, *at("1e-3")]),
     "slow": ("full weights, lr 2.5e-4, 90 % early", [*PLAIN, *EARLY, *at("2.5e-4")]),
     "calibrated": (
@@ -58,7 +70,7 @@ RECIPES = {  # name: (what it is, flags of train.py, none left to the defaults)
 }
 
 
-def call(folder: Path, args: argparse.Namespace, environment: Mapping[str, str], *flags) -> None:
+def call(folder: Path, args: argparse.Namespace, environment: Mapping[str, str], *flags, ranks: int = 1) -> None:
     """Run train.py with the shared flags and `flags`, its output in folder/log.txt; ValueError if it fails."""
     shared = {
         "input_model_filename": args.model,
@@ -84,7 +96,8 @@ def call(folder: Path, args: argparse.Namespace, environment: Mapping[str, str],
         shared["dataloader_num_workers"] = max(1, min(8, (os.cpu_count() or 1) // processes))
     words = [word for name, value in shared.items() for word in (f"--{name}", value)]
     flags = [args.output.absolute() / "oneshot" if flag == ONESHOT else flag for flag in flags]
-    run_logged(["train.py", *words, *flags, *args.flags], folder / "log.txt", environment)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    run_logged([*launch, "train.py", *words, *flags, *args.flags], folder / "log.txt", environment)
 
 
 def make_oneshot(environment: Mapping[str, str], args: argparse.Namespace) -> None:
@@ -138,7 +151,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     log.info("filling the teacher cache")
-    spread(lambda name, environment: call(args.output / name, args, environment, "--do_train", "False"), ["teacher"], 1)
+    call(args.output / "teacher", args, {}, "--do_train", "False", ranks=max(1, len(visible_gpus())))
     if any(ONESHOT in RECIPES[name][1] for name in args.recipes):
         log.info("quantizing the model to start from")
         spread(lambda _, environment: make_oneshot(environment, args), [None], 1)

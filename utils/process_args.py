@@ -110,6 +110,13 @@ class TrainingArguments(transformers.TrainingArguments):
         default=0.25,
         metadata={"help": "exponent of each sample's mean squared error; below 1 hard samples count for less"},
     )
+    freeze_codes: float | None = field(
+        default=None,
+        metadata={
+            "help": "share of the steps, at the end, in which the codes stay and step sizes, biases and what is not "
+            "quantized are trained; default: 0.1, with --ema_decay 0"
+        },
+    )
     feature_loss: float = field(
         default=0.0, metadata={"help": "weight of the error of the blocks' outputs; keeps the teacher in memory"}
     )
@@ -183,6 +190,12 @@ def process_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArg
             raise ValueError(f"--ema_decay must be at least 0 and below 1, got {training_args.ema_decay}")
         if not 0 < training_args.early_share < 1:
             raise ValueError(f"--early_share must be above 0 and below 1, got {training_args.early_share}")
+        if training_args.freeze_codes is None:
+            training_args.freeze_codes = 0.0 if training_args.ema_decay else 0.1
+        if not 0 <= training_args.freeze_codes < 1:
+            raise ValueError(f"--freeze_codes must be at least 0 and below 1, got {training_args.freeze_codes}")
+        if training_args.freeze_codes and training_args.ema_decay:
+            raise ValueError("--freeze_codes cannot be combined with --ema_decay: averaged step sizes want other codes")
         if not 0 < training_args.loss_power <= 1:
             raise ValueError(f"--loss_power must be above 0 and at most 1, got {training_args.loss_power}")
         if data_args.resolution and data_args.resolution % 16:

@@ -130,7 +130,7 @@ class FluxQATTrainer(transformers.Trainer):
             eval_dataset=eval_data,
             data_collator=collate,
             optimizers=(None, None),
-            callbacks=[_Average(self)],
+            callbacks=[_Average(self), _Freeze(self)],
         )
         if stock := self.pop_callback(TensorBoardCallback):
             self.add_callback(_TensorBoard(stock.tb_writer))
@@ -159,6 +159,30 @@ class FluxQATTrainer(transformers.Trainer):
             groups = parameter_groups(self.model, self.args.weight_decay, self.args.clip_learning_rate)
             self.optimizer = kind(groups, **settings)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """The schedule that the flags name; with freeze_codes once for the steps before and once for those after."""
+        if self.lr_scheduler is not None or not self.args.freeze_codes:
+            return super().create_scheduler(num_training_steps, optimizer)
+        before, kind = self.freeze_at(num_training_steps), self.args.lr_scheduler_type
+        parts = []
+        for steps in (before, num_training_steps - before):
+            nothing = torch.optim.SGD([torch.zeros(1)])
+            settings = (self.args.get_warmup_steps(steps), steps, self.args.lr_scheduler_kwargs)
+            schedule = transformers.get_scheduler(kind, nothing, *settings)
+            if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+                raise ValueError(
+                    f"--lr_scheduler_type {kind.value} cannot run twice: choose another, or --freeze_codes 0"
+                )
+            parts.append(schedule.lr_lambdas[0])
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, lambda step: parts[0](step) if step < before else parts[1](step - before)
+        )
+        return self.lr_scheduler
+
+    def freeze_at(self, steps: int) -> int:
+        """After how many of `steps` steps the codes are frozen."""
+        return steps - round(self.args.freeze_codes * steps)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean over the samples of (mean squared error of the velocity [L, C])^loss_power, in float32, plus
@@ -356,6 +380,8 @@ class FluxQATTrainer(transformers.Trainer):
 
     def save_transformer(self, folder: Path) -> None:
         """The transformer as it stands, for from_pretrained."""
+        for layer in quantized_layers(self.model):
+            layer.settle()
         self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
@@ -391,6 +417,19 @@ class _Average(transformers.TrainerCallback):
         self.trainer.update_average()
 
 
+class _Freeze(transformers.TrainerCallback):
+    """Freezes the codes when it is time, in a resumed run too."""
+
+    def __init__(self, trainer: FluxQATTrainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if args.freeze_codes and state.global_step >= self.trainer.freeze_at(state.max_steps):
+            for layer in quantized_layers(self.trainer.model):
+                if layer.frozen_codes is None:
+                    layer.freeze_codes()
+
+
 class _TensorBoard(TensorBoardCallback):
     """transformers' own would write down the model's config, which in diffusers is of another kind."""
 
@@ -399,6 +438,10 @@ class _TensorBoard(TensorBoardCallback):
 
 
 # ------------------------------------------------------------------------------------------------ parts of the trainer
+
+
+def quantized_layers(model: nn.Module) -> list[QuantizeLinear]:
+    return [module for module in model.modules() if isinstance(module, QuantizeLinear)]
 
 
 def last_latents(trajectory: dict[str, Tensor]) -> Tensor:

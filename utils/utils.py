@@ -71,7 +71,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def run_logged(words: Sequence[object], log: Path, environment: Mapping[str, str] | None = None) -> None:
-    """Run one of the repository's scripts (words: file name and flags), its output appended to `log`.
+    """Run one of the repository's scripts (words: file name and flags, or what starts it), its output added to `log`.
 
     `environment` adds variables (see spread). Raises ValueError, with the last line of the output, if it fails.
     """
@@ -82,7 +82,8 @@ def run_logged(words: Sequence[object], log: Path, environment: Mapping[str, str
         status = subprocess.run(command, cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT).returncode
     if status:
         lines = log.read_text().splitlines()
-        raise ValueError(f"{words[0]} failed, see {log}: {lines[-1] if lines else 'no output'}")
+        script = next(word for word in words if str(word).endswith(".py"))
+        raise ValueError(f"{script} failed, see {log}: {lines[-1] if lines else 'no output'}")
 
 
 def visible_gpus() -> list[str]:
