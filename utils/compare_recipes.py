@@ -55,8 +55,8 @@ RECIPES = {  # name: (what it is, flags of train.py, none left to the defaults)
     "quarter": ("full weights, lr 5e-4, 97 % early, error^¼", [*PLAIN, *VERY_EARLY, "--loss_power", "0.25"]),
     "frozen10": frozen(97, "0.25", 10),
     "frozen20": frozen(97, "0.25", 20),
-    "frozen20_90": frozen(90, "0.25", 20),
-    "frozen20_tenth": frozen(97, "0.1", 20),
+    "frozen10_90": frozen(90, "0.25", 10),
+    "frozen10_tenth": frozen(97, "0.1", 10),
     "fast": ("full weights, lr 1e-3, 97 % early", [*PLAIN, *VERY_EARLY, *at("1e-3")]),
     "slow": ("full weights, lr 2.5e-4, 90 % early", [*PLAIN, *EARLY, *at("2.5e-4")]),
     "calibrated": (
