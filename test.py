@@ -168,7 +168,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no_teacher", action="store_true", help="draw with the checkpoint only")
     parser.add_argument("--offload", action="store_true", help="keep on the device only the part that computes")
     parser.add_argument("--mode", choices=MODES, default="exact", help="to compute in; fast: 8-bit activations")
-    parser.add_argument("--compile", action="store_true", help="compile the transformer, on CUDA into a CUDA graph too: "
+    parser.add_argument("--compile", action="store_true", help="compile the transformer, on CUDA into CUDA graphs: "
                         "a minute or two at the start, then faster")  # fmt: skip
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA")
     parser.add_argument("--device", help="default: cuda if there, else mps, else cpu")
