@@ -398,8 +398,8 @@ def gelu(x: Tensor) -> Tensor:
 class Siblings:
     """Layers with one input, as q, k and v: its tokens are quantized once and multiplied with all of them at a time.
 
-    One product of three times the rows keeps the tensor cores busier than three products. The first layer that is
-    called makes it, the last lets go of it: they are called one after the other.
+    One product of all rows keeps the tensor cores a little busier than one a layer, with fewer launches. The first
+    layer that is called makes it, the last lets go of it: they are called one after the other.
     """
 
     def __init__(self, layers: Sequence[nn.Module]):
