@@ -331,7 +331,10 @@ class QuantizeLinear(Fp32Parameters, nn.Linear):
 
     @torch.no_grad()
     def freeze_codes(self) -> None:
-        """Keep the codes as they are now, whatever becomes of the weight and of the step sizes."""
+        """Keep the codes as they are now, whatever becomes of the weight and of the step sizes.
+
+        `frozen_codes` [out, in] (int8) then hold them, a byte a weight; the weight's gradient is zero from here on.
+        """
         if self.w_bits < FULL_PRECISION_BITS:
             self.frozen_codes = quantize_codes(self.effective_weight(), self.weight_clip_val, self.w_bits)
 

@@ -3,7 +3,8 @@
 loss = mean over the samples of (mean (v_student(z_t, prompt, t, guidance) − v_teacher)²)^loss_power, z_t and v_teacher
 from the teacher's own trajectories (utils/datautils.py), most of them of the first steps, which decide the layout.
 Trainer keeps the loop, DDP, gradient accumulation, schedules and logging; here stand the loss, what is trained,
-evaluation against the teacher, and checkpoints that hold safetensors and JSON only:
+the codes that stay for the last `freeze_codes` of the steps, evaluation against the teacher, and checkpoints that hold
+safetensors and JSON only:
 
     checkpoint-N/config.json, *.safetensors    the transformer, for FluxTransformer2DModel.from_pretrained
     checkpoint-N/training_state.safetensors    the optimizer's moments; with --ema_decay also the weights not averaged
@@ -441,6 +442,7 @@ class _TensorBoard(TensorBoardCallback):
 
 
 def quantized_layers(model: nn.Module) -> list[QuantizeLinear]:
+    """The layers that hold weights and step sizes, with a LoRA inside the quantizer or without."""
     return [module for module in model.modules() if isinstance(module, QuantizeLinear)]
 
 
