@@ -198,19 +198,45 @@ if triton is not None:
         at = m.to(tl.int64)[:, None] * rows + n[None, :]
         tl.store(out + at, y, mask=(m < tokens)[:, None] & (n < rows)[None, :])
 
+    @triton.jit
+    def _norm_rotate(
+        text, image, text_weight, image_weight, cos, sin, out, text_tokens, tokens, heads, eps,
+        text_batch, text_row, image_batch, image_row, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        """One token a program: all its heads normalized and rotated, in fp32; WIDTH a power of 2, HEADS ≥ heads one."""
+        batch, at = tl.program_id(0).to(tl.int64) // tokens, tl.program_id(0) % tokens
+        if at < text_tokens:
+            source, weight = text + batch * text_batch + at.to(tl.int64) * text_row, text_weight
+        else:
+            source, weight = image + batch * image_batch + (at - text_tokens).to(tl.int64) * image_row, image_weight
+        head, place = tl.arange(0, HEADS)[:, None], tl.arange(0, WIDTH)
+        x = tl.load(source + head * WIDTH + place[None, :], mask=head < heads, other=0).to(tl.float32)
+        x *= tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)[:, None] * tl.load(weight + place).to(tl.float32)[None, :]
+        even, odd = tl.split(tl.reshape(x, (HEADS, WIDTH // 2, 2)))
+        even_cos, odd_cos = tl.split(tl.reshape(tl.load(cos + at * WIDTH + place), (WIDTH // 2, 2)))
+        even_sin, odd_sin = tl.split(tl.reshape(tl.load(sin + at * WIDTH + place), (WIDTH // 2, 2)))
+        turned_even = even * even_cos[None, :] - odd * even_sin[None, :]
+        turned_odd = odd * odd_cos[None, :] + even * odd_sin[None, :]
+        x = tl.reshape(tl.join(turned_even, turned_odd), (HEADS, WIDTH)).to(out.dtype.element_ty)
+        tl.store(out + (tl.program_id(0).to(tl.int64) * heads + head) * WIDTH + place[None, :], x, mask=head < heads)
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return triton is not None and (tensor.is_cuda or INTERPRETED)
+
 
 def in_triton(codes: Tensor, w_bits: int) -> bool:
     """Whether the kernels can work on these codes."""
-    return triton is not None and (codes.is_cuda or INTERPRETED) and len(PLANES[w_bits]) == 1
+    return _on_gpu(codes) and len(PLANES[w_bits]) == 1
 
 
-def _launch(kernel, grid: tuple[int, ...], codes: Tensor, *arguments, **options) -> None:
-    """kernel[grid](codes, …) on the device of the codes."""
+def _launch(kernel, grid: tuple[int, ...], first: Tensor, *arguments, **options) -> None:
+    """kernel[grid](first, …) on the device of `first`."""
     if torch.compiler.is_compiling():  # which sees to the device itself
-        kernel[grid](codes, *arguments, **options)
+        kernel[grid](first, *arguments, **options)
         return
-    with torch.cuda.device_of(codes):
-        kernel[grid](codes, *arguments, **options)
+    with torch.cuda.device_of(first):
+        kernel[grid](first, *arguments, **options)
 
 
 def _in_words(tensor: Tensor) -> bool:
@@ -496,3 +522,35 @@ def fast_op(
 @fast_op.register_fake
 def _(q, scale, codes, alpha, bias, w_bits, dtype):
     return q.new_empty(*q.shape[:-1], len(codes), dtype=dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------- attention
+
+
+def can_rotate(tokens: Tensor, width: int, norm: nn.RMSNorm) -> bool:
+    """Whether norm_rotate can take heads of this width, made of tokens on this device, to be normalized by `norm`."""
+    simple = norm.weight is not None and norm.eps is not None and width & (width - 1) == 0
+    return _on_gpu(tokens) and simple and not torch.is_grad_enabled()
+
+
+def norm_rotate(
+    text: tuple[Tensor, nn.RMSNorm] | None, image: tuple[Tensor, nn.RMSNorm], rotary: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Queries or keys as attention takes them: each head normalized, text before image, rotated; in one kernel.
+
+    text, image: heads x [batch, tokens, heads, width] (see can_rotate) and their norm. rotary: cosines and sines
+    [all tokens, width] (fp32). -> [batch, all tokens, heads, width] in x's dtype, rounded once. x[2i] and x[2i + 1] are
+    the coordinates that are turned (RoPE, arXiv 2104.09864; as diffusers' apply_rotary_emb does). The kernels that
+    torch.compile makes of it took 7.6 of the 97 ms of a FLUX.1-dev step at 1024 pixels on an H100.
+    """
+    (text_x, text_norm), (x, norm) = text or image, image
+    text_x, x = (part if part.stride()[2:] == (part.shape[3], 1) else part.contiguous() for part in (text_x, x))
+    count, heads, width = text_x.shape[1] if text else 0, *x.shape[2:]
+    tokens = count + x.shape[1]
+    out = x.new_empty(len(x), tokens, heads, width)
+    cos, sin = (part.contiguous() for part in rotary)
+    _launch(
+        _norm_rotate, (len(x) * tokens,), text_x, x, text_norm.weight, norm.weight, cos, sin, out, count, tokens, heads,
+        norm.eps, *text_x.stride()[:2], *x.stride()[:2], 1 << (heads - 1).bit_length(), width,
+    )  # fmt: skip
+    return out

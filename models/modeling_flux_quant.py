@@ -25,10 +25,12 @@ from accelerate.utils import convert_file_size_to_int
 from diffusers import ModelMixin  # found here by FluxPipeline.from_pretrained when a saved pipeline holds our class
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.activations import GELU
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from huggingface_hub import snapshot_download
-from torch import nn
+from torch import Tensor, nn
 
-from models.kernels import MODES, gelu
+from models.kernels import MODES, can_rotate, gelu, norm_rotate
 from models.packing import (
     FORMAT,
     INDEX,
@@ -212,6 +214,8 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
             for module in block.modules():
                 if isinstance(module, GELU | nn.GELU) and module.approximate == "tanh":
                     _set_gelu(module, mode)
+                elif isinstance(module, FluxAttention):
+                    _set_processor(module, mode)
         return self
 
     def train(self, mode: bool = True) -> "FluxTransformer2DModel":
@@ -328,6 +332,60 @@ def _set_gelu(module: nn.Module, mode: str) -> None:
         setattr(module, method, gelu)
     else:
         vars(module).pop(method, None)
+
+
+class FusedFluxAttnProcessor(FluxAttnProcessor):
+    """diffusers' attention with queries and keys made by kernels.norm_rotate, where it can."""
+
+    def __call__(
+        self,
+        attn: FluxAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Tokens [batch, tokens, channels] -> the same; with those of the text given, the pair of image and text."""
+        joint = encoder_hidden_states is not None
+        norms = [attn.norm_q, attn.norm_k]
+        text_norms = [attn.norm_added_q, attn.norm_added_k] if joint else []
+        able = all(can_rotate(hidden_states, attn.head_dim, norm) for norm in norms + text_norms)
+        if image_rotary_emb is None or not able:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+        def heads(tokens: Tensor, *layers: nn.Module) -> list[Tensor]:
+            return [layer(tokens).unflatten(-1, (-1, attn.head_dim)) for layer in layers]
+
+        query, key, value = heads(hidden_states, attn.to_q, attn.to_k, attn.to_v)
+        text = [None, None]
+        if joint:
+            *text, text_value = heads(encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            text = [*zip(text, text_norms, strict=True)]
+            value = torch.cat([text_value, value], 1)
+        query = norm_rotate(text[0], (query, attn.norm_q), image_rotary_emb)
+        key = norm_rotate(text[1], (key, attn.norm_k), image_rotary_emb)
+        out = dispatch_attention_fn(
+            query, key, value, attn_mask=attention_mask, backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        ).flatten(2)  # fmt: skip
+        if not joint:
+            return out
+        text_out, image_out = out.tensor_split([encoder_hidden_states.shape[1]], 1)
+        return attn.to_out[1](attn.to_out[0](image_out.contiguous())), attn.to_add_out(text_out.contiguous())
+
+
+def _set_processor(attn: FluxAttention, mode: str) -> None:
+    """Let diffusers' own processor give way to the fused one in fast mode, and come back in exact mode.
+
+    Another processor (an IP-Adapter's) stays. What was chosen on it, such as the attention backend, goes along.
+    """
+    old, new = FluxAttnProcessor, FusedFluxAttnProcessor
+    if mode != "fast":
+        old, new = new, old
+    if type(attn.processor) is old:
+        processor = new()
+        vars(processor).update(vars(attn.processor))
+        attn.set_processor(processor)
 
 
 def _check_device_map(device_map) -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxPosEmbed
 from torch.nn import functional as F
 
 from models import kernels
 from models.kernels import FP8
-from models.modeling_flux_quant import FluxTransformer2DModel
+from models.modeling_flux_quant import FluxTransformer2DModel, FusedFluxAttnProcessor
 from models.packing import PackedLinear
 
 ROOT = Path(__file__).parents[1]
@@ -336,6 +336,21 @@ def test_fast_mode_takes_another_gelu_and_exact_mode_gives_it_back(small):
     assert not any(found())
 
 
+def test_fast_mode_has_an_attention_processor_of_its_own_unless_there_is_another(small):
+    model = copy.deepcopy(small)
+    first, other = [block.attn for block in (*model.transformer_blocks, *model.single_transformer_blocks)][:2]
+
+    class Another(FluxAttnProcessor):
+        pass
+
+    first.processor._attention_backend = "native"
+    other.set_processor(Another())
+    for mode, expected in (("fast", FusedFluxAttnProcessor), ("exact", FluxAttnProcessor)):
+        model.set_inference_mode(mode)
+        assert type(first.processor) is expected and type(other.processor) is Another
+        assert first.processor._attention_backend == "native"
+
+
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("mode", kernels.MODES)
 def test_cuda_graphs_replay_both_modes(mode):
@@ -387,6 +402,77 @@ def test_fast_mode_hardly_changes_the_velocity_of_tiny_flux():
     assert 0 < nmse < (1e-2 if eight == FP8 else 1e-3)
 
 
+def norm_and_rotation(x, weight, cos, sin, eps):
+    """x·w/√(mean x² + eps), then each (x[2i], x[2i + 1]) as a complex number times cos + i·sin; in float64."""
+    x = x.double()
+    x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    turn = torch.complex(cos[:, ::2].double(), sin[:, ::2].double())
+    return torch.view_as_real(turned * turn[:, None]).flatten(-2)
+
+
+def heads_between_others(batch, tokens, heads, width, dtype):
+    """Heads [batch, tokens, heads, width] out of the middle of a wider matrix, as a product of several layers is."""
+    wide = torch.randn(batch, tokens, heads * width + 3 * width, dtype=dtype).to(DEVICE)
+    return wide[..., width : -2 * width].unflatten(-1, (heads, width))
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not (GPU or INTERPRETED), reason="where there is no Triton, diffusers itself does it")
+@DTYPES
+@pytest.mark.parametrize("text_tokens", [0, 5])
+@pytest.mark.parametrize(("heads", "width"), [(24, 128), (4, 64), (1, 16)])
+def test_queries_and_keys_are_normalized_and_rotated_in_one_kernel(heads, width, text_tokens, dtype):
+    torch.manual_seed(heads + text_tokens)
+    cos, sin = FluxPosEmbed(10000, [width // 2, width // 2])(torch.randint(50, (text_tokens + 7, 2)).to(DEVICE))
+    norms = [torch.nn.RMSNorm(width, eps=1e-6, dtype=dtype, device=DEVICE) for _ in range(2)]
+    for norm in norms:
+        norm.weight.data.normal_()
+    parts = [heads_between_others(2, count, heads, width, dtype) for count in (text_tokens, 7)]
+    with torch.no_grad():
+        assert kernels.can_rotate(parts[1], width, norms[1])
+        text = (parts[0], norms[0]) if text_tokens else None
+        found = kernels.norm_rotate(text, (parts[1], norms[1]), (cos, sin))
+        turned_around = parts[1].transpose(1, 2).contiguous().transpose(1, 2)  # the heads of a token far apart
+        assert torch.equal(kernels.norm_rotate(text, (turned_around, norms[1]), (cos, sin)), found)
+    assert found.dtype == dtype and found.is_contiguous()
+    weights = torch.cat([norm.weight.expand(part.shape[1], width) for norm, part in zip(norms, parts, strict=True)])
+    expected = norm_and_rotation(torch.cat(parts, 1), weights[:, None], cos, sin, 1e-6)
+    assert_close(found, expected, TOLERANCE[dtype])
+
+
+def test_the_kernel_of_queries_and_keys_leaves_alone_what_it_cannot_do():
+    x = torch.zeros(1, 3, 64, device=DEVICE)
+    with torch.no_grad():
+        assert not kernels.can_rotate(x, 48, torch.nn.RMSNorm(48, eps=1e-6))  # not a power of 2
+        assert not kernels.can_rotate(x, 64, torch.nn.RMSNorm(64, eps=1e-6, elementwise_affine=False))
+        assert not kernels.can_rotate(x, 64, torch.nn.RMSNorm(64))  # its eps depends on the dtype
+    assert not kernels.can_rotate(x, 64, torch.nn.RMSNorm(64, eps=1e-6))  # a gradient may be wanted
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not (GPU or INTERPRETED), reason="where there is no Triton, diffusers itself does it")
+@pytest.mark.parametrize("joint", [True, False])
+def test_attention_with_that_kernel_is_that_of_diffusers(joint):
+    torch.manual_seed(0)
+    attn = FluxAttention(96, heads=3, dim_head=32, bias=True, eps=1e-6, added_kv_proj_dim=96 if joint else None,
+                         pre_only=not joint).to(DEVICE)  # fmt: skip
+    attn.requires_grad_(False)
+    for norm in (module for module in attn.modules() if isinstance(module, torch.nn.RMSNorm)):
+        norm.weight.normal_()
+    image, text = (torch.randn(2, count, 96, device=DEVICE) for count in (7, 5))
+    given = {"encoder_hidden_states": text} if joint else {}
+    tokens = 12 if joint else 7
+    given["image_rotary_emb"] = FluxPosEmbed(10000, [16, 16])(torch.randint(50, (tokens, 2)).to(DEVICE))
+    expected = attn(image, **given)
+    attn.set_processor(FusedFluxAttnProcessor())
+    with torch.no_grad():
+        found = attn(image, **given)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        attn.norm_q.forward = None  # what diffusers would call
+        attn(image, **given)
+
+
 # Triton
 
 
@@ -403,6 +489,9 @@ def test_every_kernel_in_the_interpreter_of_triton():
 CODES = {"codes": "*u8", "alpha": "*fp32", "columns": "i32", "alpha_stride": "i32"}
 LEVELS = {"in_features": "i32", "shift": "fp32", "factor": "fp32"}
 WORDS = {"out": "*fp8e4nv", "count": "i32"}
+ROTATION = dict.fromkeys(("text", "image", "text_weight", "image_weight"), "*bf16")
+ROTATION |= {"cos": "*fp32", "sin": "*fp32", "heads": "i32", "eps": "fp32"}
+ROTATION |= dict.fromkeys(("text_tokens", "text_batch", "text_row", "image_batch", "image_row"), "i32")
 OUTPUT = {"scale": "*fp32", "bias": "*bf16", "out": "*bf16", "tokens": "i32", "rows": "i32"}
 TILE = {"BIASED": True, "ROWS": 16, "COLUMNS": 64}
 
@@ -419,6 +508,7 @@ TILE = {"BIASED": True, "ROWS": 16, "COLUMNS": 64}
         ("_few_tokens_ternary", LEVELS | OUTPUT | {"x": "*bf16"}, TILE | {"WORDS": 64}),
         ("_few_tokens_ternary", LEVELS | OUTPUT | {"x": "*fp16", "out": "*fp16"}, TILE | {"WORDS": 64}),
         ("_fused", OUTPUT | {"q": "*fp8e4nv"}, TILE | {"ROWS": 128, "TOKENS": 128}),
+        ("_norm_rotate", OUTPUT | ROTATION, {"HEADS": 32, "WIDTH": 128}),
     ],
 )
 def test_the_kernels_compile_for_a_gpu_that_is_not_there(kernel, types, constants):
