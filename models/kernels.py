@@ -41,6 +41,8 @@ FP8 = torch.float8_e4m3fn
 FP8_BITS = 4  # codes up to so many bits are exact in e4m3: integers to 16
 # (out, in) of the ternary layers that `_fused` multiplies faster than unpacking first; in is a multiple of 256.
 FUSED: set[tuple[int, int]] = set()
+# Of `_few_tokens_ternary`, measured on FLUX.1-dev's two shapes: rows, words, rounds whose loads go together, warps.
+TERNARY_TILE = {False: (8, 64, 1, 2), True: (16, 64, 1, 2)}
 GELU_SCALE = 2 * math.sqrt(2 / math.pi)
 _CPU_ROWS = 1024  # of a product on a CPU: a few MB of cache
 _CHUNK = 2**20  # codes worked on at a time: bounds the memory of packing and unpacking, and fits a cache
@@ -132,7 +134,7 @@ if triton is not None:
     @triton.jit
     def _few_tokens_ternary(
         codes, x, alpha, bias, out, rows, columns, alpha_stride, factor,
-        BIASED: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+        BIASED: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, UNROLL: tl.constexpr,
     ):  # fmt: skip
         """The same for ternary codes, x of 16 bits and columns a multiple of 4: 16 codes a word, three operations each.
 
@@ -146,7 +148,7 @@ if triton is not None:
         x_at = x.to(tl.pointer_type(tl.int32)) + m * (columns * 2)
         total = tl.zeros([ROWS, WORDS], tl.float32)
         offset = tl.zeros([WORDS], tl.float32)
-        for start in range(0, columns // 4, WORDS):
+        for start in tl.range(0, columns // 4, WORDS, loop_unroll_factor=UNROLL):  # loads of UNROLL rounds at a time
             at = start + tl.arange(0, WORDS)
             there = at < columns // 4
             word = tl.load(code_at + at[None, :], mask=(n < rows)[:, None] & there[None, :], other=0) ^ -0x55555556
@@ -342,10 +344,10 @@ def _exact(x: Tensor, codes: Tensor, alpha: Tensor, bias: Tensor | None, w_bits:
     bias = bias if biased else x
     words = columns % 4 == 0 and 4 * columns == x.shape[-1] and _in_words(codes) and _in_words(x)
     if w_bits == 0 and x.element_size() == 2 and words:
-        block = 16 if rows > 12288 else 8  # about as many programs for each of FLUX.1-dev's two shapes
+        block, words, unroll, warps = TERNARY_TILE[rows > 12288]
         _launch(
             _few_tokens_ternary, (-(-rows // block), tokens), codes, x, alpha, bias, out, rows, columns, stride, 1 / n,
-            biased, block, 64, num_warps=2,
+            biased, block, words, unroll, num_warps=warps,
         )  # fmt: skip
     else:
         _launch(

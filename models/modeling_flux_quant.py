@@ -347,9 +347,8 @@ class FusedFluxAttnProcessor(FluxAttnProcessor):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Tokens [batch, tokens, channels] -> the same; with those of the text given, the pair of image and text."""
         joint = encoder_hidden_states is not None
-        norms = [attn.norm_q, attn.norm_k]
-        text_norms = [attn.norm_added_q, attn.norm_added_k] if joint else []
-        able = all(can_rotate(hidden_states, attn.head_dim, norm) for norm in norms + text_norms)
+        norms = [attn.norm_q, attn.norm_k] + ([attn.norm_added_q, attn.norm_added_k] if joint else [])
+        able = all(can_rotate(hidden_states, attn.head_dim, norm) for norm in norms)
         if image_rotary_emb is None or not able:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
 
@@ -357,13 +356,13 @@ class FusedFluxAttnProcessor(FluxAttnProcessor):
             return [layer(tokens).unflatten(-1, (-1, attn.head_dim)) for layer in layers]
 
         query, key, value = heads(hidden_states, attn.to_q, attn.to_k, attn.to_v)
-        text = [None, None]
+        text_query = text_key = None
         if joint:
-            *text, text_value = heads(encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-            text = [*zip(text, text_norms, strict=True)]
-            value = torch.cat([text_value, value], 1)
-        query = norm_rotate(text[0], (query, attn.norm_q), image_rotary_emb)
-        key = norm_rotate(text[1], (key, attn.norm_k), image_rotary_emb)
+            added = heads(encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            text_query, text_key = (added[0], attn.norm_added_q), (added[1], attn.norm_added_k)
+            value = torch.cat([added[2], value], 1)
+        query = norm_rotate(text_query, (query, attn.norm_q), image_rotary_emb)
+        key = norm_rotate(text_key, (key, attn.norm_k), image_rotary_emb)
         out = dispatch_attention_fn(
             query, key, value, attn_mask=attention_mask, backend=self._attention_backend,
             parallel_config=self._parallel_config,
