@@ -252,6 +252,14 @@ def test_the_loss_is_the_mean_squared_error_of_the_velocity_and_of_the_blocks(we
     assert loss.dtype == torch.float32
 
 
+def test_the_weight_of_the_blocks_falls_to_nothing_over_the_steps(make):
+    made, weights = make("--feature_loss", 0.8, "--max_steps", 4), []
+    weigh = made.feature_weight
+    made.feature_weight = lambda: weights.append(weigh()) or weights[-1]
+    made.train()
+    assert weights == pytest.approx([0.8, 0.6, 0.4, 0.2])
+
+
 def test_gradient_checkpointing_changes_no_gradient(make):
     """Blocks are run again in the backward pass then, and so are the hooks that feature_loss reads."""
     gradients = []

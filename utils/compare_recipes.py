@@ -25,7 +25,7 @@ from utils.utils import get_logger, run_logged, run_script, spread, visible_gpus
 log = get_logger("recipes")
 PLAIN = (
     "--lora_r 0 --learning_rate 5e-4 --clip_learning_rate 5e-4 --ema_decay 0 --early_share 0.25 --early_peak False "
-    "--loss_power 1 --freeze_codes 0"
+    "--loss_power 1 --freeze_codes 0 --feature_loss 0"
 ).split()
 EARLY, VERY_EARLY = ["--early_share", "0.9"], ["--early_share", "0.97"]
 ONESHOT = "ONESHOT"  # stands for the folder of run.py's calibrated one-shot
@@ -36,12 +36,14 @@ def at(rate: str) -> list[str]:
     return ["--learning_rate", rate, "--clip_learning_rate", rate]
 
 
-def frozen(early: int, power: str, share: int, rate: str = "5e-4", peak: bool = False) -> tuple[str, list[str]]:
+def frozen(
+    early: int, power: str, share: int, rate: str = "5e-4", peak: bool = False, features: str = "0"
+) -> tuple[str, list[str]]:
     """A recipe in which the codes stay for the last `share` % of the steps."""
-    peaked = ", peaked" * peak
-    name = f"full weights, lr {rate}, {early} % early{peaked}, error^{power}, codes frozen for the last {share} %"
+    name = f"full weights, lr {rate}, {early} % early{', peaked' * peak}, error^{power}"
+    name += f", blocks' outputs × {features}" * (features != "0") + f", codes frozen for the last {share} %"
     flags = ["--early_share", str(early / 100), "--early_peak", str(peak), "--loss_power", power]
-    return name, [*PLAIN, *at(rate), *flags, "--freeze_codes", str(share / 100)]
+    return name, [*PLAIN, *at(rate), *flags, "--feature_loss", features, "--freeze_codes", str(share / 100)]
 
 
 RECIPES = {  # name: (what it is, flags of train.py, none left to the defaults)
@@ -60,6 +62,7 @@ RECIPES = {  # name: (what it is, flags of train.py, none left to the defaults)
     "frozen10_tenth": frozen(97, "0.1", 10),
     "frozen10_peak": frozen(97, "0.25", 10, peak=True),
     "frozen10_peak_tenth": frozen(97, "0.1", 10, peak=True),
+    "frozen10_features": frozen(97, "0.25", 10, features="2"),
     "frozen10_fast": frozen(97, "0.25", 10, rate="7e-4"),
     "fast": ("full weights, lr 1e-3, 97 % early", [*PLAIN, *VERY_EARLY, *at("1e-3")]),
     "slow": ("full weights, lr 2.5e-4, 90 % early", [*PLAIN, *EARLY, *at("2.5e-4")]),

@@ -121,7 +121,11 @@ class TrainingArguments(transformers.TrainingArguments):
         },
     )
     feature_loss: float = field(
-        default=0.0, metadata={"help": "weight of the error of the blocks' outputs; keeps the teacher in memory"}
+        default=0.0,
+        metadata={
+            "help": "weight of the error of the blocks' outputs at the first step, falling linearly to 0; keeps the "
+            "teacher in memory"
+        },
     )
     eval_strategy: str = field(default="steps", metadata={"help": "when to evaluate: no, steps or epoch"})
     eval_steps: float = field(default=500, metadata={"help": "steps between evaluations; below 1: share of all"})

@@ -188,7 +188,7 @@ class FluxQATTrainer(transformers.Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean over the samples of (mean squared error of the velocity [L, C])^loss_power, in float32, plus
-        feature_loss times that of the blocks.
+        feature_weight() times that of the blocks.
 
         A few samples, in which the student decides for another layout than the teacher, hold most of the squared error.
         Below 1 the power keeps them from outweighing all others in the gradient.
@@ -201,8 +201,14 @@ class FluxQATTrainer(transformers.Trainer):
             dtype = self.teacher.dtype
             with torch.no_grad(), torch.autocast(self.args.device.type, dtype, enabled=dtype != torch.float32):
                 self.teacher(**inputs)
-            loss = loss + self.args.feature_loss * feature_error(self.features, self.teacher_features)
+            loss = loss + self.feature_weight() * feature_error(self.features, self.teacher_features)
         return (loss, velocity) if return_outputs else loss
+
+    def feature_weight(self) -> float:
+        """feature_loss at the first step, falling linearly to nothing: what the blocks put out on the way shows the
+        student the direction, but in the end the velocity alone counts."""
+        last = self.state.max_steps
+        return self.args.feature_loss * (1 - self.state.global_step / last if last > 0 else 1)
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """On the device and in float32, as the trained parameters are; autocast takes it from there."""
