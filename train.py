@@ -105,7 +105,7 @@ def run_settings(model_args, training_args, teacher: dict) -> dict:
     settings = {"w_bits": model_args.w_bits[0]}
     settings |= {name: getattr(model_args, name) for name in (*names, "start_from")}
     names = ("learning_rate", "clip_learning_rate", "weight_decay", "ema_decay", "feature_loss", "bf16", "fp16")
-    names += ("early_share", "early_peak", "loss_power", "freeze_codes", "seed", "warmup_steps", "max_grad_norm")
+    names += ("early_share", "loss_power", "freeze_codes", "seed", "warmup_steps", "max_grad_norm")
     names += ("adam_beta1", "adam_beta2", "adam_epsilon")
     settings |= {name: getattr(training_args, name) for name in names}
     settings |= {

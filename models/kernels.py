@@ -41,8 +41,6 @@ FP8 = torch.float8_e4m3fn
 FP8_BITS = 4  # codes up to so many bits are exact in e4m3: integers to 16
 # (out, in) of the ternary layers that `_fused` multiplies faster than unpacking first; in is a multiple of 256.
 FUSED: set[tuple[int, int]] = set()
-# Of `_few_tokens_ternary`, measured on FLUX.1-dev's two shapes: rows, words, rounds whose loads go together, warps.
-TERNARY_TILE = {False: (8, 64, 1, 2), True: (16, 64, 1, 2)}
 GELU_SCALE = 2 * math.sqrt(2 / math.pi)
 _CPU_ROWS = 1024  # of a product on a CPU: a few MB of cache
 _CHUNK = 2**20  # codes worked on at a time: bounds the memory of packing and unpacking, and fits a cache
@@ -134,34 +132,40 @@ if triton is not None:
     @triton.jit
     def _few_tokens_ternary(
         codes, x, alpha, bias, out, rows, columns, alpha_stride, factor,
-        BIASED: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, UNROLL: tl.constexpr,
+        BIASED: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
     ):  # fmt: skip
-        """The same for ternary codes, x of 16 bits and columns a multiple of 4: 16 codes a word, three operations each.
+        """The same for ternary codes, x of 16 bits and columns a multiple of 4: 16 codes a word, two operations each.
 
         A byte of codes, their sign bits flipped, is put into the uppermost bits of the mantissa of 1. With all of it
-        but field i masked out, the number reads 1 + (c + 2)/unit for unit = 4^(4 − i). So x·unit is multiplied by it,
-        and x·(unit + 2) taken off at the end: with products 4 to 256 times too large, the sum loses up to eight bits.
+        but field i masked out, the number reads 1 + (c + 2)/unit for unit = 4^(4 − i). The sum of x times it is
+        multiplied by unit, and x·(unit + 2) taken off at the end: with products 4 to 256 times too large, it loses up
+        to eight bits. x is loaded in the shape of the codes: in another shape it would have another layout in
+        registers and go through shared memory, with two barriers for every load.
         """
         n, m = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
         dtype = x.dtype.element_ty
-        code_at = codes.to(tl.pointer_type(tl.int32)) + n.to(tl.int64)[:, None] * (columns // 4)
-        x_at = x.to(tl.pointer_type(tl.int32)) + m * (columns * 2)
-        total = tl.zeros([ROWS, WORDS], tl.float32)
-        offset = tl.zeros([WORDS], tl.float32)
-        for start in tl.range(0, columns // 4, WORDS, loop_unroll_factor=UNROLL):  # loads of UNROLL rounds at a time
-            at = start + tl.arange(0, WORDS)
-            there = at < columns // 4
-            word = tl.load(code_at + at[None, :], mask=(n < rows)[:, None] & there[None, :], other=0) ^ -0x55555556
-            for j in tl.static_range(4):
-                mantissa = ((word >> (8 * j)) & 0xFF) << 15 | 0x3F800000
-                for i in tl.static_range(4):
-                    pair = tl.load(x_at + i * (columns // 2) + at * 2 + j // 2, mask=there, other=0)
-                    x_i = (pair >> (16 * (j % 2))).to(tl.int16).to(dtype, bitcast=True).to(tl.float32) * (256 >> 2 * i)
-                    lifted = (mantissa & (0x3F800000 | 0x18000 << 2 * i)).to(tl.float32, bitcast=True)
-                    total += lifted * x_i[None, :]
-                    offset += x_i * (1 + 2 / (256 >> 2 * i))
         step = tl.load(alpha + n * alpha_stride, mask=n < rows, other=0)
-        y = tl.sum(total - offset[None, :], 1) * (step * factor).to(dtype).to(tl.float32)
+        code_at = codes.to(tl.pointer_type(tl.int32)) + n.to(tl.int64)[:, None] * (columns // 4)
+        four_at = x.to(tl.pointer_type(tl.int64)) + m * columns + tl.zeros([ROWS, 1], tl.int32)
+        total = tl.zeros([ROWS, WORDS], tl.float32)
+        offset = tl.zeros([4 * WORDS], tl.float32)
+        for start in range(0, columns // 4, WORDS):
+            at = start + tl.arange(0, WORDS)[None, :]
+            there = (at < columns // 4) & (n < rows)[:, None]
+            word = tl.load(code_at + at, mask=there, other=0) ^ -0x55555556
+            column = 4 * start + tl.arange(0, 4 * WORDS)
+            for i in tl.static_range(4):
+                four = tl.load(four_at + i * (columns // 4) + at, mask=there, other=0)
+                lifted_sum = tl.zeros([ROWS, WORDS], tl.float32)
+                for j in tl.static_range(4):
+                    x_j = (four >> (16 * j)).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+                    mantissa = (word << (15 - 8 * j) if j < 2 else word >> (8 * j - 15)) | 0x3F800000
+                    lifted = mantissa & (0x3F800000 | 0x18000 << 2 * i)
+                    lifted_sum += lifted.to(tl.float32, bitcast=True) * x_j
+                total += lifted_sum * (256 >> 2 * i)
+                x_i = tl.load(x + m * 4 * columns + i * columns + column, mask=column < columns, other=0)
+                offset += x_i.to(tl.float32) * ((256 >> 2 * i) + 2)
+        y = (tl.sum(total, 1) - tl.sum(offset, 0)) * (step * factor).to(dtype).to(tl.float32)
         if BIASED:
             y += tl.load(bias + n, mask=n < rows, other=0).to(tl.float32)
         tl.store(out + m * rows + n, y.to(dtype), mask=n < rows)
@@ -241,13 +245,13 @@ def _launch(kernel, grid: tuple[int, ...], first: Tensor, *arguments, **options)
         kernel[grid](first, *arguments, **options)
 
 
-def _in_words(tensor: Tensor) -> bool:
-    """Whether a contiguous tensor may be read in 32-bit words.
+def _in_words(tensor: Tensor, size: int) -> bool:
+    """Whether a contiguous tensor may be read in words of `size` bytes.
 
     Dynamo cannot ask. What a graph computes lies in words, as parameters do; only a slice that begins between two
     words and goes straight from a graph's arguments into a layer would not.
     """
-    return torch.compiler.is_compiling() or tensor.storage_offset() * tensor.element_size() % 4 == 0
+    return torch.compiler.is_compiling() or tensor.storage_offset() * tensor.element_size() % size == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- unpacking
@@ -342,12 +346,12 @@ def _exact(x: Tensor, codes: Tensor, alpha: Tensor, bias: Tensor | None, w_bits:
     out = x.new_empty(*x.shape[:-1], rows)
     stride, biased = int(alpha.numel() > 1), bias is not None
     bias = bias if biased else x
-    words = columns % 4 == 0 and 4 * columns == x.shape[-1] and _in_words(codes) and _in_words(x)
+    words = columns % 4 == 0 and 4 * columns == x.shape[-1] and _in_words(codes, 4) and _in_words(x, 8)
     if w_bits == 0 and x.element_size() == 2 and words:
-        block, words, unroll, warps = TERNARY_TILE[rows > 12288]
+        block = 16 if rows > 12288 else 8  # about as many programs for each of FLUX.1-dev's two shapes
         _launch(
             _few_tokens_ternary, (-(-rows // block), tokens), codes, x, alpha, bias, out, rows, columns, stride, 1 / n,
-            biased, block, words, unroll, num_warps=warps,
+            biased, block, 64, num_warps=2,
         )  # fmt: skip
     else:
         _launch(

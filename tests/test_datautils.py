@@ -683,23 +683,15 @@ def test_prompts_and_timesteps_are_mixed_within_a_batch(window):
 
 
 @pytest.mark.parametrize("window", [None, 16])
-@pytest.mark.parametrize("peak", [False, True])
 @pytest.mark.parametrize(("steps", "early_share"), [(28, 0.9), (28, 0.1), (10, 0.5), (4, 0.9)])
-def test_the_first_quarter_of_the_steps_gets_its_share_and_prompts_are_drawn_alike(steps, early_share, peak, window):
+def test_the_first_quarter_of_the_steps_gets_its_share_and_prompts_are_drawn_alike(steps, early_share, window):
     prompts = 600
-    sampler = ShuffledSamples(prompts, steps, seed=1, window=window, early_share=early_share, early_peak=peak)
+    sampler = ShuffledSamples(prompts, steps, seed=1, window=window, early_share=early_share)
     order = list(sampler)
     assert len(order) == len(sampler) == prompts * steps and order == list(sampler)
     assert set(Counter(number // steps for number in order).values()) == {steps}
     early = [min(1, max(0, steps / 4 - k)) for k in range(steps)]  # the part of a step that is in the first quarter
-    of_quarter = [4 * e / steps for e in early]
-    if peak:  # the area under a triangle over the quarter, in a thousand strips a step
-        middles = [(i + 0.5) / 1000 / steps * 4 for i in range(1000 * steps)]
-        strips = [max(0, 1 - abs(2 * x - 1)) * 2 * 4 / steps / 1000 for x in middles]
-        of_quarter = [sum(strips[1000 * k : 1000 * (k + 1)]) for k in range(steps)]
-    shares = [
-        early_share * q + (1 - e) / steps / 0.75 * (1 - early_share) for q, e in zip(of_quarter, early, strict=True)
-    ]
+    shares = [e / steps * 4 * early_share + (1 - e) / steps / 0.75 * (1 - early_share) for e in early]
     drawn = Counter(number % steps for number in order)
     for k, share in enumerate(shares):  # a prompt gives a step this often, rounded down or up
         each = steps * share

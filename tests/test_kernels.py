@@ -106,13 +106,13 @@ def test_exact_mode_is_the_product_with_the_dequantized_weight(w_bits, dtype):
 
 @pytest.mark.kernels
 def test_tokens_and_codes_may_lie_anywhere_in_memory():
-    """A word of codes or two of the tokens' numbers are read at once where they lie at whole words."""
+    """A word of codes or four of the tokens' numbers are read at once where they lie at whole words."""
     layer, codes = packed_layer(48, 272, 0, bias=False, dtype=torch.bfloat16)
     shifted = torch.zeros(layer.weight_codes.numel() + 1, dtype=torch.uint8, device=DEVICE)
     shifted[1:] = layer.weight_codes.flatten()
-    everywhere = tokens_of(1, 273, torch.bfloat16)[0]
+    everywhere = tokens_of(1, 274, torch.bfloat16)[0]
     weight = layer.dequantize(torch.bfloat16).double() if INTERPRETED else levels(layer, codes, torch.bfloat16)
-    for x in (everywhere[1:], everywhere[:-1]):
+    for x in (everywhere[:-2], everywhere[1:-1], everywhere[2:]):
         for packed in (layer.weight_codes, shifted[1:].view_as(layer.weight_codes)):
             found = kernels.exact_linear(x[None], packed, layer.weight_clip_val, None, 0)
             assert_close(found, x[None].double() @ weight.T, TOLERANCE[torch.bfloat16])
@@ -505,8 +505,8 @@ TILE = {"BIASED": True, "ROWS": 16, "COLUMNS": 64}
         ("_unpack_words", WORDS, {"BITS": 0, "IS_FP8": True, "BLOCK": 1024}),
         ("_unpack_words", WORDS, {"BITS": 2, "IS_FP8": False, "BLOCK": 1024}),
         ("_few_tokens", LEVELS | OUTPUT | {"x": "*bf16"}, TILE | {"WIDTH": 4}),
-        ("_few_tokens_ternary", LEVELS | OUTPUT | {"x": "*bf16"}, TILE | {"WORDS": 64, "UNROLL": 3}),
-        ("_few_tokens_ternary", LEVELS | OUTPUT | {"x": "*fp16", "out": "*fp16"}, TILE | {"WORDS": 64, "UNROLL": 3}),
+        ("_few_tokens_ternary", LEVELS | OUTPUT | {"x": "*bf16"}, TILE | {"WORDS": 64}),
+        ("_few_tokens_ternary", LEVELS | OUTPUT | {"x": "*fp16", "out": "*fp16"}, TILE | {"WORDS": 64}),
         ("_fused", OUTPUT | {"q": "*fp8e4nv"}, TILE | {"ROWS": 128, "TOKENS": 128}),
         ("_norm_rotate", OUTPUT | ROTATION, {"HEADS": 32, "WIDTH": 128}),
     ],

@@ -24,8 +24,8 @@ from utils.utils import get_logger, run_logged, run_script, spread, visible_gpus
 
 log = get_logger("recipes")
 PLAIN = (
-    "--lora_r 0 --learning_rate 5e-4 --clip_learning_rate 5e-4 --ema_decay 0 --early_share 0.25 --early_peak False "
-    "--loss_power 1 --freeze_codes 0 --feature_loss 0"
+    "--lora_r 0 --learning_rate 5e-4 --clip_learning_rate 5e-4 --ema_decay 0 --early_share 0.25 --loss_power 1 "
+    "--freeze_codes 0 --feature_loss 0"
 ).split()
 EARLY, VERY_EARLY = ["--early_share", "0.9"], ["--early_share", "0.97"]
 ONESHOT = "ONESHOT"  # stands for the folder of run.py's calibrated one-shot
@@ -36,14 +36,13 @@ def at(rate: str) -> list[str]:
     return ["--learning_rate", rate, "--clip_learning_rate", rate]
 
 
-def frozen(
-    early: int, power: str, share: int, rate: str = "5e-4", peak: bool = False, features: str = "0"
-) -> tuple[str, list[str]]:
+def frozen(early: int, power: str, share: int, features: str = "0") -> tuple[str, list[str]]:
     """A recipe in which the codes stay for the last `share` % of the steps."""
-    name = f"full weights, lr {rate}, {early} % early{', peaked' * peak}, error^{power}"
-    name += f", blocks' outputs × {features}" * (features != "0") + f", codes frozen for the last {share} %"
-    flags = ["--early_share", str(early / 100), "--early_peak", str(peak), "--loss_power", power]
-    return name, [*PLAIN, *at(rate), *flags, "--feature_loss", features, "--freeze_codes", str(share / 100)]
+    name = f"full weights, lr 5e-4, {early} % early, error^{power}, codes frozen for the last {share} %"
+    flags = ["--early_share", str(early / 100), "--loss_power", power, "--freeze_codes", str(share / 100)]
+    if features != "0":
+        name += f", blocks' outputs × {features}"
+    return name, [*PLAIN, *flags, "--feature_loss", features]
 
 
 RECIPES = {  # name: (what it is, flags of train.py, none left to the defaults)
@@ -59,14 +58,10 @@ RECIPES = {  # name: (what it is, flags of train.py, none left to the defaults)
     "frozen10": frozen(97, "0.25", 10),
     "frozen20": frozen(97, "0.25", 20),
     "frozen10_90": frozen(90, "0.25", 10),
-    "frozen10_tenth": frozen(97, "0.1", 10),
-    "frozen10_peak": frozen(97, "0.25", 10, peak=True),
-    "frozen10_peak_tenth": frozen(97, "0.1", 10, peak=True),
-    "features2": frozen(97, "0.25", 10, features="2"),
-    "features6": frozen(97, "0.25", 10, features="6"),
-    "features20": frozen(97, "0.25", 10, features="20"),
-    "features60": frozen(97, "0.25", 10, features="60"),
-    "frozen10_fast": frozen(97, "0.25", 10, rate="7e-4"),
+    "frozen10_80": frozen(80, "0.25", 10),
+    "frozen10_70": frozen(70, "0.25", 10),
+    "frozen10_80_tenth": frozen(80, "0.1", 10),
+    "features": frozen(97, "0.25", 10, features="2"),
     "fast": ("full weights, lr 1e-3, 97 % early", [*PLAIN, *VERY_EARLY, *at("1e-3")]),
     "slow": ("full weights, lr 2.5e-4, 90 % early", [*PLAIN, *EARLY, *at("2.5e-4")]),
     "calibrated": (

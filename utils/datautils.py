@@ -187,24 +187,18 @@ def collate(samples: list[Trajectory]) -> Trajectory:
 class ShuffledSamples(Sampler[int]):
     """As many samples an epoch as there are, in an order that depends on seed and epoch alone.
 
-    `early_share` of them are of the first quarter of the steps, one of these as often as the other, or with
-    `early_peak` the more often the nearer to its middle (a triangle); the others are alike. With 0.25 every sample is
-    drawn once; else each prompt still gives `steps` samples, and only on average over the prompts so many of each step.
+    `early_share` of them are of the first quarter of the steps, one of these as often as the other, and likewise the
+    rest. With 0.25 every sample is drawn once; else each prompt still gives `steps` samples, and only on average over
+    the prompts so many of each step.
     With `window`, prompts are shuffled and taken `window` at a time, their steps mixed: of trajectories that are made
     while training, no more than these are needed at once.
     """
 
-    def __init__(
-        self, prompts: int, steps: int, seed: int, window: int | None = None, early_share: float = 0.25,
-        early_peak: bool = False,
-    ):  # fmt: skip
+    def __init__(self, prompts: int, steps: int, seed: int, window: int | None = None, early_share: float = 0.25):
         self.prompts, self.steps, self.seed, self.window = prompts, steps, seed, window or prompts
         ends = torch.arange(1, steps, dtype=torch.float64) / steps
-        early, late = 4 * ends, early_share + (1 - early_share) * (ends - 0.25) / 0.75
-        if early_peak:
-            early = torch.where(early < 0.5, 2 * early.square(), 1 - 2 * (1 - early).square())
-        # Where in [0, steps) the share of a step ends.
-        self.bounds = steps * torch.where(ends < 0.25, early_share * early, late)
+        early, late = 4 * early_share * ends, early_share + (1 - early_share) * (ends - 0.25) / 0.75
+        self.bounds = steps * torch.where(ends < 0.25, early, late)  # where in [0, steps) the share of a step ends
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:

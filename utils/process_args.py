@@ -106,9 +106,6 @@ class TrainingArguments(transformers.TrainingArguments):
         default=0.97,
         metadata={"help": "share of the samples that is of the first quarter of the steps; 0.25: all alike"},
     )
-    early_peak: bool = field(
-        default=False, metadata={"help": "of that quarter, the more samples of a step the nearer it is to the middle"}
-    )
     loss_power: float = field(
         default=0.25,
         metadata={"help": "exponent of each sample's mean squared error; below 1 hard samples count for less"},

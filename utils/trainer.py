@@ -122,8 +122,7 @@ class FluxQATTrainer(transformers.Trainer):
             raise ValueError("feature_loss needs the teacher")
         self.eval_pipe, self.settings, self.teacher = eval_pipe, settings, teacher
         self.num_images, self.num_final_images = num_images, num_final_images
-        prompts, steps = len(train_data.prompts), train_data.steps
-        self.sampler = ShuffledSamples(prompts, steps, args.seed, window, args.early_share, args.early_peak)
+        self.sampler = ShuffledSamples(len(train_data.prompts), train_data.steps, args.seed, window, args.early_share)
         self.folder = Path(args.output_dir)
         super().__init__(
             model=model,
