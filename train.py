@@ -248,8 +248,9 @@ def main() -> None:
         student.enable_gradient_checkpointing()  # diffusers' own; Trainer would look for transformers'
         training_args.gradient_checkpointing = training_args.activation_checkpointing = False
     if training_args.compile_blocks:
-        for model in (student, teacher) if teacher is not None else (student,):
-            model.compile_repeated_blocks()
+        student.compile_repeated_blocks()
+        if teacher is not None:
+            teacher.compile_repeated_blocks()
     eval_pipe = FluxPipeline(**{**pipe.components, "transformer": student.to(device)})
     eval_pipe.vae.to(device)
 

@@ -15,6 +15,8 @@ Up to SMALL tokens (modulation has one a picture) a layer is memory traffic and 
 lives inside one call; the caching allocator, or the pool of a CUDA graph, gives the same memory to the next.
 torch.compile takes the launches of the kernels into its graph, as it does with the plain torch around them; only where
 there is no Triton, or a gradient is wanted, a layer is an op of its own.
+
+Between the layers, fast mode has a shorter GELU (`gelu`) and queries and keys made by one kernel (`norm_rotate`).
 """
 
 import math
