@@ -41,7 +41,7 @@ from utils.utils import check_disk, get_logger, initial_noise, record_velocities
 
 log = get_logger("cache")
 FORMAT = 1
-THREADS = 8  # that check files: most of it is hashing, for which Python lets others run
+THREADS = 8  # that check and write files: most of it is hashing, for which Python lets others run
 Trajectory = dict[str, Tensor]
 
 
@@ -362,13 +362,14 @@ def fill_cache(
         _announce(cache, pipe, settings, len(missing), batch_size, state)
         started = time.time()
         share = batches[state.process_index :: state.num_processes]
-        with tqdm(total=len(share) * batch_size, desc=f"teacher, rank {state.process_index}", unit="prompt") as bar:
+        bar = tqdm(total=len(share) * batch_size, desc=f"teacher, rank {state.process_index}", unit="prompt")
+        with bar, ThreadPoolExecutor(THREADS) as pool:
             for batch in share:
                 numbers = range(batch * batch_size, min((batch + 1) * batch_size, len(prompts)))
                 made = record_trajectories(pipe, [prompts[i] for i in numbers], settings.seed + numbers[0], settings)
-                for i, trajectory in zip(numbers, made, strict=True):
-                    if i in missing:
-                        cache.store(i, trajectory)
+                wanted = [(i, trajectory) for i, trajectory in zip(numbers, made, strict=True) if i in missing]
+                for _ in pool.map(lambda pair: cache.store(*pair), wanted):
+                    pass
                 bar.update(batch_size)
         state.wait_for_everyone()
         if state.is_main_process:
