@@ -229,13 +229,14 @@ if triton is not None:
         tl.store(out + (tl.program_id(0).to(tl.int64) * heads + head) * WIDTH + place[None, :], x, mask=head < heads)
 
 
-def _on_gpu(tensor: Tensor) -> bool:
+def _triton_works_on(tensor: Tensor) -> bool:
+    """Whether Triton's kernels can take this tensor: on a GPU, or anywhere in its interpreter."""
     return triton is not None and (tensor.is_cuda or INTERPRETED)
 
 
 def in_triton(codes: Tensor, w_bits: int) -> bool:
     """Whether the kernels can work on these codes."""
-    return _on_gpu(codes) and len(PLANES[w_bits]) == 1
+    return _triton_works_on(codes) and len(PLANES[w_bits]) == 1
 
 
 def _launch(kernel, grid: tuple[int, ...], first: Tensor, *arguments, **options) -> None:
@@ -440,6 +441,10 @@ class Siblings:
         self.layers = list(layers)
         self.given = self.products = None
 
+    def on(self, device: torch.device) -> bool:
+        """Whether all of them are there: sequential offloading brings each only when it is called."""
+        return all(layer.weight_codes.device == device for layer in self.layers)
+
     def product(self, place: int, given: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Number `place` of the layers in fast mode, tokens quantized to `dtype`; x [..., in] is `given` or a cast."""
         if self.given is not given:
@@ -536,9 +541,13 @@ def _(q, scale, codes, alpha, bias, w_bits, dtype):
 
 
 def can_rotate(tokens: Tensor, width: int, norm: nn.RMSNorm) -> bool:
-    """Whether norm_rotate can take heads of this width, made of tokens on this device, to be normalized by `norm`."""
+    """Whether norm_rotate can take heads of this width, made of `tokens`, to be normalized by `norm`.
+
+    No where the norm's weight is elsewhere: sequential offloading brings it only when the norm itself is called.
+    """
     simple = norm.weight is not None and norm.eps is not None and width & (width - 1) == 0
-    return _on_gpu(tokens) and simple and not torch.is_grad_enabled()
+    here = simple and norm.weight.device == tokens.device
+    return here and _triton_works_on(tokens) and not torch.is_grad_enabled()
 
 
 def norm_rotate(

@@ -231,7 +231,7 @@ class PackedLinear(Fp32Parameters, nn.Linear):
         if dtype is None or (x.requires_grad and torch.is_grad_enabled()):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return kernels.exact_linear(x, self.weight_codes, self.weight_clip_val, bias, self.w_bits)
-        if self.siblings is None:
+        if self.siblings is None or not self.siblings.on(x.device):
             return kernels.fast_linear(x, dtype, [self])[0]
         return self.siblings.product(self.place, input, x, dtype)
 

@@ -311,6 +311,18 @@ def test_layers_with_one_input_are_multiplied_as_one(small, blocks, inputs, monk
             torch.testing.assert_close(a, c)
 
 
+def test_a_layer_whose_siblings_are_offloaded_is_multiplied_alone():
+    layers = [packed_layer(48, 64, 0)[0] for _ in range(3)]
+    for layer in layers:
+        layer.mode = "fast"
+    x = tokens_of(40, 64, torch.float32)
+    expected = layers[0](x)
+    PackedLinear.join(layers)
+    layers[2].to("meta")
+    assert torch.equal(layers[0](x), expected)
+    assert layers[0].siblings.given is None
+
+
 def test_gelu_is_the_same_function_compiled():
     x = torch.cat([torch.linspace(-40, 40, 20001), torch.tensor([0.0, 1e-30, -1e30, 1e30])]).to(DEVICE)
     torch._dynamo.reset()
@@ -441,13 +453,20 @@ def test_queries_and_keys_are_normalized_and_rotated_in_one_kernel(heads, width,
     assert_close(found, expected, TOLERANCE[dtype])
 
 
+@pytest.mark.kernels
 def test_the_kernel_of_queries_and_keys_leaves_alone_what_it_cannot_do():
     x = torch.zeros(1, 3, 64, device=DEVICE)
+
+    def taken(width, **settings):
+        return kernels.can_rotate(x, width, torch.nn.RMSNorm(width, **({"eps": 1e-6, "device": DEVICE} | settings)))
+
     with torch.no_grad():
-        assert not kernels.can_rotate(x, 48, torch.nn.RMSNorm(48, eps=1e-6))  # not a power of 2
-        assert not kernels.can_rotate(x, 64, torch.nn.RMSNorm(64, eps=1e-6, elementwise_affine=False))
-        assert not kernels.can_rotate(x, 64, torch.nn.RMSNorm(64))  # its eps depends on the dtype
-    assert not kernels.can_rotate(x, 64, torch.nn.RMSNorm(64, eps=1e-6))  # a gradient may be wanted
+        assert taken(64) == (GPU or INTERPRETED)
+        assert not taken(48)  # not a power of 2
+        assert not taken(64, elementwise_affine=False)
+        assert not taken(64, eps=None)  # it depends on the dtype then
+        assert not taken(64, device="meta")  # offloaded
+    assert not taken(64)  # a gradient may be wanted
 
 
 @pytest.mark.kernels

@@ -368,8 +368,7 @@ def fill_cache(
                 numbers = range(batch * batch_size, min((batch + 1) * batch_size, len(prompts)))
                 made = record_trajectories(pipe, [prompts[i] for i in numbers], settings.seed + numbers[0], settings)
                 wanted = [(i, trajectory) for i, trajectory in zip(numbers, made, strict=True) if i in missing]
-                for _ in pool.map(lambda pair: cache.store(*pair), wanted):
-                    pass
+                list(pool.map(lambda pair: cache.store(*pair), wanted))
                 bar.update(batch_size)
         state.wait_for_everyone()
         if state.is_main_process:
