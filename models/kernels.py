@@ -80,30 +80,77 @@ if triton is not None:
             tl.store(out + row.to(tl.int64) * in_features + k, value, mask=(at < count) & (k < in_features))
 
     @triton.jit
-    def _unpack_words(codes, out, count, columns, BITS: tl.constexpr, IS_FP8: tl.constexpr, BLOCK: tl.constexpr):
-        """The integers of the fast mode, four bytes at a time: of `count` words in all, `columns` a row of codes."""
+    def _eight_bits(word, place: tl.constexpr, BITS: tl.constexpr, IS_FP8: tl.constexpr):
+        """Code number `place` of each of the four bytes of a word as one of the integers of the fast mode."""
         WIDTH: tl.constexpr = 1 if BITS == 1 else 4 if BITS == 4 else 2
         MASK: tl.constexpr = 0x01010101 * ((1 << WIDTH) - 1)
         ODD: tl.constexpr = BITS == 1 or BITS == 2
         SIGN: tl.constexpr = 1 << WIDTH if ODD else 1 << (WIDTH - 1)
+        field = (word >> (place * WIDTH)) & MASK
+        if IS_FP8:  # 1 is 0x38, 3 is 0x44, the sign is bit 7
+            if BITS == 0:
+                value = (field & 0x01010101) * 0x38 | (field & 0x02020202) << 6
+            elif BITS == 1:
+                value = 0x38383838 | field << 7
+            else:
+                value = (0x38383838 + ((field ^ (field >> 1)) & 0x01010101) * 0x0C) | (field & 0x02020202) << 6
+        else:
+            if ODD:
+                field = field * 2 + 0x01010101
+            value = field | (field & (0x01010101 * SIGN)) * (256 // SIGN - 2)
+        return value
+
+    @triton.jit
+    def _unpack_words(codes, out, count, columns, BITS: tl.constexpr, IS_FP8: tl.constexpr, BLOCK: tl.constexpr):
+        """The integers of the fast mode, four bytes at a time: of `count` words in all, `columns` a row of codes."""
+        FIELDS: tl.constexpr = 8 if BITS == 1 else 2 if BITS == 4 else 4
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         row, column = at // columns, at % columns
         words, out_words = codes.to(tl.pointer_type(tl.int32)), out.to(tl.pointer_type(tl.int32))
         word = tl.load(words + at, mask=at < count, other=0)
-        for i in tl.static_range(8 // WIDTH):
-            field = (word >> (i * WIDTH)) & MASK
-            if IS_FP8:  # 1 is 0x38, 3 is 0x44, the sign is bit 7
-                if BITS == 0:
-                    value = (field & 0x01010101) * 0x38 | (field & 0x02020202) << 6
-                elif BITS == 1:
-                    value = 0x38383838 | field << 7
-                else:
-                    value = (0x38383838 + ((field ^ (field >> 1)) & 0x01010101) * 0x0C) | (field & 0x02020202) << 6
-            else:
-                if ODD:
-                    field = field * 2 + 0x01010101
-                value = field | (field & (0x01010101 * SIGN)) * (256 // SIGN - 2)
-            tl.store(out_words + (row * (8 // WIDTH) + i) * columns + column, value, mask=at < count)
+        for i in tl.static_range(FIELDS):
+            value = _eight_bits(word, i, BITS, IS_FP8)
+            tl.store(out_words + (row * FIELDS + i) * columns + column, value, mask=at < count)
+
+    @triton.jit
+    def _unpack_siblings(
+        codes, codes_1, codes_2, codes_3, alpha, alpha_1, alpha_2, alpha_3, bias, bias_1, bias_2, bias_3,
+        out, all_alpha, all_bias, rows, rows_1, rows_2, rows_3, columns, alpha_stride,
+        BITS: tl.constexpr, IS_FP8: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """The same for up to four layers, one below the other, and their step sizes and biases; no layer has 0 rows.
+
+        What is stored to is computed without a branch: torch.compile follows it back to find what a kernel writes to.
+        """
+        FIELDS: tl.constexpr = 8 if BITS == 1 else 2 if BITS == 4 else 4
+        at = tl.program_id(0)
+        end = tl.cdiv(rows * columns, BLOCK)
+        end_1 = end + tl.cdiv(rows_1 * columns, BLOCK)
+        end_2 = end_1 + tl.cdiv(rows_2 * columns, BLOCK)
+        beyond, beyond_1, beyond_2 = (at >= end).to(tl.int32), (at >= end_1).to(tl.int32), (at >= end_2).to(tl.int32)
+        if at < end:
+            words = codes
+        elif at < end_1:
+            words, alpha, bias = codes_1, alpha_1, bias_1
+        elif at < end_2:
+            words, alpha, bias = codes_2, alpha_2, bias_2
+        else:
+            words, alpha, bias = codes_3, alpha_3, bias_3
+        at -= beyond * end + beyond_1 * (end_1 - end) + beyond_2 * (end_2 - end_1)
+        first = beyond * rows + beyond_1 * rows_1 + beyond_2 * rows_2
+        count = rows + beyond * (rows_1 - rows) + beyond_1 * (rows_2 - rows_1) + beyond_2 * (rows_3 - rows_2)
+        at = at * BLOCK + tl.arange(0, BLOCK)
+        row, column = at // columns, at % columns
+        out_words = out.to(tl.pointer_type(tl.int32))
+        word = tl.load(words.to(tl.pointer_type(tl.int32)) + at, mask=row < count, other=0)
+        for i in tl.static_range(FIELDS):
+            value = _eight_bits(word, i, BITS, IS_FP8)
+            tl.store(out_words + ((first + row) * FIELDS + i) * columns + column, value, mask=row < count)
+        once = (row < count) & (column == 0)
+        tl.store(all_alpha + first + row, tl.load(alpha + row * alpha_stride, mask=once), mask=once)
+        if BIASED:
+            b = tl.load(bias + row, mask=once).to(all_bias.dtype.element_ty)
+            tl.store(all_bias + first + row, b, mask=once)
 
     @triton.jit
     def _few_tokens(
@@ -208,15 +255,24 @@ if triton is not None:
 
     @triton.jit
     def _norm_rotate(
-        text, image, text_weight, image_weight, cos, sin, out, text_tokens, tokens, heads, eps,
-        text_batch, text_row, image_batch, image_row, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+        text_query, text_key, query, key, text_query_weight, text_key_weight, query_weight, key_weight, cos, sin, out,
+        text_tokens, tokens, heads, eps, text_batch, text_row, image_batch, image_row,
+        HEADS: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
-        """One token a program: all its heads normalized and rotated, in fp32; WIDTH a power of 2, HEADS ≥ heads one."""
+        """The query or the key of one token a program: all heads normalized and rotated, in fp32.
+
+        WIDTH is a power of 2, HEADS ≥ heads one.
+        """
         batch, at = tl.program_id(0).to(tl.int64) // tokens, tl.program_id(0) % tokens
+        if tl.program_id(1) == 0:
+            text, image, text_weight, image_weight = text_query, query, text_query_weight, query_weight
+        else:
+            text, image, text_weight, image_weight = text_key, key, text_key_weight, key_weight
         if at < text_tokens:
             source, weight = text + batch * text_batch + at.to(tl.int64) * text_row, text_weight
         else:
             source, weight = image + batch * image_batch + (at - text_tokens).to(tl.int64) * image_row, image_weight
+        row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
         head, place = tl.arange(0, HEADS)[:, None], tl.arange(0, WIDTH)
         x = tl.load(source + head * WIDTH + place[None, :], mask=head < heads, other=0).to(tl.float32)
         x *= tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)[:, None] * tl.load(weight + place).to(tl.float32)[None, :]
@@ -226,7 +282,7 @@ if triton is not None:
         turned_even = even * even_cos[None, :] - odd * even_sin[None, :]
         turned_odd = odd * odd_cos[None, :] + even * odd_sin[None, :]
         x = tl.reshape(tl.join(turned_even, turned_odd), (HEADS, WIDTH)).to(out.dtype.element_ty)
-        tl.store(out + (tl.program_id(0).to(tl.int64) * heads + head) * WIDTH + place[None, :], x, mask=head < heads)
+        tl.store(out + (row * heads + head) * WIDTH + place[None, :], x, mask=head < heads)
 
 
 def _triton_works_on(tensor: Tensor) -> bool:
@@ -298,8 +354,7 @@ def integers(codes: Tensor, w_bits: int, in_features: int, dtype: torch.dtype) -
     if w_bits == 8:
         return codes.view(torch.int8)
     out = torch.empty(len(codes), in_features, dtype=dtype, device=codes.device)
-    whole = codes.shape[1] % 4 == 0 and codes.shape[1] * (8 // PLANES[w_bits][0]) == in_features
-    if whole and not (w_bits == 4 and dtype == FP8):
+    if _in_whole_words(codes, w_bits, in_features, dtype):
         count, block = codes.numel() // 4, 1024
         grid = (-(-count // block),)
         _launch(_unpack_words, grid, codes, out, count, codes.shape[1] // 4, w_bits, dtype == FP8, block)
@@ -307,6 +362,44 @@ def integers(codes: Tensor, w_bits: int, in_features: int, dtype: torch.dtype) -
         shift, factor = (0.5, 2.0) if odd else (0.0, 1.0)
         _launch_unpack(codes, codes, out, w_bits, shift, factor, scaled=False)
     return out
+
+
+def _in_whole_words(codes: Tensor, w_bits: int, in_features: int, dtype: torch.dtype) -> bool:
+    """Whether the integers of these codes can be made four bytes at a time."""
+    known = w_bits in (0, 1, 2) or (w_bits == 4 and dtype == torch.int8)
+    whole = codes.shape[1] % 4 == 0 and codes.shape[1] * (8 // PLANES[w_bits][0]) == in_features
+    return known and whole and in_triton(codes, w_bits) and _in_words(codes, 4)
+
+
+def _can_unpack_together(layers: Sequence[nn.Module], dtype: torch.dtype) -> bool:
+    """Whether one kernel can write the integers of all these layers, and their product is not `_fused`."""
+    first, rows = layers[0], sum(layer.out_features for layer in layers)
+    return (
+        1 < len(layers) <= 4
+        and (rows, first.in_features) not in FUSED
+        and all(_in_whole_words(layer.weight_codes, first.w_bits, first.in_features, dtype) for layer in layers)
+    )
+
+
+def _unpacked_together(
+    layers: Sequence[nn.Module], dtype: torch.dtype, bias_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The integers [out, in], step sizes [out, 1] (fp32) and biases [out] of two to four layers, by one kernel."""
+    first, rows = layers[0], [layer.out_features for layer in layers]
+    weight = torch.empty(sum(rows), first.in_features, dtype=dtype, device=first.weight_codes.device)
+    alpha = first.weight_clip_val.new_empty(sum(rows), 1)
+    bias = None if first.bias is None else first.bias.new_empty(sum(rows), dtype=bias_dtype)
+    columns, block = first.weight_codes.shape[1] // 4, 1024
+    grid = (sum(-(-count * columns // block) for count in rows),)
+    four = [layers[min(place, len(layers) - 1)] for place in range(4)]  # those that are missing have no programs
+    alphas = [layer.weight_clip_val for layer in four]
+    _launch(
+        _unpack_siblings, grid, *(layer.weight_codes for layer in four), *alphas,
+        *(alphas if bias is None else [layer.bias for layer in four]), weight, alpha, alpha if bias is None else bias,
+        *(layer.out_features for layer in four), columns, int(first.weight_clip_val.numel() > 1), first.w_bits,
+        dtype == FP8, bias is not None, block,
+    )  # fmt: skip
+    return weight, alpha, bias
 
 
 def _launch_unpack(codes, alpha, out, w_bits: int, shift: float, factor: float, scaled: bool) -> None:
@@ -477,15 +570,18 @@ def fast_linear(x: Tensor, dtype: torch.dtype, layers: Sequence[nn.Module]) -> S
     Tokens x [..., in] are quantized to `dtype`, int8 or e4m3. In e4m3 the products are rounded to bf16.
     """
     first, rows = layers[0], [layer.out_features for layer in layers]
-    # Codes are a quarter of a byte each: to copy them costs less than more launches. (A kernel that unpacked into a
-    # part of a matrix would be copied around by torch.compile, which makes a new matrix of what is written to a view.)
-    codes = _joined([layer.weight_codes for layer in layers])
-    alpha = _joined([layer.weight_clip_val.expand(n, 1) for layer, n in zip(layers, rows, strict=True)])
-    bias = None if first.bias is None else _joined([layer.bias for layer in layers]).to(x.dtype)
     q, scale = quantize_tokens(x, dtype)
-    multiply = _fast if in_triton(codes, first.w_bits) else fast_op
-    out = multiply(q, scale * grid_step(first.w_bits), codes, alpha, bias, first.w_bits, x.dtype)
-    return out.split(rows, -1)
+    q = q.reshape(-1, first.in_features).contiguous()
+    scale = (scale * grid_step(first.w_bits)).reshape(-1, 1).contiguous()
+    if _can_unpack_together(layers, dtype):
+        out = _product(q, scale, *_unpacked_together(layers, dtype, x.dtype), x.dtype)
+    else:
+        codes = _joined([layer.weight_codes for layer in layers])
+        alpha = _joined([layer.weight_clip_val.expand(n, 1) for layer, n in zip(layers, rows, strict=True)])
+        bias = None if first.bias is None else _joined([layer.bias for layer in layers]).to(x.dtype)
+        multiply = _fast if in_triton(codes, first.w_bits) else fast_op
+        out = multiply(q, scale, codes, alpha, bias, first.w_bits, x.dtype)
+    return out.view(*x.shape[:-1], sum(rows)).split(rows, -1)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -495,33 +591,47 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 def _fast(
     q: Tensor, scale: Tensor, codes: Tensor, alpha: Tensor, bias: Tensor | None, w_bits: int, dtype: torch.dtype
 ) -> Tensor:
-    """q·g·scale·α + bias -> [..., out] in `dtype`, g the `integers` of the codes.
+    """q·gᵀ·scale·α + bias -> [tokens, out] in `dtype`, g the `integers` of the codes.
 
-    q [..., in] in int8 or e4m3, scale [..., 1] (fp32; quantize_tokens' times grid_step), codes [out, row_bytes]
-    (uint8), alpha [out, 1] or [1, 1] (fp32), bias [out] in `dtype`.
+    q [tokens, in] in int8 or e4m3, scale [tokens, 1] (fp32; quantize_tokens' times grid_step), both contiguous, codes
+    [out, row_bytes] (uint8), alpha [out, 1] or [1, 1] (fp32), bias [out] in `dtype`.
     """
-    in_features, out_features = q.shape[-1], len(codes)
-    tokens, scale = q.reshape(-1, in_features).contiguous(), scale.reshape(-1, 1).contiguous()
-    steps = alpha.view(1, -1).expand(1, out_features).contiguous()
+    in_features, out_features = q.shape[1], len(codes)
+    alpha = alpha.expand(out_features, 1).contiguous()
     if (out_features, in_features) in FUSED and w_bits == 0 and in_triton(codes, w_bits):
-        return _launch_fused(tokens, scale, codes, steps, bias, dtype).view(*q.shape[:-1], out_features)
-    if q.dtype == FP8:
-        inside = bias is not None and dtype == torch.bfloat16
-        out = torch._scaled_mm(
-            tokens, integers(codes, w_bits, in_features, FP8).t(), scale_a=scale, scale_b=steps,
-            bias=bias if inside else None, out_dtype=torch.bfloat16, use_fast_accum=True,
-        ).to(dtype)  # fmt: skip
-        out = out if bias is None or inside else out + bias
-        return out.view(*q.shape[:-1], out_features)
-    out = torch.empty(len(tokens), out_features, dtype=dtype, device=q.device)
-    size = out_features if q.is_cuda else _CPU_ROWS
-    for rows in (slice(start, start + size) for start in range(0, out_features, size)):
-        product = torch._int_mm(tokens, integers(codes[rows], w_bits, in_features, torch.int8).t()) * steps[:, rows]
-        if bias is None:
-            torch.mul(product, scale, out=out[:, rows])
-        else:
-            torch.addcmul(bias[rows].float(), product, scale, out=out[:, rows])
-    return out.view(*q.shape[:-1], out_features)
+        return _launch_fused(q, scale, codes, alpha, bias, dtype)
+    if q.is_cuda:
+        return _product(q, scale, integers(codes, w_bits, in_features, q.dtype), alpha, bias, dtype)
+    out = torch.empty(len(q), out_features, dtype=dtype)
+    for rows in (slice(start, start + _CPU_ROWS) for start in range(0, out_features, _CPU_ROWS)):
+        part, part_bias = integers(codes[rows], w_bits, in_features, torch.int8), None if bias is None else bias[rows]
+        _int8_product(q, scale, part, alpha[rows], part_bias, out[:, rows])
+    return out
+
+
+def _product(
+    q: Tensor, scale: Tensor, weight: Tensor, alpha: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The same from the integers [out, in] and alpha [out, 1]."""
+    if q.dtype != FP8:
+        out = torch.empty(len(q), len(weight), dtype=dtype, device=q.device)
+        _int8_product(q, scale, weight, alpha, bias, out)
+        return out
+    inside = bias is not None and dtype == torch.bfloat16
+    out = torch._scaled_mm(
+        q, weight.t(), scale_a=scale, scale_b=alpha.view(1, -1), bias=bias if inside else None,
+        out_dtype=torch.bfloat16, use_fast_accum=True,
+    ).to(dtype)  # fmt: skip
+    return out if bias is None or inside else out + bias
+
+
+def _int8_product(q: Tensor, scale: Tensor, weight: Tensor, alpha: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """The same in int8, written to `out` [tokens, out]."""
+    product = torch._int_mm(q, weight.t()) * alpha.view(1, -1)
+    if bias is None:
+        torch.mul(product, scale, out=out)
+    else:
+        torch.addcmul(bias.float(), product, scale, out=out)
 
 
 @torch.library.custom_op("flux158::fast_linear", mutates_args=())
@@ -551,23 +661,35 @@ def can_rotate(tokens: Tensor, width: int, norm: nn.RMSNorm) -> bool:
 
 
 def norm_rotate(
-    text: tuple[Tensor, nn.RMSNorm] | None, image: tuple[Tensor, nn.RMSNorm], rotary: tuple[Tensor, Tensor]
-) -> Tensor:
-    """Queries or keys as attention takes them: each head normalized, text before image, rotated; in one kernel.
+    text: Sequence[tuple[Tensor, nn.RMSNorm]] | None,
+    image: Sequence[tuple[Tensor, nn.RMSNorm]],
+    rotary: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Query and key as attention takes them: each head normalized, text before image, rotated; in one kernel.
 
-    text, image: heads x [batch, tokens, heads, width] (see can_rotate) and their norm. rotary: cosines and sines
-    [all tokens, width] (fp32). -> [batch, all tokens, heads, width] in x's dtype, rounded once. x[2i] and x[2i + 1] are
-    the coordinates that are turned (RoPE, arXiv 2104.09864; as diffusers' apply_rotary_emb does). The kernels that
-    torch.compile makes of it took 7.6 of the 97 ms of a FLUX.1-dev step at 1024 pixels on an H100.
+    text, image: query and key x [batch, tokens, heads, width] (see can_rotate), each with its norm, all of one eps.
+    rotary: cosines and sines [all tokens, width] (fp32). -> query and key [batch, all tokens, heads, width] in x's
+    dtype, rounded once. x[2i] and x[2i + 1] are the coordinates that are turned (RoPE, arXiv 2104.09864; as diffusers'
+    apply_rotary_emb does). The kernels that torch.compile makes of it took 7.6 of the 97 ms of a FLUX.1-dev step at
+    1024 pixels on an H100.
     """
-    (text_x, text_norm), (x, norm) = text or image, image
-    text_x, x = (part if part.stride()[2:] == (part.shape[3], 1) else part.contiguous() for part in (text_x, x))
-    count, heads, width = text_x.shape[1] if text else 0, *x.shape[2:]
-    tokens = count + x.shape[1]
-    out = x.new_empty(len(x), tokens, heads, width)
+    (text_pair, text_norms), (pair, norms) = (zip(*part, strict=True) for part in (text or image, image))
+    text_pair, pair = _strided_alike(*text_pair), _strided_alike(*pair)
+    weights = [norm.weight for norm in (*text_norms, *norms)]
+    batch, count, heads, width = pair[0].shape
+    text_count = text_pair[0].shape[1] if text else 0
+    tokens = text_count + count
+    out = pair[0].new_empty(2, batch, tokens, heads, width)
     cos, sin = (part.contiguous() for part in rotary)
     _launch(
-        _norm_rotate, (len(x) * tokens,), text_x, x, text_norm.weight, norm.weight, cos, sin, out, count, tokens, heads,
-        norm.eps, *text_x.stride()[:2], *x.stride()[:2], 1 << (heads - 1).bit_length(), width,
+        _norm_rotate, (batch * tokens, 2), *text_pair, *pair, *weights, cos, sin, out, text_count, tokens, heads,
+        norms[0].eps, *text_pair[0].stride()[:2], *pair[0].stride()[:2], 1 << (heads - 1).bit_length(), width,
     )  # fmt: skip
-    return out
+    return out[0], out[1]
+
+
+def _strided_alike(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """The two [batch, tokens, heads, width] with the same strides, the heads of a token one after the other."""
+    if query.stride() == key.stride() and query.stride()[2:] == (query.shape[3], 1):
+        return query, key
+    return query.contiguous(), key.contiguous()

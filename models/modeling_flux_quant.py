@@ -356,13 +356,12 @@ class FusedFluxAttnProcessor(FluxAttnProcessor):
             return [layer(tokens).unflatten(-1, (-1, attn.head_dim)) for layer in layers]
 
         query, key, value = heads(hidden_states, attn.to_q, attn.to_k, attn.to_v)
-        text_query = text_key = None
+        image, text = [(query, attn.norm_q), (key, attn.norm_k)], None
         if joint:
             added = heads(encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-            text_query, text_key = (added[0], attn.norm_added_q), (added[1], attn.norm_added_k)
+            text = [(added[0], attn.norm_added_q), (added[1], attn.norm_added_k)]
             value = torch.cat([added[2], value], 1)
-        query = norm_rotate(text_query, (query, attn.norm_q), image_rotary_emb)
-        key = norm_rotate(text_key, (key, attn.norm_k), image_rotary_emb)
+        query, key = norm_rotate(text, image, image_rotary_emb)
         out = dispatch_attention_fn(
             query, key, value, attn_mask=attention_mask, backend=self._attention_backend,
             parallel_config=self._parallel_config,

@@ -136,6 +136,59 @@ def test_fast_mode_rounds_nothing_but_the_tokens(w_bits, dtype):
 
 
 @pytest.mark.kernels
+@pytest.mark.skipif(not (GPU or INTERPRETED), reason="needs Triton")
+@pytest.mark.parametrize("w_bits", [0, 1, 2, 4])
+def test_layers_unpacked_by_one_kernel(w_bits):
+    """Integers, step sizes and biases of two to four layers, one below the other."""
+    for rows in [(48, 5), (5, 48, 700), (7, 130, 16, 48)] + [(12288, 3072, 3072, 3072)] * GPU:
+        for bias, layerwise in ((True, False), (False, True)):
+            layers, codes = zip(*(packed_layer(n, 288, w_bits, bias, layerwise) for n in rows), strict=True)
+            for dtype in (torch.int8, FP8):
+                able = not (w_bits == 4 and dtype == FP8)
+                assert kernels._can_unpack_together(layers, dtype) == able
+                if not able:
+                    continue
+                weight, alpha, joined_bias = kernels._unpacked_together(layers, dtype, torch.bfloat16)
+                assert weight.dtype == dtype
+                s, n = GRID[w_bits]
+                expected = (torch.cat(codes).double() + s) / n
+                torch.testing.assert_close(weight.double() * kernels.grid_step(w_bits), expected)
+                steps = [layer.weight_clip_val.expand(layer.out_features, 1) for layer in layers]
+                assert torch.equal(alpha, torch.cat(steps))
+                if bias:
+                    expected = torch.cat([layer.bias for layer in layers])
+                    torch.testing.assert_close(joined_bias, expected.bfloat16(), rtol=2**-7 * INTERPRETED, atol=0)
+                else:
+                    assert joined_bias is None
+
+
+@pytest.mark.kernels
+@DTYPES
+@pytest.mark.parametrize("w_bits", BITS)
+def test_layers_multiplied_together_are_those_multiplied_alone(w_bits, dtype):
+    for rows, width in (((48, 16, 32, 64), 288), ((16, 48), 272), ((16,) * 5, 288)):
+        for bias in (True, False):
+            layers = [packed_layer(n, width, w_bits, bias, layerwise=not bias, dtype=dtype)[0] for n in rows]
+            x = tokens_of(40, width, dtype)
+            eight = kernels.token_dtype(x, 16, w_bits)
+            found = kernels.fast_linear(x, eight, layers)
+            for layer, y in zip(layers, found, strict=True):
+                torch.testing.assert_close(y, kernels.fast_linear(x, eight, [layer])[0])
+
+
+@pytest.mark.kernels
+def test_codes_that_cannot_be_unpacked_together():
+    """Rows that do not end with a word, codes that lie between two words, more layers than the kernel takes."""
+    layers = [packed_layer(16, 288, 0)[0] for _ in range(5)]
+    for few in (layers[:1], layers, [packed_layer(16, 264, 0)[0] for _ in range(2)]):
+        assert not kernels._can_unpack_together(few, torch.int8)
+    assert kernels._can_unpack_together(layers[:4], torch.int8) == (GPU or INTERPRETED)
+    shifted = torch.zeros(layers[0].weight_codes.numel() + 1, dtype=torch.uint8, device=DEVICE)
+    layers[0].weight_codes = torch.nn.Parameter(shifted[1:].view_as(layers[0].weight_codes), requires_grad=False)
+    assert not kernels._can_unpack_together(layers[:4], torch.int8)
+
+
+@pytest.mark.kernels
 @DTYPES
 @pytest.mark.parametrize("eight", [torch.int8, FP8], ids=["int8", "e4m3"])
 def test_the_fused_kernel(eight, dtype, monkeypatch):
@@ -275,6 +328,24 @@ def test_what_leads_to_a_kernel_can_be_traced(small, blocks, dtype, monkeypatch)
     modulation = sum(name.endswith("linear") for name in packed)
     assert launched.count(few) == modulation
     assert launched.count(kernels._unpack) == len(packed) - modulation
+
+
+@pytest.mark.parametrize(("blocks", "groups"), [("transformer_blocks", 2), ("single_transformer_blocks", 1)])
+def test_fast_mode_launches_one_kernel_for_all_layers_with_one_input(small, blocks, groups, monkeypatch):
+    pytest.importorskip("triton", reason="Triton is made for Linux only")
+    launched = []
+    monkeypatch.setattr(kernels, "_triton_works_on", lambda tensor: True)
+    monkeypatch.setattr(kernels, "_launch", lambda kernel, *arguments, **options: launched.append(kernel))
+    block = getattr(copy.deepcopy(small).set_inference_mode("fast"), blocks)[0]
+    packed = [name for name, layer in block.named_modules() if isinstance(layer, PackedLinear)]
+    joined = sum(name.endswith(("_q", "_k", "_v", "_q_proj", "_k_proj", "_v_proj", "proj_mlp")) for name in packed)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(block, fullgraph=True, backend="eager")(**block_inputs(0))
+    alone = len(packed) - joined - (sum(name.endswith("linear") for name in packed) if GPU else 0)
+    assert launched.count(kernels._unpack_siblings) == groups
+    assert launched.count(kernels._unpack_words) == alone
+    assert launched.count(kernels._norm_rotate) == 1
 
 
 @pytest.mark.parametrize(("blocks", "inputs"), [("transformer_blocks", 8), ("single_transformer_blocks", 2)])
@@ -437,20 +508,22 @@ def heads_between_others(batch, tokens, heads, width, dtype):
 def test_queries_and_keys_are_normalized_and_rotated_in_one_kernel(heads, width, text_tokens, dtype):
     torch.manual_seed(heads + text_tokens)
     cos, sin = FluxPosEmbed(10000, [width // 2, width // 2])(torch.randint(50, (text_tokens + 7, 2)).to(DEVICE))
-    norms = [torch.nn.RMSNorm(width, eps=1e-6, dtype=dtype, device=DEVICE) for _ in range(2)]
+    norms = [torch.nn.RMSNorm(width, eps=1e-6, dtype=dtype, device=DEVICE) for _ in range(4)]
     for norm in norms:
         norm.weight.data.normal_()
-    parts = [heads_between_others(2, count, heads, width, dtype) for count in (text_tokens, 7)]
+    queries, keys = ([heads_between_others(2, n, heads, width, dtype) for n in (text_tokens, 7)] for _ in range(2))
     with torch.no_grad():
-        assert kernels.can_rotate(parts[1], width, norms[1])
-        text = (parts[0], norms[0]) if text_tokens else None
-        found = kernels.norm_rotate(text, (parts[1], norms[1]), (cos, sin))
-        turned_around = parts[1].transpose(1, 2).contiguous().transpose(1, 2)  # the heads of a token far apart
-        assert torch.equal(kernels.norm_rotate(text, (turned_around, norms[1]), (cos, sin)), found)
-    assert found.dtype == dtype and found.is_contiguous()
-    weights = torch.cat([norm.weight.expand(part.shape[1], width) for norm, part in zip(norms, parts, strict=True)])
-    expected = norm_and_rotation(torch.cat(parts, 1), weights[:, None], cos, sin, 1e-6)
-    assert_close(found, expected, TOLERANCE[dtype])
+        assert kernels.can_rotate(queries[1], width, norms[1])
+        text = [(queries[0], norms[0]), (keys[0], norms[1])] if text_tokens else None
+        found = kernels.norm_rotate(text, [(queries[1], norms[2]), (keys[1], norms[3])], (cos, sin))
+        turned_around = keys[1].transpose(1, 2).contiguous().transpose(1, 2)  # the heads of a token far apart
+        same = kernels.norm_rotate(text, [(queries[1], norms[2]), (turned_around, norms[3])], (cos, sin))
+    for place, parts in enumerate((queries, keys)):
+        assert found[place].dtype == dtype and found[place].is_contiguous()
+        assert torch.equal(found[place], same[place])
+        weights = [norm.weight.expand(part.shape[1], width) for norm, part in zip(norms[place::2], parts, strict=True)]
+        expected = norm_and_rotation(torch.cat(parts, 1), torch.cat(weights)[:, None], cos, sin, 1e-6)
+        assert_close(found[place], expected, TOLERANCE[dtype])
 
 
 @pytest.mark.kernels
@@ -508,7 +581,11 @@ def test_every_kernel_in_the_interpreter_of_triton():
 CODES = {"codes": "*u8", "alpha": "*fp32", "columns": "i32", "alpha_stride": "i32"}
 LEVELS = {"in_features": "i32", "shift": "fp32", "factor": "fp32"}
 WORDS = {"out": "*fp8e4nv", "count": "i32"}
-ROTATION = dict.fromkeys(("text", "image", "text_weight", "image_weight"), "*bf16")
+FOUR = {f"{name}_{place}": kind for name, kind in (("codes", "*u8"), ("alpha", "*fp32")) for place in (1, 2, 3)}
+FOUR |= dict.fromkeys(("bias", "bias_1", "bias_2", "bias_3", "all_bias"), "*bf16") | {"all_alpha": "*fp32"}
+FOUR |= dict.fromkeys(("rows", "rows_1", "rows_2", "rows_3"), "i32")
+ROTATION = {f"{part}query{kind}": "*bf16" for part in ("text_", "") for kind in ("", "_weight")}
+ROTATION |= {f"{part}key{kind}": "*bf16" for part in ("text_", "") for kind in ("", "_weight")}
 ROTATION |= {"cos": "*fp32", "sin": "*fp32", "heads": "i32", "eps": "fp32"}
 ROTATION |= dict.fromkeys(("text_tokens", "text_batch", "text_row", "image_batch", "image_row"), "i32")
 OUTPUT = {"scale": "*fp32", "bias": "*bf16", "out": "*bf16", "tokens": "i32", "rows": "i32"}
@@ -523,6 +600,7 @@ TILE = {"BIASED": True, "ROWS": 16, "COLUMNS": 64}
         ("_unpack", LEVELS | {"out": "*fp8e4nv", "count": "i32"}, {"WIDTH": 4, "SCALED": False, "BLOCK": 1024}),
         ("_unpack_words", WORDS, {"BITS": 0, "IS_FP8": True, "BLOCK": 1024}),
         ("_unpack_words", WORDS, {"BITS": 2, "IS_FP8": False, "BLOCK": 1024}),
+        ("_unpack_siblings", WORDS | FOUR, {"BITS": 0, "IS_FP8": True, "BIASED": True, "BLOCK": 1024}),
         ("_few_tokens", LEVELS | OUTPUT | {"x": "*bf16"}, TILE | {"WIDTH": 4}),
         ("_few_tokens_ternary", LEVELS | OUTPUT | {"x": "*bf16"}, TILE | {"WORDS": 64}),
         ("_few_tokens_ternary", LEVELS | OUTPUT | {"x": "*fp16", "out": "*fp16"}, TILE | {"WORDS": 64}),
