@@ -180,43 +180,50 @@ if triton is not None:
 
     @triton.jit
     def _few_tokens_ternary(
-        codes, x, alpha, bias, out, rows, columns, alpha_stride, factor,
-        BIASED: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+        codes, x, alpha, bias, out, rows, factor, ALPHA_STRIDE: tl.constexpr, COLUMNS: tl.constexpr,
+        BIASED: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
-        """The same for ternary codes, x of 16 bits and columns a multiple of 4: 16 codes a word, two operations each.
+        """The same for ternary codes, x of 16 bits, COLUMNS a multiple of 4·WORDS and WIDTH a power of 2 beyond it.
 
-        A byte of codes, their sign bits flipped, is put into the uppermost bits of the mantissa of 1. With all of it
-        but field i masked out, the number reads 1 + (c + 2)/unit for unit = 4^(4 − i). The sum of x times it is
-        multiplied by unit, and x·(unit + 2) taken off at the end: with products 4 to 256 times too large, it loses up
-        to eight bits. x is loaded in the shape of the codes: in another shape it would have another layout in
-        registers and go through shared memory, with two barriers for every load.
+        What bounds it are instructions, so there are two for a code. A byte of codes, their sign bits flipped, is put
+        into the uppermost bits of the mantissa of 1. With all of it but field i masked out, the number reads
+        1 + (c + 2)/unit for unit = 4^(4 − i). The sum of x times it is multiplied by unit, and x·(unit + 2) taken off
+        at the end: with products 4 to 256 times too large, it loses up to eight bits. x is loaded in the shape of the
+        codes: in another shape it would have another layout in registers and go through shared memory, with two
+        barriers for every load. A number of rows that is no multiple of ROWS reads the first rows again.
         """
         n, m = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
         dtype = x.dtype.element_ty
-        step = tl.load(alpha + n * alpha_stride, mask=n < rows, other=0)
-        code_at = codes.to(tl.pointer_type(tl.int32)) + n.to(tl.int64)[:, None] * (columns // 4)
-        four_at = x.to(tl.pointer_type(tl.int64)) + m * columns + tl.zeros([ROWS, 1], tl.int32)
+        step = tl.load(alpha + n * ALPHA_STRIDE, mask=n < rows, other=0)
+        if BIASED:
+            b = tl.load(bias + n, mask=n < rows, other=0).to(tl.float32)
+        column = tl.arange(0, WIDTH)
+        offset = tl.zeros([WIDTH], tl.float32)
+        for i in tl.static_range(4):
+            x_i = tl.load(x + (4 * m + i) * COLUMNS + column, mask=column < COLUMNS, other=0)
+            offset += x_i.to(tl.float32) * ((256 >> 2 * i) + 2)
+        at = tl.arange(0, WORDS)[None, :]
+        code_at = codes.to(tl.pointer_type(tl.int32)) + (n % rows).to(tl.int64)[:, None] * (COLUMNS // 4) + at
+        four_at = x.to(tl.pointer_type(tl.int64)) + m * COLUMNS + tl.zeros([ROWS, 1], tl.int32) + at
         total = tl.zeros([ROWS, WORDS], tl.float32)
-        offset = tl.zeros([4 * WORDS], tl.float32)
-        for start in range(0, columns // 4, WORDS):
-            at = start + tl.arange(0, WORDS)[None, :]
-            there = (at < columns // 4) & (n < rows)[:, None]
-            word = tl.load(code_at + at, mask=there, other=0) ^ -0x55555556
-            column = 4 * start + tl.arange(0, 4 * WORDS)
+        for start in range(0, COLUMNS // 4, WORDS):
+            word = tl.load(code_at + start) ^ -0x55555556
             for i in tl.static_range(4):
-                four = tl.load(four_at + i * (columns // 4) + at, mask=there, other=0)
+                four = tl.load(four_at + start + i * (COLUMNS // 4))
                 lifted_sum = tl.zeros([ROWS, WORDS], tl.float32)
                 for j in tl.static_range(4):
-                    x_j = (four >> (16 * j)).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+                    if dtype == tl.bfloat16:  # the upper half of an fp32
+                        two = (four >> (32 * (j // 2))).to(tl.int32)
+                        x_j = (two << 16 if j % 2 == 0 else two & -0x10000).to(tl.float32, bitcast=True)
+                    else:
+                        x_j = (four >> (16 * j)).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
                     mantissa = (word << (15 - 8 * j) if j < 2 else word >> (8 * j - 15)) | 0x3F800000
                     lifted = mantissa & (0x3F800000 | 0x18000 << 2 * i)
                     lifted_sum += lifted.to(tl.float32, bitcast=True) * x_j
                 total += lifted_sum * (256 >> 2 * i)
-                x_i = tl.load(x + m * 4 * columns + i * columns + column, mask=column < columns, other=0)
-                offset += x_i.to(tl.float32) * ((256 >> 2 * i) + 2)
         y = (tl.sum(total, 1) - tl.sum(offset, 0)) * (step * factor).to(dtype).to(tl.float32)
         if BIASED:
-            y += tl.load(bias + n, mask=n < rows, other=0).to(tl.float32)
+            y += b
         tl.store(out + m * rows + n, y.to(dtype), mask=n < rows)
 
     @triton.jit
@@ -442,12 +449,13 @@ def _exact(x: Tensor, codes: Tensor, alpha: Tensor, bias: Tensor | None, w_bits:
     out = x.new_empty(*x.shape[:-1], rows)
     stride, biased = int(alpha.numel() > 1), bias is not None
     bias = bias if biased else x
-    words = columns % 4 == 0 and 4 * columns == x.shape[-1] and _in_words(codes, 4) and _in_words(x, 8)
-    if w_bits == 0 and x.element_size() == 2 and words:
-        block = 16 if rows > 12288 else 8  # about as many programs for each of FLUX.1-dev's two shapes
+    in_words = 4 * columns == x.shape[-1] and _in_words(codes, 4) and _in_words(x, 8)
+    words = min(64, columns // 4 & -(columns // 4))  # a power of 2 that divides those of a row
+    if w_bits == 0 and x.element_size() == 2 and columns % 4 == 0 and words >= 4 and in_words:
+        block, warps = 16, 2 if rows > 12288 else 4  # FLUX.1-dev's two shapes keep about as many warps busy
         _launch(
-            _few_tokens_ternary, (-(-rows // block), tokens), codes, x, alpha, bias, out, rows, columns, stride, 1 / n,
-            biased, block, 64, num_warps=2,
+            _few_tokens_ternary, (-(-rows // block), tokens), codes, x, alpha, bias, out, rows, 1 / n, stride, columns,
+            biased, block, words, 1 << (columns - 1).bit_length(), num_warps=warps,
         )  # fmt: skip
     else:
         _launch(

@@ -26,7 +26,8 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BITS = [0, 1, 2, 4, 8] if INTERPRETED else range(9)  # the others have no kernels
 GRID = {0: (0, 1.5), 1: (0.5, 0.5), 2: (0.5, 2)} | dict.fromkeys(range(3, 9), (0, 1))  # level = (c + s)/n
-SHAPES = [(3, 7)] * (not INTERPRETED) + [(48, 272), (5, 1301)] + [(3072, 3072), (1040, 4112)] * GPU  # out, in
+SHAPES = [(48, 272), (5, 1301), (50, 512)] + [(3, 7)] * (not INTERPRETED)  # out, in
+SHAPES += [(3072, 3072), (1040, 4112)] * GPU
 TOKENS = [1, 3] if INTERPRETED else [1, 7, 16, 17, 512] + [4608] * GPU
 # Of the largest output: fp32 sums of some thousand terms in any order, an ulp of the others.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -107,10 +108,10 @@ def test_exact_mode_is_the_product_with_the_dequantized_weight(w_bits, dtype):
 @pytest.mark.kernels
 def test_tokens_and_codes_may_lie_anywhere_in_memory():
     """A word of codes or four of the tokens' numbers are read at once where they lie at whole words."""
-    layer, codes = packed_layer(48, 272, 0, bias=False, dtype=torch.bfloat16)
+    layer, codes = packed_layer(48, 512, 0, bias=False, dtype=torch.bfloat16)
     shifted = torch.zeros(layer.weight_codes.numel() + 1, dtype=torch.uint8, device=DEVICE)
     shifted[1:] = layer.weight_codes.flatten()
-    everywhere = tokens_of(1, 274, torch.bfloat16)[0]
+    everywhere = tokens_of(1, 514, torch.bfloat16)[0]
     weight = layer.dequantize(torch.bfloat16).double() if INTERPRETED else levels(layer, codes, torch.bfloat16)
     for x in (everywhere[:-2], everywhere[1:-1], everywhere[2:]):
         for packed in (layer.weight_codes, shifted[1:].view_as(layer.weight_codes)):
@@ -590,6 +591,7 @@ ROTATION |= {"cos": "*fp32", "sin": "*fp32", "heads": "i32", "eps": "fp32"}
 ROTATION |= dict.fromkeys(("text_tokens", "text_batch", "text_row", "image_batch", "image_row"), "i32")
 OUTPUT = {"scale": "*fp32", "bias": "*bf16", "out": "*bf16", "tokens": "i32", "rows": "i32"}
 TILE = {"BIASED": True, "ROWS": 16, "COLUMNS": 64}
+TERNARY = TILE | {"COLUMNS": 768, "WORDS": 64, "WIDTH": 1024, "ALPHA_STRIDE": 1}
 
 
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the tests above ran the kernels")
@@ -602,8 +604,8 @@ TILE = {"BIASED": True, "ROWS": 16, "COLUMNS": 64}
         ("_unpack_words", WORDS, {"BITS": 2, "IS_FP8": False, "BLOCK": 1024}),
         ("_unpack_siblings", WORDS | FOUR, {"BITS": 0, "IS_FP8": True, "BIASED": True, "BLOCK": 1024}),
         ("_few_tokens", LEVELS | OUTPUT | {"x": "*bf16"}, TILE | {"WIDTH": 4}),
-        ("_few_tokens_ternary", LEVELS | OUTPUT | {"x": "*bf16"}, TILE | {"WORDS": 64}),
-        ("_few_tokens_ternary", LEVELS | OUTPUT | {"x": "*fp16", "out": "*fp16"}, TILE | {"WORDS": 64}),
+        ("_few_tokens_ternary", LEVELS | OUTPUT | {"x": "*bf16"}, TERNARY),
+        ("_few_tokens_ternary", LEVELS | OUTPUT | {"x": "*fp16", "out": "*fp16"}, TERNARY),
         ("_fused", OUTPUT | {"q": "*fp8e4nv"}, TILE | {"ROWS": 128, "TOKENS": 128}),
         ("_norm_rotate", OUTPUT | ROTATION, {"HEADS": 32, "WIDTH": 128}),
     ],
