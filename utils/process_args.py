@@ -103,11 +103,11 @@ class TrainingArguments(transformers.TrainingArguments):
         default=0.0, metadata={"help": "average the trained parameters, e.g. 0.999, and evaluate and save the average"}
     )
     early_share: float = field(
-        default=0.97,
+        default=0.8,
         metadata={"help": "share of the samples that is of the first quarter of the steps; 0.25: all alike"},
     )
     loss_power: float = field(
-        default=0.25,
+        default=0.1,
         metadata={"help": "exponent of each sample's mean squared error; below 1 hard samples count for less"},
     )
     freeze_codes: float | None = field(
