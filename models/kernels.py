@@ -361,7 +361,7 @@ def integers(codes: Tensor, w_bits: int, in_features: int, dtype: torch.dtype) -
     if w_bits == 8:
         return codes.view(torch.int8)
     out = torch.empty(len(codes), in_features, dtype=dtype, device=codes.device)
-    if _in_whole_words(codes, w_bits, in_features, dtype):
+    if _unpacks_in_words(codes, w_bits, in_features, dtype):
         count, block = codes.numel() // 4, 1024
         grid = (-(-count // block),)
         _launch(_unpack_words, grid, codes, out, count, codes.shape[1] // 4, w_bits, dtype == FP8, block)
@@ -371,7 +371,7 @@ def integers(codes: Tensor, w_bits: int, in_features: int, dtype: torch.dtype) -
     return out
 
 
-def _in_whole_words(codes: Tensor, w_bits: int, in_features: int, dtype: torch.dtype) -> bool:
+def _unpacks_in_words(codes: Tensor, w_bits: int, in_features: int, dtype: torch.dtype) -> bool:
     """Whether the integers of these codes can be made four bytes at a time."""
     known = w_bits in (0, 1, 2) or (w_bits == 4 and dtype == torch.int8)
     whole = codes.shape[1] % 4 == 0 and codes.shape[1] * (8 // PLANES[w_bits][0]) == in_features
@@ -384,7 +384,7 @@ def _can_unpack_together(layers: Sequence[nn.Module], dtype: torch.dtype) -> boo
     return (
         1 < len(layers) <= 4
         and (rows, first.in_features) not in FUSED
-        and all(_in_whole_words(layer.weight_codes, first.w_bits, first.in_features, dtype) for layer in layers)
+        and all(_unpacks_in_words(layer.weight_codes, first.w_bits, first.in_features, dtype) for layer in layers)
     )
 
 
