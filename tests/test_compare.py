@@ -8,6 +8,7 @@ import time
 import pytest
 
 from utils import compare_oneshot, compare_recipes
+from utils.process_args import process_args
 from utils.scenes import CATEGORIES
 from utils.utils import run_logged, spread
 
@@ -38,6 +39,17 @@ def test_the_published_recipe_is_literal():
     assert {name: pairs.pop(name) for name in plain} == plain
     assert pairs.pop("--clip_learning_rate") == pairs["--learning_rate"]
     assert pairs == {"--lora_r": "32", "--lora_alpha": "1", "--clip_init": "max", "--learning_rate": "2e-5"}
+
+
+def test_the_defaults_of_train_py_are_one_of_the_recipes():
+    flags = compare_recipes.RECIPES[compare_recipes.DEFAULTS][1]
+
+    def values(arguments):
+        found = {name: value for part in process_args(arguments) for name, value in vars(part).items()}
+        found["clip_learning_rate"] = found["clip_learning_rate"] or found["learning_rate"]  # what leaving it out means
+        return {flag: found[flag.removeprefix("--")] for flag in flags[::2]}
+
+    assert values(flags) == values([])
 
 
 def test_a_recipe_that_is_done_is_not_trained_again(tmp_path, monkeypatch):

@@ -28,6 +28,7 @@ PLAIN = (
     "--freeze_codes 0 --feature_loss 0"
 ).split()
 EARLY, VERY_EARLY = ["--early_share", "0.9"], ["--early_share", "0.97"]
+DEFAULTS = "frozen10_80_tenth"  # the recipe that train.py follows unless it is told otherwise
 ONESHOT = "ONESHOT"  # stands for the folder of run.py's calibrated one-shot
 
 
