@@ -185,8 +185,8 @@ if triton is not None:
     ):  # fmt: skip
         """The same for ternary codes, x of 16 bits, COLUMNS a multiple of 4·WORDS and WIDTH a power of 2 beyond it.
 
-        What bounds it are instructions, so there are two for a code. A byte of codes, their sign bits flipped, is put
-        into the uppermost bits of the mantissa of 1. With all of it but field i masked out, the number reads
+        What bounds it are instructions, some three a code. A byte of codes, their sign bits flipped, is put into the
+        uppermost bits of the mantissa of 1. With all of it but field i masked out, the number reads
         1 + (c + 2)/unit for unit = 4^(4 − i). The sum of x times it is multiplied by unit, and x·(unit + 2) taken off
         at the end: with products 4 to 256 times too large, it loses up to eight bits. x is loaded in the shape of the
         codes: in another shape it would have another layout in registers and go through shared memory, with two
