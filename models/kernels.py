@@ -183,7 +183,7 @@ if triton is not None:
         codes, x, alpha, bias, out, rows, factor, ALPHA_STRIDE: tl.constexpr, COLUMNS: tl.constexpr,
         BIASED: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
-        """The same for ternary codes, x of 16 bits, COLUMNS a multiple of 4·WORDS and WIDTH a power of 2 beyond it.
+        """The same for ternary codes, x of 16 bits, COLUMNS a multiple of 4·WORDS, WIDTH a power of 2 not below it.
 
         What bounds it are instructions, some three a code. A byte of codes, their sign bits flipped, is put into the
         uppermost bits of the mantissa of 1. With all of it but field i masked out, the number reads
