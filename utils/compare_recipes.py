@@ -142,7 +142,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("output/recipes"))
     parser.add_argument("--model", default="assets/tiny-flux", help="the teacher")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME",
-                        help=f"default: all of {', '.join(RECIPES)}; {DEFAULTS} is what train.py does by default")  # fmt: skip
+                        help=f"default: all of {', '.join(RECIPES)}; train.py's own: {DEFAULTS}")  # fmt: skip
     parser.add_argument("--parallel", type=int, default=1, help="recipes trained at a time on each GPU")
     parser.add_argument("--w_bits", type=int, default=0)
     parser.add_argument("--max_steps", type=int, default=6000)
