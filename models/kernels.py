@@ -10,9 +10,10 @@ W[n, k] = α[n]·(c[n, k] + s)/n_grid for integer codes c (utils_quant.code_grid
             (torch._scaled_mm, torch._int_mm) and the scales in its epilogue. Only x is rounded: 2.7 % of its norm in
             e4m3 and 0.8 % in int8 if it is Gaussian. `_fused` does all of it without a scratch matrix.
 
-Up to SMALL tokens (modulation has one a picture) a layer is memory traffic and nothing else: on a GPU `_few_tokens`
-(ternary codes: `_few_tokens_ternary`) reads the codes once and multiplies in fp32, in either mode. A scratch matrix
-lives inside one call; the caching allocator, or the pool of a CUDA graph, gives the same memory to the next.
+Up to SMALL tokens (modulation has one a picture) a scratch matrix would cost more than the product: on a GPU
+`_few_tokens` (ternary codes: `_few_tokens_ternary`) reads the codes once and multiplies in fp32, in either mode. A
+scratch matrix lives inside one call; the caching allocator, or the pool of a CUDA graph, gives the same memory to the
+next.
 torch.compile takes the launches of the kernels into its graph, as it does with the plain torch around them; only where
 there is no Triton, or a gradient is wanted, a layer is an op of its own.
 
@@ -38,7 +39,7 @@ except ImportError:
 
 MODES = ("exact", "fast")
 PLANES = {0: (2,), 1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}  # widths in bits
-SMALL = 16  # tokens up to which a layer is memory-bound
+SMALL = 16  # tokens up to which codes are multiplied without a scratch matrix
 FP8 = torch.float8_e4m3fn
 FP8_BITS = 4  # codes up to so many bits are exact in e4m3: integers to 16
 # (out, in) of the ternary layers that `_fused` multiplies faster than unpacking first; in is a multiple of 256.
@@ -118,9 +119,10 @@ if triton is not None:
         out, all_alpha, all_bias, rows, rows_1, rows_2, rows_3, columns, alpha_stride,
         BITS: tl.constexpr, IS_FP8: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """The same for up to four layers, one below the other, and their step sizes and biases; no layer has 0 rows.
+        """The same for up to four layers, one below the other, and their step sizes and biases.
 
-        What is stored to is computed without a branch: torch.compile follows it back to find what a kernel writes to.
+        The grid ends with the last layer; whatever is given for those that are missing is not read. What is stored to
+        is computed without a branch: torch.compile follows it back to find what a kernel writes to.
         """
         FIELDS: tl.constexpr = 8 if BITS == 1 else 2 if BITS == 4 else 4
         at = tl.program_id(0)
@@ -398,7 +400,7 @@ def _unpacked_together(
     bias = None if first.bias is None else first.bias.new_empty(sum(rows), dtype=bias_dtype)
     columns, block = first.weight_codes.shape[1] // 4, 1024
     grid = (sum(-(-count * columns // block) for count in rows),)
-    four = [layers[min(place, len(layers) - 1)] for place in range(4)]  # those that are missing have no programs
+    four = [layers[min(place, len(layers) - 1)] for place in range(4)]
     alphas = [layer.weight_clip_val for layer in four]
     _launch(
         _unpack_siblings, grid, *(layer.weight_codes for layer in four), *alphas,

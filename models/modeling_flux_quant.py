@@ -348,7 +348,7 @@ class FusedFluxAttnProcessor(FluxAttnProcessor):
         """Tokens [batch, tokens, channels] -> the same; with those of the text given, the pair of image and text."""
         joint = encoder_hidden_states is not None
         norms = [attn.norm_q, attn.norm_k] + ([attn.norm_added_q, attn.norm_added_k] if joint else [])
-        able = all(can_rotate(hidden_states, attn.head_dim, norm) for norm in norms)
+        able = all(can_rotate(hidden_states, attn.head_dim, norm) and norm.eps == norms[0].eps for norm in norms)
         if image_rotary_emb is None or not able:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
 

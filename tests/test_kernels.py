@@ -174,7 +174,11 @@ def test_layers_multiplied_together_are_those_multiplied_alone(w_bits, dtype):
             eight = kernels.token_dtype(x, 16, w_bits)
             found = kernels.fast_linear(x, eight, layers)
             for layer, y in zip(layers, found, strict=True):
-                torch.testing.assert_close(y, kernels.fast_linear(x, eight, [layer])[0])
+                alone = kernels.fast_linear(x, eight, [layer])[0]
+                if eight == FP8:  # summed in another order, and rounded to bf16
+                    assert_close(y, alone.double(), 2**-7)
+                else:
+                    torch.testing.assert_close(y, alone)
 
 
 @pytest.mark.kernels
@@ -546,7 +550,7 @@ def test_the_kernel_of_queries_and_keys_leaves_alone_what_it_cannot_do():
 @pytest.mark.kernels
 @pytest.mark.skipif(not (GPU or INTERPRETED), reason="where there is no Triton, diffusers itself does it")
 @pytest.mark.parametrize("joint", [True, False])
-def test_attention_with_that_kernel_is_that_of_diffusers(joint):
+def test_attention_with_that_kernel_is_that_of_diffusers(joint, monkeypatch):
     torch.manual_seed(0)
     attn = FluxAttention(96, heads=3, dim_head=32, bias=True, eps=1e-6, added_kv_proj_dim=96 if joint else None,
                          pre_only=not joint).to(DEVICE)  # fmt: skip
@@ -562,8 +566,13 @@ def test_attention_with_that_kernel_is_that_of_diffusers(joint):
     with torch.no_grad():
         found = attn(image, **given)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-        attn.norm_q.forward = None  # what diffusers would call
-        attn(image, **given)
+        with monkeypatch.context() as patch:
+            patch.setattr(attn.norm_q, "forward", None)  # what diffusers would call
+            attn(image, **given)
+        attn.norm_k.eps = 1.0  # the kernel knows one eps
+        found = attn(image, **given)
+        attn.set_processor(FluxAttnProcessor())
+        torch.testing.assert_close(found, attn(image, **given))
 
 
 # Triton
