@@ -454,10 +454,9 @@ def _exact(x: Tensor, codes: Tensor, alpha: Tensor, bias: Tensor | None, w_bits:
     in_words = 4 * columns == x.shape[-1] and _in_words(codes, 4) and _in_words(x, 8)
     words = min(64, columns // 4 & -(columns // 4))  # a power of 2 that divides those of a row
     if w_bits == 0 and x.element_size() == 2 and columns % 4 == 0 and words >= 4 and in_words:
-        block, warps = 16, 2 if rows > 12288 else 4  # FLUX.1-dev's two shapes keep about as many warps busy
         _launch(
-            _few_tokens_ternary, (-(-rows // block), tokens), codes, x, alpha, bias, out, rows, 1 / n, stride, columns,
-            biased, block, words, 1 << (columns - 1).bit_length(), num_warps=warps,
+            _few_tokens_ternary, (-(-rows // 16), tokens), codes, x, alpha, bias, out, rows, 1 / n, stride, columns,
+            biased, 16, words, 1 << (columns - 1).bit_length(),
         )  # fmt: skip
     else:
         _launch(
