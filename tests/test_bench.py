@@ -160,18 +160,22 @@ def test_bench_measures_every_rival(folder, tmp_path, capsys):
     assert found["load"]["seconds"] > 0 and found["load"]["bytes"] > disk  # the headers and the index besides
 
 
-def test_compiled_rivals_beside_eager_ones(folder, tmp_path, monkeypatch):
-    graphs = []
+@pytest.mark.parametrize("flags, expected", [([], None), (["--cpp_wrapper"], {"cpp_wrapper": True})])
+def test_compiled_rivals_beside_eager_ones(folder, tmp_path, monkeypatch, flags, expected):
+    graphs, options_seen = [], []
 
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
     def compile_module(self, compile_module=torch.nn.Module.compile, **settings):  # with no C++ compiler at work
+        options_seen.append(settings.pop("options", None))
         compile_module(self, backend=backend, **settings)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
-    found = measured(tmp_path, "--config", folder, "--resolution", 32, "--compile")
+    found = measured(tmp_path, "--config", folder, "--resolution", 32, "--compile", *flags)
+    assert options_seen and all(options == expected for options in options_seen)
+    assert found["cpp_wrapper"] == bool(flags)
     rows = {row["rival"]: row for row in found["steps"] if "ms" in row}
     assert set(rows) == {
         "float32, eager", "float32, compiled", "int8 codes, cast, eager", "int8 codes, cast, compiled",
@@ -264,6 +268,7 @@ def test_architectures_have_the_published_size(name, parameters, tokens):
         (["--device", "abacus"], "--device abacus is not available here"),
         (["--mode", "brisk"], "argument --mode: invalid choice: 'brisk'"),
         (["--no_steps"], "--no_steps leaves nothing to measure"),
+        (["--device", "cpu", "--cpp_wrapper"], "--cpp_wrapper is a way to compile: add --compile"),
     ],
 )
 def test_usage_errors_are_one_line(flags, message, monkeypatch, capsys):
