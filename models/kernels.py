@@ -192,10 +192,15 @@ if triton is not None:
         1 + (c + 2)/unit for unit = 4^(4 − i). The sum of x times it is multiplied by unit, and x·(unit + 2) taken off
         at the end: with products 4 to 256 times too large, it loses up to eight bits. x is loaded in the shape of the
         codes: in another shape it would have another layout in registers and go through shared memory, with two
-        barriers for every load. A number of rows that is no multiple of ROWS reads the first rows again.
+        barriers for every load. Codes are on their way while those before them are worked on. A number of rows that is
+        no multiple of ROWS reads the first rows again.
         """
         n, m = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
         dtype = x.dtype.element_ty
+        at = tl.arange(0, WORDS)[None, :]
+        code_at = codes.to(tl.pointer_type(tl.int32)) + (n % rows).to(tl.int64)[:, None] * (COLUMNS // 4) + at
+        four_at = x.to(tl.pointer_type(tl.int64)) + m * COLUMNS + tl.zeros([ROWS, 1], tl.int32) + at
+        ahead = tl.load(code_at)
         step = tl.load(alpha + n * ALPHA_STRIDE, mask=n < rows, other=0)
         if BIASED:
             b = tl.load(bias + n, mask=n < rows, other=0).to(tl.float32)
@@ -204,12 +209,10 @@ if triton is not None:
         for i in tl.static_range(4):
             x_i = tl.load(x + (4 * m + i) * COLUMNS + column, mask=column < COLUMNS, other=0)
             offset += x_i.to(tl.float32) * ((256 >> 2 * i) + 2)
-        at = tl.arange(0, WORDS)[None, :]
-        code_at = codes.to(tl.pointer_type(tl.int32)) + (n % rows).to(tl.int64)[:, None] * (COLUMNS // 4) + at
-        four_at = x.to(tl.pointer_type(tl.int64)) + m * COLUMNS + tl.zeros([ROWS, 1], tl.int32) + at
         total = tl.zeros([ROWS, WORDS], tl.float32)
         for start in range(0, COLUMNS // 4, WORDS):
-            word = tl.load(code_at + start) ^ -0x55555556
+            word = ahead ^ -0x55555556
+            ahead = tl.load(code_at + (start + WORDS) % (COLUMNS // 4))  # at the end the first ones, for nothing
             for i in tl.static_range(4):
                 four = tl.load(four_at + start + i * (COLUMNS // 4))
                 lifted_sum = tl.zeros([ROWS, WORDS], tl.float32)
