@@ -14,8 +14,8 @@ Up to SMALL tokens (modulation has one a picture) a scratch matrix would cost mo
 `_few_tokens` (ternary codes: `_few_tokens_ternary`) reads the codes once and multiplies in fp32, in either mode. A
 scratch matrix lives inside one call; the caching allocator, or the pool of a CUDA graph, gives the same memory to the
 next.
-torch.compile takes the launches of the kernels into its graph, as it does with the plain torch around them; only where
-there is no Triton, or a gradient is wanted, a layer is an op of its own.
+torch.compile takes the launches of the kernels into its graph, as it does with plain torch; only where a gradient is
+wanted, a layer is an op of its own.
 
 Between the layers, fast mode has a shorter GELU (`gelu`) and queries and keys made by one kernel (`norm_rotate`).
 """
@@ -50,8 +50,8 @@ _CHUNK = 2**20  # codes worked on at a time: bounds the memory of packing and un
 
 
 def row_chunks(rows: int, in_features: int) -> Iterator[slice]:
-    """Slices of the rows of a matrix, some million elements each."""
-    size = max(1, _CHUNK // in_features)
+    """Slices of the rows of a matrix, some million elements each; all rows for torch.compile, which fuses the steps."""
+    size = max(1, rows if torch.compiler.is_compiling() else _CHUNK // in_features)
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
 
@@ -333,10 +333,8 @@ def unpack_codes(packed: Tensor, w_bits: int, in_features: int) -> Tensor:
     codes, shift = None, 0
     sizes = [-(-in_features // (8 // width)) for width in PLANES[w_bits]]
     for width, plane in zip(PLANES[w_bits], packed.split(sizes, 1), strict=True):
-        fields = plane.new_empty(len(plane), 8 // width, plane.shape[1])
-        for i in range(8 // width):
-            torch.bitwise_right_shift(plane, i * width, out=fields[:, i])
-        fields = fields.bitwise_and_(2**width - 1).view(len(plane), -1)[:, :in_features]
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
+        fields = (plane[:, None] >> shifts[:, None]).bitwise_and_(2**width - 1).view(len(plane), -1)[:, :in_features]
         codes = fields if codes is None else codes.bitwise_or_(fields.bitwise_left_shift_(shift))
         shift += width
     if shift == 8:
@@ -442,8 +440,7 @@ def exact_linear(x: Tensor, codes: Tensor, alpha: Tensor, bias: Tensor | None, w
     codes [out, row_bytes] (uint8), alpha [out, 1] or [1, 1] (fp32). Differentiable in x and bias.
     """
     wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    multiply = _exact if in_triton(codes, w_bits) and not wanted else exact_op
-    return multiply(x, codes, alpha, bias, w_bits)
+    return (exact_op if wanted else _exact)(x, codes, alpha, bias, w_bits)
 
 
 def _exact(x: Tensor, codes: Tensor, alpha: Tensor, bias: Tensor | None, w_bits: int) -> Tensor:
@@ -471,7 +468,7 @@ def _exact(x: Tensor, codes: Tensor, alpha: Tensor, bias: Tensor | None, w_bits:
 
 @torch.library.custom_op("flux158::exact_linear", mutates_args=())
 def exact_op(x: Tensor, codes: Tensor, alpha: Tensor, bias: Tensor | None, w_bits: int) -> Tensor:
-    """exact_linear as an op that torch.compile does not look into; for its gradient it keeps the codes alone."""
+    """exact_linear as an op that for its gradient keeps the codes alone."""
     return _exact(x, codes, alpha, bias, w_bits)
 
 
@@ -591,8 +588,7 @@ def fast_linear(x: Tensor, dtype: torch.dtype, layers: Sequence[nn.Module]) -> S
         codes = _joined([layer.weight_codes for layer in layers])
         alpha = _joined([layer.weight_clip_val.expand(n, 1) for layer, n in zip(layers, rows, strict=True)])
         bias = None if first.bias is None else _joined([layer.bias for layer in layers]).to(x.dtype)
-        multiply = _fast if in_triton(codes, first.w_bits) else fast_op
-        out = multiply(q, scale, codes, alpha, bias, first.w_bits, x.dtype)
+        out = _fast(q, scale, codes, alpha, bias, first.w_bits, x.dtype)
     return out.view(*x.shape[:-1], sum(rows)).split(rows, -1)
 
 
@@ -612,7 +608,7 @@ def _fast(
     alpha = alpha.expand(out_features, 1).contiguous()
     if (out_features, in_features) in FUSED and w_bits == 0 and in_triton(codes, w_bits):
         return _launch_fused(q, scale, codes, alpha, bias, dtype)
-    if q.is_cuda:
+    if q.is_cuda or torch.compiler.is_compiling():
         return _product(q, scale, integers(codes, w_bits, in_features, q.dtype), alpha, bias, dtype)
     out = torch.empty(len(q), out_features, dtype=dtype)
     for rows in (slice(start, start + _CPU_ROWS) for start in range(0, out_features, _CPU_ROWS)):
@@ -644,19 +640,6 @@ def _int8_product(q: Tensor, scale: Tensor, weight: Tensor, alpha: Tensor, bias:
         torch.mul(product, scale, out=out)
     else:
         torch.addcmul(bias.float(), product, scale, out=out)
-
-
-@torch.library.custom_op("flux158::fast_linear", mutates_args=())
-def fast_op(
-    q: Tensor, scale: Tensor, codes: Tensor, alpha: Tensor, bias: Tensor | None, w_bits: int, dtype: torch.dtype
-) -> Tensor:
-    """_fast as an op that torch.compile does not look into."""
-    return _fast(q, scale, codes, alpha, bias, w_bits, dtype)
-
-
-@fast_op.register_fake
-def _(q, scale, codes, alpha, bias, w_bits, dtype):
-    return q.new_empty(*q.shape[:-1], len(codes), dtype=dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------- attention
