@@ -434,13 +434,17 @@ def _(codes, alpha, w_bits, in_features, dtype):
     return codes.new_empty(len(codes), in_features, dtype=dtype)
 
 
+def wants_gradient(x: Tensor, *biases: Tensor | None) -> bool:
+    """Whether a gradient may be asked of what a layer makes of x with one of these biases."""
+    return torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (x, *biases))
+
+
 def exact_linear(x: Tensor, codes: Tensor, alpha: Tensor, bias: Tensor | None, w_bits: int) -> Tensor:
     """F.linear(x [..., in], dequantized weight, bias [out]) -> [..., out] in x's dtype, up to the order of the sum.
 
     codes [out, row_bytes] (uint8), alpha [out, 1] or [1, 1] (fp32). Differentiable in x and bias.
     """
-    wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    return (exact_op if wanted else _exact)(x, codes, alpha, bias, w_bits)
+    return (exact_op if wants_gradient(x, bias) else _exact)(x, codes, alpha, bias, w_bits)
 
 
 def _exact(x: Tensor, codes: Tensor, alpha: Tensor, bias: Tensor | None, w_bits: int) -> Tensor:

@@ -228,7 +228,8 @@ class PackedLinear(Fp32Parameters, nn.Linear):
         autocast = torch.is_autocast_enabled(input.device.type)
         x = input.to(torch.get_autocast_dtype(input.device.type)) if autocast else input
         dtype = kernels.token_dtype(x, self.out_features, self.w_bits) if self.mode == "fast" else None
-        if dtype is None or (x.requires_grad and torch.is_grad_enabled()):
+        together = self.siblings.layers if self.siblings else [self]
+        if dtype is None or kernels.wants_gradient(x, *(layer.bias for layer in together)):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return kernels.exact_linear(x, self.weight_codes, self.weight_clip_val, bias, self.w_bits)
         if self.siblings is None or not self.siblings.on(x.device):

@@ -258,6 +258,22 @@ def test_gradients_reach_tokens_and_bias(mode):
     layer(x).backward(upstream)
     assert_close(x.grad, upstream.double() @ weight, 2e-6)
     assert_close(layer.bias.grad, upstream.double().sum(0), 2e-6)
+    layer.bias.grad = None
+    layer(x.detach()).backward(upstream)
+    assert_close(layer.bias.grad, upstream.double().sum(0), 2e-6)
+
+
+@pytest.mark.parametrize("wanting", range(3))
+def test_the_bias_of_one_of_the_layers_with_one_input_may_want_a_gradient(wanting):
+    layers = [packed_layer(48, 64, 0)[0] for _ in range(3)]
+    PackedLinear.join(layers)
+    for layer in layers:
+        layer.mode = "fast"
+    layers[wanting].bias.requires_grad_()
+    x, upstream = tokens_of(40, 64, torch.float32), tokens_of(40, 48, torch.float32)
+    sum((layer(x) * upstream).sum() for layer in layers).backward()
+    assert_close(layers[wanting].bias.grad, upstream.double().sum(0), 2e-6)
+    assert layers[0].siblings.given is None and layers[0].siblings.products is None
 
 
 def test_the_ops_keep_the_rules_of_custom_ops():
@@ -310,8 +326,10 @@ def test_blocks_compile_whole_and_once(small, blocks, mode):
         for seed in range(3):
             inputs = block_inputs(seed)
             for found, expected in zip(compiled(**inputs), block(**inputs), strict=True):
-                # GELU is compiled in another form: a last digit of it can flip a rounding to 8 bits.
-                assert (found - expected).norm() < 1e-5 * expected.norm()
+                if GPU and mode == "fast":  # GELU is compiled in another form, whose last digit can flip an e4m3
+                    assert (found - expected).norm() < 1e-5 * expected.norm()
+                else:
+                    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", kernels.MODES)
