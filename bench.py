@@ -47,6 +47,7 @@ from models.kernels import MODES
 from models.modeling_flux_quant import DEFAULT_SETTINGS, MODULATION, FluxTransformer2DModel
 from models.packing import PackedLinear, row_chunks, store_codes, unpack_trits
 from utils.cuda_graph import captured
+from utils.folders import check_disk
 from utils.make_random_flux import CONFIGS
 from utils.metrics import nmse
 from utils.rivals import (
@@ -63,7 +64,7 @@ from utils.rivals import (
     twin,
     why_not,
 )
-from utils.utils import ROOT, check_disk, device_name, empty_cache, get_logger, pick_device, run_script
+from utils.utils import ROOT, device_name, empty_cache, get_logger, pick_device, run_script
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 (the backend is to be chosen first)

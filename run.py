@@ -38,23 +38,13 @@ from models.kernels import MODES
 from models.modeling_flux_quant import FluxTransformer2DModel, is_quantized
 from models.packing import FORMAT, PackedLinear, PackedWriter, disk_row_bytes, row_chunks, store_codes, to_disk
 from models.utils_quant import check_bits, code_grid
-from utils.oneshot import INGREDIENTS, METHODS, calibrate, record_inputs, round_weight
-from utils.utils import (
-    bits_name,
-    check_disk,
-    device_name,
-    empty_cache,
-    generate_images,
-    get_logger,
-    load_pipeline,
-    native_size,
-    pick_device,
-    pick_prompts,
-    run_script,
-    save_grid,
-    save_images,
-    whole_folder,
-)
+from utils.checkpoints import bits_name
+from utils.folders import check_disk, whole_folder
+from utils.oneshot import INGREDIENTS, METHODS, calibrate, round_weight
+from utils.pictures import save_grid, save_images
+from utils.prompts import pick_prompts
+from utils.sampling import generate_images, load_pipeline, native_size, record_inputs
+from utils.utils import device_name, empty_cache, get_logger, pick_device, run_script
 
 log = get_logger("run")
 CALIBRATION_SEED = 2_000_000  # neither training nor evaluation starts from these

@@ -26,30 +26,21 @@ from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
 from models.packing import PackedLinear, disk_row_bytes
 from models.utils_quant import FULL_PRECISION_BITS
 from utils import scenes
-from utils.metrics import nmse, psnr, scene_score
-from utils.process_args import process_args
-from utils.utils import (
+from utils.checkpoints import (
     bits_name,
-    check_disk,
     check_quantized,
     check_shapes,
-    empty_cache,
-    generate_images,
-    get_logger,
-    load_pipeline,
     load_quantized_model,
     load_student,
-    native_size,
-    pick_device,
-    pick_dtype,
-    pick_prompts,
-    record_velocities,
-    run_script,
-    save_grid,
-    save_images,
     transformer_folder,
-    whole_folder,
 )
+from utils.folders import check_disk, whole_folder
+from utils.metrics import nmse, psnr, scene_score
+from utils.pictures import save_grid, save_images
+from utils.process_args import process_args
+from utils.prompts import pick_prompts
+from utils.sampling import generate_images, load_pipeline, native_size, record_velocities
+from utils.utils import empty_cache, get_logger, pick_device, pick_dtype, run_script
 
 log = get_logger("sanity")
 NMSE_STRIDE = 4  # the velocity error is measured at every fourth step of the teacher's trajectories

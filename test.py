@@ -31,27 +31,13 @@ from tqdm import tqdm
 from models.kernels import MODES
 from models.packing import PackedLinear, disk_row_bytes
 from utils import scenes
+from utils.checkpoints import bits_name, check_shapes, load_student, transformer_folder
 from utils.cuda_graph import compile_steps
 from utils.metrics import learned_scores, nmse, psnr, scene_score, ssim
-from utils.utils import (
-    bits_name,
-    check_shapes,
-    device_name,
-    empty_cache,
-    generate_images,
-    get_logger,
-    load_pipeline,
-    load_student,
-    native_size,
-    pick_device,
-    pick_prompts,
-    record_velocities,
-    run_script,
-    save_grid,
-    save_images,
-    to_pil,
-    transformer_folder,
-)
+from utils.pictures import save_grid, save_images, to_pil
+from utils.prompts import pick_prompts
+from utils.sampling import generate_images, load_pipeline, native_size, record_velocities
+from utils.utils import device_name, empty_cache, get_logger, pick_device, run_script
 
 log = get_logger("test")
 NMSE_PROMPTS = 24  # the velocity error is measured along the teacher's trajectories of so many prompts

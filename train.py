@@ -43,26 +43,14 @@ from diffusers import FluxPipeline
 from transformers.trainer_utils import get_last_checkpoint
 
 from models.modeling_flux_quant import is_quantized
+from utils.checkpoints import bits_name, check_shapes, load_quantized_model, load_student, transformer_folder
 from utils.datautils import OnlineTeacher, TeacherSettings, Trajectories, fill_cache
+from utils.folders import check_disk, whole_folder
 from utils.process_args import process_args
+from utils.prompts import pick_prompts
+from utils.sampling import load_pipeline, native_size
 from utils.trainer import ONLINE_WINDOW, FluxQATTrainer, choose_parameters, restore_metrics, save_curves
-from utils.utils import (
-    bits_name,
-    check_disk,
-    check_shapes,
-    device_name,
-    empty_cache,
-    get_logger,
-    load_pipeline,
-    load_quantized_model,
-    load_student,
-    native_size,
-    pick_dtype,
-    pick_prompts,
-    run_script,
-    transformer_folder,
-    whole_folder,
-)
+from utils.utils import device_name, empty_cache, get_logger, pick_dtype, run_script
 
 log = get_logger("train")
 TRAIN_SEED = 1_000_000  # training noise starts from seeds that no evaluation reaches

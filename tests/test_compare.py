@@ -9,8 +9,8 @@ import pytest
 
 from utils import compare_oneshot, compare_recipes
 from utils.process_args import process_args
+from utils.processes import run_logged, spread
 from utils.scenes import CATEGORIES
-from utils.utils import run_logged, spread
 
 FINAL = {"eval_nmse": 0.0125, "eval_psnr": 30.26, "eval_scene_score": 0.9, "eval_scene_score_teacher": 0.95}
 FINAL |= {f"eval_scene_{category}": 0.1 * i for i, category in enumerate(CATEGORIES)}

@@ -14,7 +14,7 @@ from torch import nn
 from utils import make_tiny_flux as recipe
 from utils import scenes
 from utils.metrics import scene_score
-from utils.utils import generate_images
+from utils.sampling import generate_images
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "assets" / "tiny-flux"

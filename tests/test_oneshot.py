@@ -10,7 +10,7 @@ from models.modeling_flux_quant import FluxTransformer2DModel
 from models.packing import PackedLinear
 from models.utils_quant import code_grid, init_clip_val, quantize, quantize_codes
 from utils import oneshot
-from utils.utils import generate_images, record_velocities
+from utils.sampling import generate_images, record_inputs, record_velocities
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_calibration_covers_every_block_linear_once_frees_it_and_leaves_no_hooks
 
 def test_recorded_inputs_are_those_of_the_wanted_calls(pipeline_folder):
     pipe = FluxPipeline.from_pretrained(pipeline_folder)
-    with record_velocities(pipe.transformer) as every, oneshot.record_inputs(pipe.transformer, (1, 2).count) as calls:
+    with record_velocities(pipe.transformer) as every, record_inputs(pipe.transformer, (1, 2).count) as calls:
         generate_images(pipe, ["a red star"], num_inference_steps=4)
     assert len(calls) == 2 and not pipe.transformer._forward_pre_hooks
     for found, (wanted, _) in zip(calls, every[1:3], strict=True):
@@ -156,7 +156,7 @@ def test_recorded_inputs_are_those_of_the_wanted_calls(pipeline_folder):
 def test_moments_are_those_of_each_layers_own_inputs(pipeline_folder):
     """Layers with one input share one object; the teacher's inputs are those that the original parameters make."""
     pipe = FluxPipeline.from_pretrained(pipeline_folder)
-    with oneshot.record_inputs(pipe.transformer, lambda number: True) as calls:
+    with record_inputs(pipe.transformer, lambda number: True) as calls:
         generate_images(pipe, ["a red star", "two rings"], num_inference_steps=2)
     block, cpu = pipe.transformer.transformer_blocks[0], torch.device("cpu")
     streams = [oneshot.block_inputs(pipe.transformer, calls, cpu)] * 2
@@ -189,7 +189,7 @@ def test_moments_are_those_of_each_layers_own_inputs(pipeline_folder):
 def test_only_one_block_and_one_call_are_away_from_the_cpu(pipeline_folder, monkeypatch):
     """As seen from the calls of .to(): each block goes to the device once, the next only when it is back."""
     pipe = FluxPipeline.from_pretrained(pipeline_folder)
-    with oneshot.record_inputs(pipe.transformer, lambda number: True) as calls:
+    with record_inputs(pipe.transformer, lambda number: True) as calls:
         generate_images(pipe, ["a red star"], num_inference_steps=1)
     moves, device = [], torch.device("cpu", 0)
     blocks = [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks]

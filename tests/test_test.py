@@ -17,7 +17,7 @@ from PIL import Image
 import run as run_py
 import train as train_py
 from models.modeling_flux_quant import FluxTransformer2DModel
-from utils.utils import generate_images, record_velocities
+from utils.sampling import generate_images, record_velocities
 
 # Under its own name it would hide Python's package `test`.
 spec = importlib.util.spec_from_file_location("test_script", Path(__file__).parents[1] / "test.py")

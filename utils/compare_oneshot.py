@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from utils.oneshot import INGREDIENTS, METHODS
+from utils.processes import run_logged, spread
 from utils.scenes import CATEGORIES
-from utils.utils import get_logger, run_logged, run_script, spread
+from utils.utils import get_logger, run_script
 
 log = get_logger("oneshot")
 

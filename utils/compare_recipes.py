@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
+from utils.processes import run_logged, spread, visible_gpus
 from utils.scenes import CATEGORIES
-from utils.utils import get_logger, run_logged, run_script, spread, visible_gpus
+from utils.utils import get_logger, run_script
 
 log = get_logger("recipes")
 PLAIN = (

@@ -37,7 +37,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from utils.utils import check_disk, get_logger, initial_noise, record_velocities, sample_latents, text_length
+from utils.folders import check_disk
+from utils.sampling import initial_noise, record_velocities, sample_latents, text_length
+from utils.utils import get_logger
 
 log = get_logger("cache")
 FORMAT = 1

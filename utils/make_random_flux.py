@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.utils import check_disk, get_logger, run_script, whole_folder
+from utils.folders import check_disk, whole_folder
+from utils.utils import get_logger, run_script
 
 log = get_logger("random")
 FLUX = {

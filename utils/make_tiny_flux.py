@@ -38,8 +38,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import scenes
+from utils.folders import whole_folder
 from utils.metrics import psnr, scene_score
-from utils.utils import device_name, generate_images, pick_device, run_script, whole_folder
+from utils.sampling import generate_images
+from utils.utils import device_name, pick_device, run_script
 
 TEXT_LENGTH = 24  # tokens; the longest prompt has 22
 # Counting, binding and above all relations are learned last: they are drawn more often.

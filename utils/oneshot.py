@@ -27,9 +27,7 @@ a picture)
             moments, of one also some copies of them: about ten fp32 matrices of in × in (15360: 9 GB)
 """
 
-import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from accelerate.utils import send_to_device
@@ -191,31 +189,6 @@ def calibrate_layer(
 
 class _Reached(Exception):
     """Raised to stop a forward pass where the blocks begin."""
-
-
-@contextmanager
-def record_inputs(transformer: nn.Module, wanted: Callable[[int], bool]) -> Iterator[list[dict]]:
-    """Within the block, keep the keyword arguments of those calls of `transformer` whose number is wanted, on the CPU.
-
-    A tensor that stands in several calls in a row, such as a text embedding, is kept once.
-    """
-    calls: list[dict] = []
-    moved: dict[str, tuple[Tensor, Tensor]] = {}  # the last one under each name, and where it went
-    numbers = itertools.count()
-
-    def keep(module, args, kwargs):
-        if not wanted(next(numbers)):
-            return
-        for name, value in kwargs.items():
-            if isinstance(value, Tensor) and (name not in moved or moved[name][0] is not value):
-                moved[name] = value, value.cpu()
-        calls.append({name: moved[name][1] if isinstance(value, Tensor) else value for name, value in kwargs.items()})
-
-    hook = transformer.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        yield calls
-    finally:
-        hook.remove()
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ No random number is drawn while training (data order follows from seed and epoch
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from diffusers import FluxPipeline
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -36,8 +35,11 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
 from utils import scenes
 from utils.datautils import ShuffledSamples, Trajectories, collate, rebuild_latents, split_batch
+from utils.folders import check_disk, whole_folder
 from utils.metrics import psnr, scene_score
-from utils.utils import check_disk, decode_latents, get_logger, sample_latents, save_grid, save_images, whole_folder
+from utils.pictures import save_images, save_strip
+from utils.sampling import decode_latents, sample_latents
+from utils.utils import get_logger
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 (the backend is to be chosen first)
@@ -530,28 +532,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor],
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
-
-
-def save_strip(folder: Path, prompts: Sequence[str]) -> None:
-    """folder/steps.png: the teacher and every snapshot in `folder`, one row each, a column for each prompt.
-
-    folder/step-N.png: the teacher and the last one.
-    """
-
-    def read(snapshot: Path) -> Tensor:
-        files = [snapshot / f"sample_{i:03d}.png" for i in range(len(prompts))]
-        pictures = [torch.frombuffer(bytearray(Image.open(f).tobytes()), dtype=torch.uint8) for f in files]
-        width, height = Image.open(files[0]).size
-        return torch.stack([p.view(height, width, 3).permute(2, 0, 1).float() / 255 for p in pictures])
-
-    snapshots = sorted(folder.glob("step_*/"), key=lambda path: int(path.name.removeprefix("step_")))
-    snapshots = [s for s in snapshots if len(list(s.glob("sample_*.png"))) >= len(prompts)]
-    rows = {"teacher": read(folder / "teacher")}
-    rows |= {f"step {snapshot.name.removeprefix('step_')}": read(snapshot) for snapshot in snapshots}
-    save_grid(rows, prompts, folder / "steps.png", cell=128)
-    last = list(rows)[-1]
-    latest = {name: rows[name] for name in ("teacher", last)}
-    save_grid(latest, prompts, folder / f"{last.replace(' ', '-')}.png", cell=128)
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -1,0 +1,214 @@
+"""Pipelines: loading one, what it starts from, the pictures that it draws, and what its transformer does meanwhile."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import FluxPipeline
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # of httpx or httpx2, whichever the hub client stands on
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+def load_pipeline(name: str, dtype: torch.dtype) -> FluxPipeline:
+    """The FLUX pipeline `name`, a folder or a hub id, on the CPU.
+
+    Raises ValueError, in one line that says what to do, if there is none, access is missing, it is not FLUX or its
+    files are incomplete.
+    """
+    folder = Path(name)
+    if not folder.is_dir() and (folder.is_file() or not _is_hub_id(name)):
+        raise ValueError(f"{name}: neither a folder nor a hub id (owner/model); check the path")
+    try:
+        kind = FluxPipeline.load_config(name).get("_class_name")
+        if kind == "FluxPipeline":
+            _check_tokenizers(folder)
+            return FluxPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError, HTTPError) as error:
+        advice = None if folder.is_dir() else _hub_advice(name, error)
+        broken = f"cannot be loaded ({error}); if files are missing or cut short, save or download it again"
+        raise ValueError(f"{name}: {advice or broken}") from error
+    raise ValueError(f"{name}: expected a FluxPipeline, found a {kind}; give a FLUX text-to-image pipeline")
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
+def _check_tokenizers(folder: Path) -> None:
+    """OSError if the pipeline's `folder` lacks a vocabulary: transformers would make a tokenizer without any words."""
+    for part in ("tokenizer", "tokenizer_2"):
+        files = [folder / part / file for file in ("tokenizer.json", "vocab.json", "spiece.model")]
+        if folder.is_dir() and not any(file.is_file() for file in files):
+            raise OSError(f"no vocabulary in {part}")
+
+
+def _hub_advice(name: str, error: Exception) -> str | None:
+    """What to do about an error of the hub, or None if the hub is not to blame."""
+    causes = _causes(error)  # diffusers wraps the hub's errors in its own
+
+    def has(*kinds: type) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if has(GatedRepoError):
+        return f"access is gated; accept its licence at https://huggingface.co/{name}, then run `hf auth login`"
+    if has(RepositoryNotFoundError):
+        return "no such folder, and no such model on the hub or it is private; check the name, or run `hf auth login`"
+    if has(RemoteEntryNotFoundError):
+        return "the hub has it, but not as a diffusers pipeline; give one, such as black-forest-labs/FLUX.1-dev"
+    for cause in causes:
+        if isinstance(cause, HfHubHTTPError) and cause.response is not None:
+            return f"the hub answers {cause.response.status_code}; renew your token with `hf auth login`, or try later"
+    if has(LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError):
+        return "no such folder, not in the local cache, and the hub cannot be reached; check the network"
+    return None
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    chain = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
+
+
+def native_size(pipe: FluxPipeline) -> int:
+    """The picture size in pixels that the autoencoder was made for."""
+    return pipe.vae.config.sample_size
+
+
+def text_length(pipe: FluxPipeline) -> int:
+    """The number of T5 tokens a prompt is cut or padded to."""
+    return min(512, pipe.tokenizer_2.model_max_length) if pipe.tokenizer_2 is not None else 512
+
+
+def initial_noise(pipe: FluxPipeline, seeds: Sequence[int], size: int, dtype: torch.dtype) -> Tensor:
+    """What sampling starts from, packed [N, L, C] on the CPU: row i drawn on the CPU from seeds[i], whatever the device
+    and the batch size."""
+    side = 2 * (size // (pipe.vae_scale_factor * 2))
+    channels = pipe.transformer.config.in_channels // 4
+    noise = [
+        torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+        for seed in seeds
+    ]
+    return FluxPipeline._pack_latents(torch.cat(noise), len(seeds), channels, side, side)
+
+
+@torch.no_grad()
+def sample_latents(
+    pipe: FluxPipeline, noise: Tensor, *, size: int, num_inference_steps: int, guidance_scale: float, **text
+) -> Tensor:
+    """Latents [N, L, C] that the pipeline makes of `noise` [N, L, C], on its device.
+
+    text: prompt=list of N strings, or prompt_embeds=[N, S, D] and pooled_prompt_embeds=[N, D].
+    """
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        **text,
+        latents=noise.to(pipe.device),
+        height=size,
+        width=size,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        max_sequence_length=text_length(pipe),
+        output_type="latent",
+    ).images
+
+
+@torch.no_grad()
+def decode_latents(pipe: FluxPipeline, latents: Tensor, size: int) -> Tensor:
+    """The pictures [N, 3, size, size] of packed latents [N, L, C]: float32 in 0…1 on the CPU."""
+    latents = pipe._unpack_latents(latents, size, size, pipe.vae_scale_factor).to(pipe.vae.device, pipe.vae.dtype)
+    latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    decoded = pipe.vae.decode(latents, return_dict=False)[0]
+    return pipe.image_processor.postprocess(decoded, output_type="pt").float().cpu()
+
+
+def generate_images(
+    pipe: FluxPipeline,
+    prompts: Sequence[str],
+    seed: int = 42,
+    *,
+    num_inference_steps: int = 28,
+    guidance_scale: float = 3.5,
+    size: int | None = None,
+    batch_size: int = 1,
+    desc: str | None = None,
+) -> Tensor:
+    """Draw each of `prompts`: float32 pictures [N, 3, size, size] in 0…1 on the CPU.
+
+    Picture i starts from the noise of seed + i (see initial_noise). `size` defaults to what the autoencoder was made
+    for. `desc` shows a progress bar under that name.
+    """
+    size = size or native_size(pipe)
+    images = []
+    with tqdm(total=len(prompts), desc=desc, unit="image", disable=desc is None) as bar:
+        for start in range(0, len(prompts), batch_size):
+            batch = list(prompts[start : start + batch_size])
+            seeds = range(seed + start, seed + start + len(batch))
+            latents = sample_latents(
+                pipe,
+                initial_noise(pipe, seeds, size, pipe.transformer.dtype),
+                prompt=batch,
+                size=size,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+            )
+            images.append(decode_latents(pipe, latents, size))
+            bar.update(len(batch))
+    return torch.cat(images)
+
+
+@contextmanager
+def record_velocities(transformer: nn.Module) -> Iterator[list[tuple[dict, Tensor]]]:
+    """Within the block, keep every call of `transformer`: a list of (keyword arguments, velocity [B, L, C])."""
+    calls: list[tuple[dict, Tensor]] = []
+    hook = transformer.register_forward_hook(
+        lambda module, args, kwargs, output: calls.append((kwargs, output[0])), with_kwargs=True
+    )
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def record_inputs(transformer: nn.Module, wanted: Callable[[int], bool]) -> Iterator[list[dict]]:
+    """Within the block, keep the keyword arguments of those calls of `transformer` whose number is wanted, on the CPU.
+
+    A tensor that stands in several calls in a row, such as a text embedding, is kept once.
+    """
+    calls: list[dict] = []
+    moved: dict[str, tuple[Tensor, Tensor]] = {}  # the last one under each name, and where it went
+    numbers = itertools.count()
+
+    def keep(module, args, kwargs):
+        if not wanted(next(numbers)):
+            return
+        for name, value in kwargs.items():
+            if isinstance(value, Tensor) and (name not in moved or moved[name][0] is not value):
+                moved[name] = value, value.cpu()
+        calls.append({name: moved[name][1] if isinstance(value, Tensor) else value for name, value in kwargs.items()})
+
+    hook = transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        hook.remove()
