@@ -16,7 +16,6 @@ It writes
 """
 
 import argparse
-import gc
 import json
 import math
 import resource
@@ -43,7 +42,16 @@ from utils.folders import check_disk, whole_folder
 from utils.oneshot import INGREDIENTS, METHODS, calibrate, round_weight
 from utils.pictures import save_grid, save_images
 from utils.prompts import pick_prompts
-from utils.sampling import generate_images, load_pipeline, native_size, record_inputs
+from utils.sampling import (
+    OFFLOADS,
+    check_offload,
+    drop_transformer,
+    generate_images,
+    load_pipeline,
+    native_size,
+    place,
+    record_inputs,
+)
 from utils.utils import device_name, empty_cache, get_logger, pick_device, run_script
 
 log = get_logger("run")
@@ -232,7 +240,7 @@ def peak_rss() -> int:
 
 
 def draw(pipe: FluxPipeline, prompts: list[str], args: argparse.Namespace, desc: str) -> Tensor:
-    pipe.to(args.device)
+    place(pipe, args.device, args.offload)
     return generate_images(
         pipe, prompts, args.seed, num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
         size=args.resolution, batch_size=args.batch_size, desc=desc,
@@ -258,6 +266,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--guidance_scale", type=float, default=3.5)
     parser.add_argument("--resolution", type=int, help="pixels a side; default: what the autoencoder was made for")
     parser.add_argument("--batch_size", type=int, default=8, help="pictures drawn at a time")
+    parser.add_argument("--offload", nargs="?", const="model", choices=OFFLOADS, help="to draw, keep on the device "
+                        "only the component that computes; sequential: what does not fit streams layer by "
+                        "layer")  # fmt: skip
     parser.add_argument("--mode", choices=MODES, default="exact", help="to draw in; fast: 8-bit activations")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA")
     parser.add_argument("--device", help="default: cuda if there, else mps, else cpu")
@@ -265,6 +276,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     try:
         args.device = pick_device(args.device)
+        check_offload(args.offload, args.device)
         if check_bits(args.w_bits) >= 16:
             raise ValueError(f"--w_bits {args.w_bits}: nothing to quantize; use 0 to 8")
         if args.method == "threshold" and args.w_bits:
@@ -318,9 +330,7 @@ def main() -> None:
             calibrated(pipe, folder / "transformer", args, errors)
         else:
             if pipe is not None:
-                pipe.transformer = None
-            gc.collect()
-            empty_cache(args.device)
+                drop_transformer(pipe)
             stream(source / "transformer", folder / "transformer", args, errors)
         quantizing = time.time() - quantizing
         copy_rest(source, folder)
