@@ -25,6 +25,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import diffusers
@@ -438,6 +439,7 @@ def main() -> None:
             "gb_per_second": round(folder_bytes(source / "transformer") / quantizing / 1e9, 3),
             "peak_rss_bytes": peak_rss(), "device": device_name(args.device), "torch": torch.__version__,
             "diffusers": diffusers.__version__,
+            "blockwise": asdict(block_settings(args)) | identity(args) if args.method == "blockwise" else None,
         }  # fmt: skip
         if args.num_images:
             student = FluxTransformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)
