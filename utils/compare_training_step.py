@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
 from utils.datautils import image_ids
-from utils.make_random_flux import CONFIGS
+from utils.random_flux import CONFIGS
 from utils.trainer import choose_parameters
 from utils.utils import device_name, empty_cache, get_logger, pick_device, run_script
 
