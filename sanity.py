@@ -15,7 +15,6 @@ row. It writes
                                                                  (--pack True: as small as its bits)
 """
 
-import gc
 import json
 from pathlib import Path
 
@@ -39,8 +38,8 @@ from utils.metrics import nmse, psnr, scene_score
 from utils.pictures import save_grid, save_images
 from utils.process_args import process_args
 from utils.prompts import pick_prompts
-from utils.sampling import generate_images, load_pipeline, native_size, record_velocities
-from utils.utils import empty_cache, get_logger, pick_device, pick_dtype, run_script
+from utils.sampling import drop_transformer, generate_images, load_pipeline, native_size, place, record_velocities
+from utils.utils import get_logger, pick_device, pick_dtype, run_script
 
 log = get_logger("sanity")
 NMSE_STRIDE = 4  # the velocity error is measured at every fourth step of the teacher's trajectories
@@ -99,7 +98,6 @@ def main() -> None:
     samples, cache = Path(training_args.output_dir) / "samples", Path(training_args.output_dir) / "cache"
 
     pipe = load_pipeline(model_args.input_model_filename, dtype)
-    pipe.to(device)
     prompts, source = pick_prompts(pipe, data_args.num_images, data_args.prompts)
     size = data_args.resolution or native_size(pipe)
     with_scores = size == scenes.SIZE and all(scenes.parse(prompt) for prompt in prompts)
@@ -128,6 +126,7 @@ def main() -> None:
         save_images(images, samples / folder)
         return images
 
+    place(pipe, device, model_args.offload)
     with record_velocities(pipe.transformer) as teacher_calls:
         teacher_images = sample("full", "full")
     grid = {"full": teacher_images}
@@ -136,7 +135,8 @@ def main() -> None:
         rows[0]["scene_score"] = scene_score(teacher_images, prompts)
 
     def measure(name: str, folder: str, w_bits: int, transformer: FluxTransformer2DModel) -> None:
-        pipe.register_modules(transformer=transformer.to(device))
+        pipe.register_modules(transformer=transformer)
+        place(pipe, device, model_args.offload)
         images = sample(name, folder)
         row = {
             "name": name,
@@ -150,13 +150,8 @@ def main() -> None:
         grid[name] = images
         rows.append(row)
 
-    def free() -> None:
-        pipe.transformer = None  # two transformers at once would not fit beside each other on every card
-        gc.collect()
-        empty_cache(device)
-
     for w_bits in model_args.w_bits:
-        free()
+        drop_transformer(pipe)
         transformer = load_quantized_model(model_args, training_args, w_bits=w_bits)
         total, quantized, _ = count_parameters(transformer)
         name = bits_name(w_bits)
@@ -174,7 +169,7 @@ def main() -> None:
         del transformer
 
     if model_args.trained is not None:
-        free()
+        drop_transformer(pipe)
         transformer = load_student(trained, dtype)
         w_bits = transformer.config.w_bits
         measure(f"{bits_name(w_bits)}, trained", "trained", w_bits, transformer)

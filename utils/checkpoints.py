@@ -68,7 +68,8 @@ def load_quantized_model(
     if w_bits < FULL_PRECISION_BITS:
         settings |= {name: getattr(model_args, name) for name in ("lora_r", "lora_alpha", "clip_init")}
         settings["quantize_modulation"] = model_args.quantize_modulation
-    if device.type == "cuda":  # straight to the card, where finding the step sizes takes seconds, not minutes
+    # Straight to the card, where finding the step sizes takes seconds, not minutes.
+    if device.type == "cuda" and model_args.offload is None:
         settings["device_map"] = str(device)
     if cache_dir is not None and (Path(cache_dir) / "config.json").is_file():
         return FluxTransformer2DModel.from_pretrained(cache_dir, **settings)

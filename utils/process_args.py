@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from models.utils_quant import check_bits, check_clip_init, check_lora_r
+from utils.sampling import check_offload
 from utils.utils import pick_device
 
 
@@ -31,6 +32,13 @@ class ModelArguments:
         default=False, metadata={"help": "accepted as published; whether a checkpoint has step sizes is seen from it"}
     )
     device: str | None = field(default=None, metadata={"help": "default: cuda if there, else mps, else cpu"})
+    offload: str | None = field(
+        default=None,
+        metadata={
+            "help": "sanity.py, on a GPU: model: only the component that computes is there; sequential: what does not "
+            "fit streams layer by layer"
+        },
+    )
     clip_init: str = field(default="mse", metadata={"help": "how step sizes start: mse (least error) or max"})
     quantize_modulation: bool = field(default=True, metadata={"help": "quantize the AdaLN modulation too"})
     lora_r: int = field(default=0, metadata={"help": "rank of a LoRA inside the quantizer; 0: none"})
@@ -185,6 +193,7 @@ def process_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArg
         for bits in model_args.w_bits:
             check_bits(bits)
         check_clip_init(model_args.clip_init)
+        check_offload(model_args.offload, pick_device(model_args.device))
         check_lora_r(model_args.lora_r)
         for name in ("num_images", "num_final_images", "num_train_prompts", "num_inference_steps", "resolution"):
             value = getattr(data_args, name)
