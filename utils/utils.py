@@ -66,7 +66,8 @@ def run_script(
         if os.environ.get("TRACEBACK"):
             raise
         if is_first_rank():
-            print(file=sys.stderr)  # after ^C, or what stands of a progress bar
+            if sys.stderr.isatty():
+                print(file=sys.stderr)  # after ^C, or what stands of a progress bar
             print(f"{script}: interrupted: {interrupted() if callable(interrupted) else interrupted}", file=sys.stderr)
         sys.exit(130)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -116,8 +117,10 @@ def check_counts(args: object, *names: str, least: int = 1) -> None:
 
 def check_resolution(pixels: int | None) -> None:
     """ValueError unless a picture can have this side: FLUX cuts it into patches of 16 pixels."""
-    if pixels is not None and (pixels % 16 or not 16 <= pixels <= LARGEST_PICTURE):
-        raise ValueError(f"--resolution must be a multiple of 16, from 16 to {LARGEST_PICTURE}, got {pixels}")
+    if pixels is not None and pixels % 16:
+        raise ValueError(f"--resolution must be a multiple of 16, got {pixels}")
+    if pixels is not None and not 16 <= pixels <= LARGEST_PICTURE:
+        raise ValueError(f"--resolution must be at least 16 and at most {LARGEST_PICTURE}, got {pixels}")
 
 
 def check_guidance(scale: float) -> None:
