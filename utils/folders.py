@@ -99,7 +99,8 @@ def locked(folder: Path, join: bool = False) -> Iterator[None]:
             if not join:
                 os.ftruncate(descriptor, 0)
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for the other ranks to join
-                tidy(place)
+                for folder_within, _, _ in os.walk(place):
+                    tidy(Path(folder_within))
             os.write(descriptor, f"{os.getpid()} {platform.node()} {shlex.join(sys.argv)[:100]}\n".encode())
         yield
     finally:
