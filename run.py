@@ -55,10 +55,14 @@ CALIBRATION_SEED = 2_000_000  # neither training nor evaluation starts from thes
 # half a million samples of the inputs of a layer, of which there are at most 15,360.
 MANY_PROMPTS, MANY_PIXELS, FEW_PROMPTS = 64, 512, 16
 # Block-wise training, likewise: prompts, stride, batch and micro-batch, blocks to look ahead (tiny-flux: all).
-MANY_BLOCKWISE = {"calibration_prompts": 4096, "calibration_stride": 1, "block_batch_size": 256,
-                  "block_micro_batch_size": 256, "lookahead": 8}  # fmt: skip
-FEW_BLOCKWISE = {"calibration_prompts": 256, "calibration_stride": 4, "block_batch_size": 16,
-                 "block_micro_batch_size": 1, "lookahead": 2}  # fmt: skip
+MANY_BLOCKWISE = {
+    "calibration_prompts": 4096, "calibration_stride": 1, "block_steps": 1000, "block_batch_size": 256,
+    "block_micro_batch_size": 256, "block_checkpointing": False, "lookahead": 8,
+}  # fmt: skip
+FEW_BLOCKWISE = {
+    "calibration_prompts": 256, "calibration_stride": 4, "block_steps": 500, "block_batch_size": 16,
+    "block_micro_batch_size": 4, "block_checkpointing": True, "lookahead": 2,
+}  # fmt: skip
 WITH_INPUTS = ("calibrated", "blockwise")  # methods that look at the teacher's trajectories
 KINDS = ("norm", "attn", "ff", "proj")  # of layers, by a part of their name
 
@@ -240,7 +244,7 @@ def block_settings(args: argparse.Namespace) -> Settings:
         micro_batch_size=args.block_micro_batch_size, learning_rate=args.block_learning_rate,
         lookahead=args.lookahead, together=args.blocks_together, rounds=args.block_rounds,
         loss_power=args.block_loss_power, local_loss=args.block_local_loss, freeze_codes=args.block_freeze_codes,
-        seed=args.seed,
+        checkpointing=args.block_checkpointing, seed=args.seed,
     )  # fmt: skip
 
 
@@ -290,7 +294,7 @@ def add_block_flags(parser: argparse.ArgumentParser) -> None:
         return f"default: {many[name]}, above {MANY_PIXELS} pixels {few[name]}"
 
     group = parser.add_argument_group("with --method blockwise")
-    group.add_argument("--block_steps", type=int, default=1000, help="for each block; more is better, and takes longer")
+    group.add_argument("--block_steps", type=int, help=f"for each block: the more the better; {both('block_steps')}")
     group.add_argument("--block_batch_size", type=int, help=f"samples of a step; {both('block_batch_size')}")
     group.add_argument("--block_micro_batch_size", type=int,
                        help="samples on the device at a time; less if its memory runs out; "
@@ -311,6 +315,9 @@ def add_block_flags(parser: argparse.ArgumentParser) -> None:
                        help="for this last part of the steps the codes stay and the rest is trained")  # fmt: skip
     group.add_argument("--block_early_share", type=float, default=0.8,
                        help="share of the samples from the first quarter of the denoising steps")  # fmt: skip
+    group.add_argument("--block_checkpointing", action=argparse.BooleanOptionalAction,
+                       help="compute a block's activations twice instead of keeping them; default: above "
+                       f"{MANY_PIXELS} pixels")  # fmt: skip
     group.add_argument("--block_compile", action=argparse.BooleanOptionalAction,
                        help="compile the blocks; default: on CUDA. It takes a minute or so")  # fmt: skip
     group.add_argument("--activations_on_disk", action="store_true",

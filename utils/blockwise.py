@@ -34,6 +34,7 @@ import torch
 from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from models.packing import PackedLinear
@@ -63,6 +64,7 @@ class Settings:
     loss_power: float = 0.5
     local_loss: float = 0.0
     freeze_codes: float = 0.1
+    checkpointing: bool = False
     seed: int = 0
 
 
@@ -128,10 +130,16 @@ def wanted_calls(steps: int, early_share: float, stride: int) -> Callable[[int],
     return wanted
 
 
-def run_blocks(blocks: Iterable[nn.Module], text: Tensor, image: Tensor, temb: Tensor, rotary) -> tuple[Tensor, Tensor]:
-    """Text and image tokens after `blocks`."""
+def run_blocks(
+    blocks: Iterable[nn.Module], text: Tensor, image: Tensor, temb: Tensor, rotary, checkpointing: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Text and image tokens after `blocks`; with `checkpointing` only what is between them is kept for the gradient."""
     for block in blocks:
-        text, image = block(hidden_states=image, encoder_hidden_states=text, temb=temb, image_rotary_emb=rotary)
+        inputs = {"hidden_states": image, "encoder_hidden_states": text, "temb": temb, "image_rotary_emb": rotary}
+        if checkpointing:
+            text, image = checkpoint(block, **inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            text, image = block(**inputs)
     return text, image
 
 
@@ -212,7 +220,9 @@ class Window:
         """Normalized errors [B] of each target's image and text tokens (or of the velocity), with their weights."""
         text, image, found, start = batch["in.text"], batch["in.image"], [], 0
         for end, (stream, weight) in sorted(self.targets.items()):
-            text, image = run_blocks(self.blocks[start:end], text, image, batch["temb"], self.samples.rotary)
+            text, image = run_blocks(
+                self.blocks[start:end], text, image, batch["temb"], self.samples.rotary, self.settings.checkpointing
+            )
             last = self.head is not None and end == len(self.blocks)
             outputs = {"image": self.head(image, batch["temb"])} if last else {"image": image, "text": text}
             for kind in stream.tensors():
@@ -411,8 +421,8 @@ class Walk:
 
     @torch.no_grad()
     def advance(self, stream: Stream, block: nn.Module) -> None:
-        """Take all samples of a stream through the next block, in their place."""
-        with torch.compiler.set_stance("force_eager"), autocast(self.device, stream.image.dtype):
+        """Take all samples of a stream through the next block, full-precision or a plain_copy, in their place."""
+        with torch.compiler.set_stance("force_eager"):
             for start in range(0, len(self.samples), self.settings.micro_batch_size):
                 part = slice(start, start + self.settings.micro_batch_size)
                 text, image = (tensor[part].to(self.device) for tensor in (stream.text, stream.image))
@@ -443,22 +453,29 @@ class Walk:
             if stream.text is not None or end < len(self.teacher):
                 self.targets[end] = Stream(self.first.image, self.first.text, stream.place, stream.name), weight
 
+    def put(self, block: int, student: nn.Module, ahead: bool = True) -> None:
+        """Take the student's stream through a trained block, which also gets its place for another round."""
+        plain = plain_copy(self.teacher[block], student)
+        if ahead:
+            self.advance(self.inputs, plain.to(self.device))
+        if self.settings.rounds > 1:
+            self.current[block] = plain.to(CPU)
+
     def take_up(self, finished: int) -> None:
         """Put the blocks trained before position `finished` in their places, and the student's stream behind them."""
         turn, position = divmod(finished, len(self.names))
         for block in range(len(self.names)):
             if block < position or turn:
                 student = self.student(block, finished)
-                if block < position:
-                    self.advance(self.inputs, student)
-                if self.settings.rounds > 1:
-                    self.current[block] = plain_copy(self.teacher[block], student)
+                self.put(block, student, ahead=block < position)
 
     def go(self) -> None:
         """Train every block, from where an interrupted walk ended."""
         blocks, finished, total = len(self.names), self._finished(), len(self.names) * self.settings.rounds
         for module in (self.transformer.norm_out, self.transformer.proj_out):
             module.to(self.device).requires_grad_(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails for tiny-flux's shapes (torch 2.11, H100)
+        torch._dynamo.config.recompile_limit = 64  # blocks of both kinds, in training, frozen or with frozen codes
         if finished:
             log.info("going on from %s", self.folder)
             self.take_up(finished)
@@ -468,9 +485,7 @@ class Walk:
                 if block == 0 and number > finished:
                     self.next_round()
                 trained, error = self.train_window(number)
-                self.advance(self.inputs, trained)
-                if self.settings.rounds > 1:
-                    self.current[block] = plain_copy(self.teacher[block], trained)
+                self.put(block, trained)
                 del trained
                 empty_cache(self.device)
                 bar.update()
