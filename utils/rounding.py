@@ -77,10 +77,11 @@ def round_block(base: Tensor, slack: Tensor, alpha: Tensor, matrix: Tensor, w_bi
         # What linalg and flip return may lie column by column.
         base, slack, matrix = (t if t.stride(1) == 1 else t.contiguous() for t in (base, slack, matrix))
         out = torch.empty_like(slack, memory_format=torch.contiguous_format)
+        columns = triton.next_power_of_2(width)
         with torch.cuda.device_of(base):
             _round_block[(triton.cdiv(rows, ROWS),)](
                 base, slack, alpha.contiguous(), matrix, out, rows, base.stride(0), slack.stride(0), matrix.stride(0),
-                out.stride(0), n, s, float(low), float(high), WIDTH=width, COLUMNS=triton.next_power_of_2(width), ROWS=ROWS,
+                out.stride(0), n, s, float(low), float(high), WIDTH=width, COLUMNS=columns, ROWS=ROWS,
             )  # fmt: skip
         return out
     slack, quantized = slack.clone(), torch.empty_like(base)
