@@ -40,7 +40,7 @@ from models.kernels import MODES
 from models.modeling_flux_quant import FluxTransformer2DModel, is_quantized
 from models.packing import FORMAT, PackedLinear, PackedWriter, disk_row_bytes, row_chunks, store_codes, to_disk
 from models.utils_quant import check_bits, code_grid
-from utils.blockwise import Settings, train_block, wanted_calls
+from utils.blockwise import STARTS, Settings, train_block, wanted_calls
 from utils.checkpoints import bits_name
 from utils.folders import check_disk, whole_folder
 from utils.oneshot import INGREDIENTS, METHODS, calibrate, round_weight
@@ -258,7 +258,7 @@ def block_settings(args: argparse.Namespace) -> Settings:
     """The flags of block-wise training."""
     compile = args.device.type == "cuda" if args.block_compile is None else args.block_compile
     return Settings(
-        w_bits=args.w_bits, steps=args.block_steps, batch_size=args.block_batch_size,
+        w_bits=args.w_bits, start=args.block_start, steps=args.block_steps, batch_size=args.block_batch_size,
         micro_batch_size=args.block_micro_batch_size, learning_rate=args.block_learning_rate,
         lookahead=args.lookahead, loss_power=args.block_loss_power, local_loss=args.block_local_loss,
         freeze_codes=args.block_freeze_codes, checkpointing=args.block_checkpointing, compile=compile, seed=args.seed,
@@ -311,6 +311,8 @@ def add_block_flags(parser: argparse.ArgumentParser) -> None:
         return f"default: {many[name]}, above {MANY_PIXELS} pixels {few[name]}"
 
     group = parser.add_argument_group("with --method blockwise")
+    group.add_argument("--block_start", choices=STARTS, default="mse",
+                       help="codes, step sizes and biases to train from")  # fmt: skip
     group.add_argument("--block_steps", type=int, help=f"for each block: the more the better; {both('block_steps')}")
     group.add_argument("--block_batch_size", type=int, help=f"samples of a step; {both('block_batch_size')}")
     group.add_argument("--block_micro_batch_size", type=int,

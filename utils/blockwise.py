@@ -30,13 +30,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.packing import PackedLinear, to_disk
-from models.utils_quant import QuantizeLinear
+from models.kernels import unpack_codes
+from models.packing import PackedLinear, adopt_codes, from_disk, to_disk
+from models.utils_quant import QuantizeLinear, quantize_codes
+from utils.oneshot import calibrate_block
 from utils.utils import empty_cache, get_logger
 from utils.walk import Block, Streams, block_names
 
 log = get_logger("blockwise")
 CPU = torch.device("cpu")
+STARTS = ("mse", "calibrated")
 KINDS = ("text", "image")  # of tokens, in the order in which a block returns them
 ERROR_FLOOR = 1e-12  # of a sample; the gradient of a power below 1 has a pole at zero
 WARMUP = 0.05  # of the steps
@@ -49,6 +52,7 @@ class Settings:
     """How every block is trained; run.py's flags say more."""
 
     w_bits: int = 0
+    start: str = "mse"  # or "calibrated": the codes to train from
     steps: int = 1000
     batch_size: int = 256
     micro_batch_size: int = 256
@@ -122,13 +126,31 @@ def batches(samples: int, size: int, seed: int) -> Iterator[Tensor]:
 # --------------------------------------------------------------------------------------------------------- the window
 
 
-def quantized_copy(block: Block, w_bits: int) -> nn.Module:
-    """A trainable fp32 copy of the block on its device, its linears quantized at their error-minimal step sizes."""
+def quantized_copy(block: Block, w_bits: int, start: dict[str, Tensor] | None = None) -> nn.Module:
+    """A trainable fp32 copy of the block on its device, its linears quantized at their error-minimal step sizes or to
+    the codes, step sizes and biases of `start`, the tensors of the block as a packed folder stores them."""
     module = copy.deepcopy(block.module).float().train().requires_grad_(True)
     for path, layer in list(module.named_modules()):
         if isinstance(layer, nn.Linear):
-            module.set_submodule(path, QuantizeLinear.from_linear(layer, f"{block.name}.{path}", w_bits=w_bits))
+            name = f"{block.name}.{path}"
+            layer = QuantizeLinear.from_linear(layer, name, w_bits=w_bits)
+            module.set_submodule(path, layer)
+            if start is not None:
+                codes = unpack_codes(from_disk(start[f"{name}.weight_codes"], w_bits, layer.in_features), w_bits,
+                                     layer.in_features)  # fmt: skip
+                alpha, bias = start[f"{name}.weight_clip_val"], start.get(f"{name}.bias")
+                adopt_codes(layer, PackedLinear.from_codes(codes, alpha, bias, w_bits), name)
     return module
+
+
+@torch.no_grad()
+def packed_layer(layer: QuantizeLinear, name: str) -> PackedLinear:
+    """The packed twin of a trained layer; ValueError, opening with `name`, if training has left NaN or inf in it."""
+    if not all(parameter.isfinite().all() for parameter in layer.parameters()):
+        raise ValueError(f"{name}: not finite after training; try a lower --block_learning_rate")
+    layer.weight.copy_(layer.quantized_weight())  # frozen codes are not those of the weight at the step size
+    codes = quantize_codes(layer.weight, layer.weight_clip_val, layer.w_bits)
+    return PackedLinear.from_codes(codes, layer.weight_clip_val, layer.bias, layer.w_bits)
 
 
 def sample_errors(found: Tensor, target: Tensor, energy: Tensor) -> Tensor:
@@ -266,8 +288,6 @@ class Window:
                 layer.freeze_codes()
                 layer.weight.requires_grad_(False)
             self.fit(frozen, seed + 1)
-            for layer in layers:
-                layer.settle()
 
 
 class Replayed:
@@ -311,10 +331,13 @@ def train_block(block: Block, transformer: nn.Module, settings: Settings) -> dic
     def head(image: Tensor, temb: Tensor) -> Tensor:
         return transformer.proj_out(transformer.norm_out(image, temb))
 
+    start = None
+    if settings.start == "calibrated":
+        start = calibrate_block(block, [1.0] * len(block.streams), settings.w_bits)
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails for tiny-flux's shapes (torch 2.11, H100)
     try:
         with torch.enable_grad():
-            trained = quantized_copy(block, settings.w_bits)
+            trained = quantized_copy(block, settings.w_bits, start)
             reaches = number + len(after) == len(names) - 1
             window = Window(block.streams, block.module, trained, after, head if reaches else None, settings)
             if settings.compile:
@@ -333,7 +356,7 @@ def train_block(block: Block, transformer: nn.Module, settings: Settings) -> dic
     for path, layer in trained.named_modules():
         name = f"{block.name}.{path}"
         if isinstance(layer, QuantizeLinear):
-            packed = PackedLinear.from_quantized(layer, name)
+            packed = packed_layer(layer, name)
             own, made = block.module.get_submodule(path).weight.float(), packed.dequantize()
             block.notes["layers"][name] = [(own - made).square().sum().item(), own.square().sum().item()]
             found[f"{name}.weight_codes"] = to_disk(packed.weight_codes, packed.w_bits, packed.in_features)
