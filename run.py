@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -205,21 +206,29 @@ def record(pipe: FluxPipeline, args: argparse.Namespace, wanted: Callable[[int],
 
 def blockwise(pipe: FluxPipeline, target: Path, args: argparse.Namespace, errors: Errors) -> None:
     """Record the teacher, train block after block, write the packed transformer."""
-    transformer, settings = pipe.transformer, block_settings(args)
-    work = Work(work_folder(args), asdict(settings) | identity(args))
-    calls = work.calls()
+    transformer, settings, before = pipe.transformer, block_settings(args), None
+    config, disk = dict(transformer.config), work_folder(args) if args.activations_on_disk else None
+    what = asdict(settings) | identity(args)
+    calls = Work(work_folder(args), what).calls()
     if calls is None:
         calls = record(pipe, args, wanted_calls(args.steps, args.block_early_share, args.calibration_stride))
-        work.keep_calls(calls)
+        Work(work_folder(args), what).keep_calls(calls)
     pipe.transformer = None
-    walk(transformer, calls, args.w_bits, lambda block: train_block(block, transformer, settings), work, args.device)
+    for number in range(args.block_rounds):
+        if number:  # the walk has used it up
+            source = local_pipeline(args.model_id) / "transformer"
+            transformer = FluxTransformer2DModel.from_pretrained(source, dtype=transformer.dtype)
+        work = Work(work_folder(args) / f"round_{number}", what)
+        treat = partial(train_block, transformer=transformer, settings=settings, before=before)
+        walk(transformer, calls, args.w_bits, treat, work, args.device, disk)
+        before = work
     for block in block_names(transformer):
         for name, (error, energy) in work.notes(block)["layers"].items():
             errors.add(name, error, energy)
     writer = PackedWriter(target)
     for name, tensor in stored(transformer, work):
         writer.add(name, tensor)
-    skeleton = packed_skeleton(dict(transformer.config), args.w_bits)
+    skeleton = packed_skeleton(config, args.w_bits)
     skeleton.save_config(target)
     writer.close(dict(skeleton.config))
 
@@ -322,6 +331,11 @@ def add_block_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lookahead", type=int, metavar="K",
                        help="full-precision blocks after the one in training, whose outputs count: as many as there is "
                        f"time and memory for on the device; {both('lookahead')}")  # fmt: skip
+    group.add_argument("--block_rounds", type=int, default=1,
+                       help="how often to go through all blocks: from the second round on each also makes up for those "
+                       "after it")  # fmt: skip
+    group.add_argument("--activations_on_disk", action="store_true",
+                       help="keep the samples' hidden states beside OUTPUT_PATH, if host memory is short")  # fmt: skip
     group.add_argument("--block_loss_power", type=float, default=0.5,
                        help="a sample's error counts to this power: below 1 hard samples count less")  # fmt: skip
     group.add_argument("--block_local_loss", type=float, default=0.0,
@@ -376,7 +390,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for name in ("calibration_prompts", "calibration_stride", "steps", "batch_size"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
-        for name in ("block_steps", "block_batch_size", "block_micro_batch_size"):
+        for name in ("block_steps", "block_batch_size", "block_micro_batch_size", "block_rounds"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
         for name in ("block_local_loss", "lookahead"):
