@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -39,7 +40,7 @@ from models.kernels import MODES
 from models.modeling_flux_quant import FluxTransformer2DModel, is_quantized
 from models.packing import FORMAT, PackedLinear, PackedWriter, disk_row_bytes, row_chunks, store_codes, to_disk
 from models.utils_quant import check_bits, code_grid
-from utils.blockwise import Settings, train_block, wanted_calls
+from utils.blockwise import STARTS, Settings, train_block, wanted_calls
 from utils.checkpoints import bits_name
 from utils.folders import check_disk, whole_folder
 from utils.oneshot import INGREDIENTS, METHODS, calibrate, round_weight
@@ -213,21 +214,29 @@ def record(pipe: FluxPipeline, args: argparse.Namespace, wanted: Callable[[int],
 
 def blockwise(pipe: FluxPipeline, target: Path, args: argparse.Namespace, errors: Errors) -> None:
     """Record the teacher, train block after block, write the packed transformer."""
-    transformer, settings = pipe.transformer, block_settings(args)
-    work = Work(work_folder(args), asdict(settings) | identity(args))
-    calls = work.calls()
+    transformer, settings, before = pipe.transformer, block_settings(args), None
+    config, disk = dict(transformer.config), work_folder(args) if args.activations_on_disk else None
+    what = asdict(settings) | identity(args)
+    calls = Work(work_folder(args), what).calls()
     if calls is None:
         calls = record(pipe, args, wanted_calls(args.steps, args.block_early_share, args.calibration_stride))
-        work.keep_calls(calls)
+        Work(work_folder(args), what).keep_calls(calls)
     pipe.transformer = None
-    walk(transformer, calls, args.w_bits, lambda block: train_block(block, transformer, settings), work, args.device)
+    for number in range(args.block_rounds):
+        if number:  # the walk has used it up
+            source = local_pipeline(args.model_id) / "transformer"
+            transformer = FluxTransformer2DModel.from_pretrained(source, dtype=transformer.dtype)
+        work = Work(work_folder(args) / f"round_{number}", what)
+        treat = partial(train_block, transformer=transformer, settings=settings, before=before)
+        walk(transformer, calls, args.w_bits, treat, work, args.device, disk)
+        before = work
     for block in block_names(transformer):
         for name, (error, energy) in work.notes(block)["layers"].items():
             errors.add(name, error, energy)
     writer = PackedWriter(target)
     for name, tensor in stored(transformer, work):
         writer.add(name, tensor)
-    skeleton = packed_skeleton(dict(transformer.config), args.w_bits)
+    skeleton = packed_skeleton(config, args.w_bits)
     skeleton.save_config(target)
     writer.close(dict(skeleton.config))
 
@@ -266,7 +275,7 @@ def block_settings(args: argparse.Namespace) -> Settings:
     """The flags of block-wise training."""
     compile = args.device.type == "cuda" if args.block_compile is None else args.block_compile
     return Settings(
-        w_bits=args.w_bits, steps=args.block_steps, batch_size=args.block_batch_size,
+        w_bits=args.w_bits, start=args.block_start, steps=args.block_steps, batch_size=args.block_batch_size,
         micro_batch_size=args.block_micro_batch_size, learning_rate=args.block_learning_rate,
         lookahead=args.lookahead, loss_power=args.block_loss_power, local_loss=args.block_local_loss,
         freeze_codes=args.block_freeze_codes, checkpointing=args.block_checkpointing, compile=compile, seed=args.seed,
@@ -319,6 +328,8 @@ def add_block_flags(parser: argparse.ArgumentParser) -> None:
         return f"default: {many[name]}, above {MANY_PIXELS} pixels {few[name]}"
 
     group = parser.add_argument_group("with --method blockwise")
+    group.add_argument("--block_start", choices=STARTS, default="mse",
+                       help="codes, step sizes and biases to train from")  # fmt: skip
     group.add_argument("--block_steps", type=int, help=f"for each block: the more the better; {both('block_steps')}")
     group.add_argument("--block_batch_size", type=int, help=f"samples of a step; {both('block_batch_size')}")
     group.add_argument("--block_micro_batch_size", type=int,
@@ -328,6 +339,11 @@ def add_block_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lookahead", type=int, metavar="K",
                        help="full-precision blocks after the one in training, whose outputs count: as many as there is "
                        f"time and memory for on the device; {both('lookahead')}")  # fmt: skip
+    group.add_argument("--block_rounds", type=int, default=1,
+                       help="how often to go through all blocks: from the second round on each also makes up for those "
+                       "after it")  # fmt: skip
+    group.add_argument("--activations_on_disk", action="store_true",
+                       help="keep the samples' hidden states beside OUTPUT_PATH, if host memory is short")  # fmt: skip
     group.add_argument("--block_loss_power", type=float, default=0.5,
                        help="a sample's error counts to this power: below 1 hard samples count less")  # fmt: skip
     group.add_argument("--block_local_loss", type=float, default=0.0,
@@ -386,7 +402,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for name in ("calibration_prompts", "calibration_stride", "steps", "batch_size"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
-        for name in ("block_steps", "block_batch_size", "block_micro_batch_size"):
+        for name in ("block_steps", "block_batch_size", "block_micro_batch_size", "block_rounds"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
         for name in ("block_local_loss", "lookahead"):

@@ -7,7 +7,8 @@ loss = mean over the samples of (‖ỹ − y‖²/E‖y‖²)^loss_power. The s
 the blocks quantized so far make of them, so that block i also corrects what those have lost. The blocks after it show
 which part of its error matters: where they reach the end of the transformer, y is the velocity itself, else it is the
 hidden states of image and text. AdamW trains weights, step sizes, biases and norms; for the last part of the steps the
-codes stay and the rest is trained for them. Training all weights block by block is EfficientQAT's first phase (arXiv
+codes stay and the rest is trained for them. In a second round the blocks after block i are the quantized ones of the
+first, and it makes up for what they lose, too. Training all weights block by block is EfficientQAT's first phase (arXiv
 2407.11062), there without a look ahead.
 
 What must fit where, beside what utils/walk.py says, for blocks of width d and M tokens a sample (FLUX.1-dev in 16 bits
@@ -30,13 +31,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.packing import PackedLinear, to_disk
-from models.utils_quant import QuantizeLinear
+from models.kernels import unpack_codes
+from models.packing import PackedLinear, adopt_codes, from_disk, to_disk
+from models.utils_quant import QuantizeLinear, quantize_codes
+from utils.oneshot import calibrate_block
 from utils.utils import empty_cache, get_logger
-from utils.walk import Block, Streams, block_names
+from utils.walk import Block, Streams, Work, block_names, student_parameters
 
 log = get_logger("blockwise")
 CPU = torch.device("cpu")
+STARTS = ("mse", "calibrated")
 KINDS = ("text", "image")  # of tokens, in the order in which a block returns them
 ERROR_FLOOR = 1e-12  # of a sample; the gradient of a power below 1 has a pole at zero
 WARMUP = 0.05  # of the steps
@@ -49,6 +53,7 @@ class Settings:
     """How every block is trained; run.py's flags say more."""
 
     w_bits: int = 0
+    start: str = "mse"  # or "calibrated": the codes to train from
     steps: int = 1000
     batch_size: int = 256
     micro_batch_size: int = 256
@@ -122,13 +127,31 @@ def batches(samples: int, size: int, seed: int) -> Iterator[Tensor]:
 # --------------------------------------------------------------------------------------------------------- the window
 
 
-def quantized_copy(block: Block, w_bits: int) -> nn.Module:
-    """A trainable fp32 copy of the block on its device, its linears quantized at their error-minimal step sizes."""
+def quantized_copy(block: Block, w_bits: int, start: dict[str, Tensor] | None = None) -> nn.Module:
+    """A trainable fp32 copy of the block on its device, its linears quantized at their error-minimal step sizes or to
+    the codes, step sizes and biases of `start`, the tensors of the block as a packed folder stores them."""
     module = copy.deepcopy(block.module).float().train().requires_grad_(True)
     for path, layer in list(module.named_modules()):
         if isinstance(layer, nn.Linear):
-            module.set_submodule(path, QuantizeLinear.from_linear(layer, f"{block.name}.{path}", w_bits=w_bits))
+            name = f"{block.name}.{path}"
+            layer = QuantizeLinear.from_linear(layer, name, w_bits=w_bits)
+            module.set_submodule(path, layer)
+            if start is not None:
+                codes = unpack_codes(from_disk(start[f"{name}.weight_codes"], w_bits, layer.in_features), w_bits,
+                                     layer.in_features)  # fmt: skip
+                alpha, bias = start[f"{name}.weight_clip_val"], start.get(f"{name}.bias")
+                adopt_codes(layer, PackedLinear.from_codes(codes, alpha, bias, w_bits), name)
     return module
+
+
+@torch.no_grad()
+def packed_layer(layer: QuantizeLinear, name: str) -> PackedLinear:
+    """The packed twin of a trained layer; ValueError, opening with `name`, if training has left NaN or inf in it."""
+    if not all(parameter.isfinite().all() for parameter in layer.parameters()):
+        raise ValueError(f"{name}: not finite after training; try a lower --block_learning_rate")
+    layer.weight.copy_(layer.quantized_weight())  # frozen codes are not those of the weight at the step size
+    codes = quantize_codes(layer.weight, layer.weight_clip_val, layer.w_bits)
+    return PackedLinear.from_codes(codes, layer.weight_clip_val, layer.bias, layer.w_bits)
 
 
 def sample_errors(found: Tensor, target: Tensor, energy: Tensor) -> Tensor:
@@ -147,26 +170,26 @@ def autocast(device: torch.device, dtype: torch.dtype):
 
 
 class Window:
-    """A block in training, the full-precision blocks after it, and what their outputs are compared with.
+    """A block in training, the blocks after it, and what their outputs are compared with.
 
-    trained, frozen   the block, and the blocks after it
-    head              (image tokens, temb) -> velocity [B, L, C], if `frozen` ends the transformer, else None
+    teacher   the block and those after it in full precision, to compute the targets with
+    student   the block in training, and those after it as they stay
+    head      (image tokens, temb) -> velocity [B, L, C], if they end the transformer, else None
     """
 
     def __init__(
-        self, streams: Streams, teacher: nn.Module, trained: nn.Module, frozen: list[nn.Module],
+        self, streams: Streams, teacher: list[nn.Module], student: list[nn.Module],
         head: Callable[[Tensor, Tensor], Tensor] | None, settings: Settings,
     ):  # fmt: skip
-        """`teacher`: the full-precision block, to compute the targets with."""
-        self.trained, self.blocks, self.head = trained, [trained, *frozen], head
+        self.trained, self.blocks, self.head = student[0], student, head
         self.settings, self.device, self.dtype = settings, streams.device, streams.student[0][0].dtype
         self.rest = {name: value for name, value in streams.rest[0].items() if name != "temb"}
         if any(rest["image_rotary_emb"] is not self.rest["image_rotary_emb"] for rest in streams.rest):
             raise ValueError("block-wise training wants all pictures of one size")
         self.ends = {len(self.blocks): 1.0}  # after how many blocks errors count, and how much
-        if settings.local_loss and frozen:
+        if settings.local_loss and len(student) > 1:
             self.ends[1] = settings.local_loss
-        targets = self._targets(streams, [teacher, *frozen])
+        targets = self._targets(streams, teacher)
         held = {f"in.{kind}": [pair[i] for pair in streams.student] for i, kind in enumerate(KINDS)} | targets
         resident = self._fits(sum(tensor.nbytes for tensors in held.values() for tensor in tensors))
         held["temb"] = [rest["temb"] for rest in streams.rest]
@@ -185,8 +208,7 @@ class Window:
             inputs = streams.inputs(streams.teacher, i)
             text, image, temb = inputs["encoder_hidden_states"], inputs["hidden_states"], inputs["temb"]
             for name, output in self._outputs(blocks, text, image, temb).items():
-                host = torch.empty(output.shape, dtype=output.dtype, pin_memory=self.device.type == "cuda")
-                found.setdefault(name, []).append(host.copy_(output))
+                found.setdefault(name, []).append(streams.to_host(output))
         return found
 
     def _outputs(self, blocks: list[nn.Module], text: Tensor, image: Tensor, temb: Tensor) -> dict[str, Tensor]:
@@ -266,8 +288,6 @@ class Window:
                 layer.freeze_codes()
                 layer.weight.requires_grad_(False)
             self.fit(frozen, seed + 1)
-            for layer in layers:
-                layer.settle()
 
 
 class Replayed:
@@ -297,10 +317,26 @@ class Replayed:
 # ---------------------------------------------------------------------------------------------------------- a block
 
 
-def train_block(block: Block, transformer: nn.Module, settings: Settings) -> dict[str, Tensor]:
+def quantized_blocks(names: list[str], blocks: list[nn.Module], work: Work, w_bits: int) -> list[nn.Module]:
+    """Copies of full-precision blocks on their device, with the quantized parameters that an earlier walk left."""
+    found = []
+    for name, module in zip(names, blocks, strict=True):
+        block = Block(name, copy.deepcopy(module), Streams(next(module.parameters()).device))
+        block.module.load_state_dict(student_parameters(block, work.block(name), w_bits))
+        found.append(block.module)
+    return found
+
+
+def train_block(
+    block: Block, transformer: nn.Module, settings: Settings, before: Work | None = None
+) -> dict[str, Tensor]:
     """Train a block of the walk along `transformer`: all its tensors under their full names, as a packed folder stores
-    them. The block's notes get the "error" at the window's end and, for every linear by its full name, the "layers":
-    [squared error of the weight, its energy]."""
+    them.
+
+    `before` is an earlier walk's: the block goes on from there, and the blocks after it are quantized as they were
+    then, so that it makes up for them too. The block's notes get the "error" at the window's end and, for every linear
+    by its full name, the "layers": [squared error of the weight, its energy]. ValueError if training leaves NaN or inf.
+    """
     names, device = block_names(transformer), block.streams.device
     number = names.index(block.name)
     after = [transformer.get_submodule(name) for name in names[number + 1 :][: settings.lookahead]]
@@ -308,15 +344,22 @@ def train_block(block: Block, transformer: nn.Module, settings: Settings) -> dic
     for module in (*after, *outside):
         module.to(device).requires_grad_(False)
 
-    def head(image: Tensor, temb: Tensor) -> Tensor:
+    def velocity(image: Tensor, temb: Tensor) -> Tensor:
         return transformer.proj_out(transformer.norm_out(image, temb))
 
+    following, start = after, None
+    if before is not None:
+        following = quantized_blocks(names[number + 1 :][: settings.lookahead], after, before, settings.w_bits)
+        start = before.block(block.name)
+    elif settings.start == "calibrated":
+        start = calibrate_block(block, [1.0] * len(block.streams), settings.w_bits)
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails for tiny-flux's shapes (torch 2.11, H100)
     try:
         with torch.enable_grad():
-            trained = quantized_copy(block, settings.w_bits)
+            trained = quantized_copy(block, settings.w_bits, start)
             reaches = number + len(after) == len(names) - 1
-            window = Window(block.streams, block.module, trained, after, head if reaches else None, settings)
+            head = velocity if reaches else None
+            window = Window(block.streams, [block.module, *after], [trained, *following], head, settings)
             if settings.compile:
                 torch._dynamo.config.recompile_limit = 64  # both kinds of block, in training, frozen, codes frozen
                 for module in window.blocks:
@@ -327,13 +370,14 @@ def train_block(block: Block, transformer: nn.Module, settings: Settings) -> dic
         for module in (*after, *outside):
             module.to(CPU)
             module._compiled_call_impl = None
+        del following
     log.info("%s: error %.4f", block.name, block.notes["error"])
     found: dict[str, Tensor] = {}
     block.notes["layers"] = {}
     for path, layer in trained.named_modules():
         name = f"{block.name}.{path}"
         if isinstance(layer, QuantizeLinear):
-            packed = PackedLinear.from_quantized(layer, name)
+            packed = packed_layer(layer, name)
             own, made = block.module.get_submodule(path).weight.float(), packed.dequantize()
             block.notes["layers"][name] = [(own - made).square().sum().item(), own.square().sum().item()]
             found[f"{name}.weight_codes"] = to_disk(packed.weight_codes, packed.w_bits, packed.in_features)

@@ -39,6 +39,8 @@ RECIPES = {  # name: (what it is, flags of run.py)
     "velocity_quarter": recipe("1,000 steps, to the velocity, error^¼", power="0.25"),
     "velocity_tenth": recipe("1,000 steps, to the velocity, error^⅒", power="0.1"),
     "velocity_thawed": recipe("1,000 steps, to the velocity, codes free to the end", freeze_codes=0),
+    "velocity_calibrated": recipe("1,000 steps, to the velocity, from calibrated codes", start="calibrated"),
+    "velocity_twice": recipe("two rounds of 500 steps, to the velocity", 500, rounds=2),
     "velocity_300": recipe("300 steps, to the velocity", 300),
     "velocity_3000": recipe("3,000 steps, to the velocity", 3000),
     "velocity_slow": recipe("1,000 steps, to the velocity, rate 2.5e-4", learning_rate="2.5e-4"),
