@@ -23,8 +23,9 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -39,7 +40,7 @@ from models.kernels import MODES
 from models.modeling_flux_quant import FluxTransformer2DModel, is_quantized
 from models.packing import FORMAT, PackedLinear, PackedWriter, disk_row_bytes, row_chunks, store_codes, to_disk
 from models.utils_quant import check_bits, code_grid
-from utils.blockwise import Settings, Walk, wanted_calls
+from utils.blockwise import STARTS, Settings, train_block, wanted_calls
 from utils.checkpoints import bits_name
 from utils.folders import check_disk, whole_folder
 from utils.oneshot import INGREDIENTS, METHODS, calibrate, round_weight
@@ -56,6 +57,8 @@ from utils.sampling import (
     record_inputs,
 )
 from utils.utils import device_name, empty_cache, get_logger, pick_device, run_script
+from utils.walk import Work, block_names, walk
+from utils.walk import stored_tensors as stored
 
 log = get_logger("run")
 CALIBRATION_SEED = 2_000_000  # neither training nor evaluation starts from these
@@ -63,10 +66,14 @@ CALIBRATION_SEED = 2_000_000  # neither training nor evaluation starts from thes
 # half a million samples of the inputs of a layer, of which there are at most 15,360.
 MANY_PROMPTS, MANY_PIXELS, FEW_PROMPTS = 64, 512, 16
 # Block-wise training, likewise: prompts, stride, batch and micro-batch, blocks to look ahead (tiny-flux: all).
-MANY_BLOCKWISE = {"calibration_prompts": 4096, "calibration_stride": 1, "block_batch_size": 256,
-                  "block_micro_batch_size": 256, "lookahead": 8}  # fmt: skip
-FEW_BLOCKWISE = {"calibration_prompts": 256, "calibration_stride": 4, "block_batch_size": 16,
-                 "block_micro_batch_size": 1, "lookahead": 2}  # fmt: skip
+MANY_BLOCKWISE = {
+    "calibration_prompts": 4096, "calibration_stride": 1, "block_steps": 1000, "block_batch_size": 256,
+    "block_micro_batch_size": 256, "block_checkpointing": False, "lookahead": 8,
+}  # fmt: skip
+FEW_BLOCKWISE = {
+    "calibration_prompts": 256, "calibration_stride": 4, "block_steps": 500, "block_batch_size": 16,
+    "block_micro_batch_size": 4, "block_checkpointing": True, "lookahead": 2,
+}  # fmt: skip
 WITH_INPUTS = ("calibrated", "blockwise")  # methods that look at the teacher's trajectories
 KINDS = ("norm", "attn", "ff", "proj")  # of layers, by a part of their name
 
@@ -189,24 +196,59 @@ def stream(source: Path, target: Path, args: argparse.Namespace, errors: Errors)
     writer.close(dict(skeleton.config))
 
 
-def calibrated(pipe: FluxPipeline, target: Path, args: argparse.Namespace, errors: Errors) -> None:
-    """Record the teacher on the calibration prompts, quantize layer after layer or block after block, write the packed
-    transformer."""
-    transformer, dtype = pipe.transformer, pipe.transformer.dtype
+def record(pipe: FluxPipeline, args: argparse.Namespace, wanted: Callable[[int], bool]) -> list[dict]:
+    """The wanted calls of the transformer while the pipeline draws the calibration prompts, on the CPU, as the pipeline
+    is afterwards."""
     prompts, source = pick_prompts(pipe, args.calibration_prompts, split="train")
     log.info("calibration: %d prompts, every %d. step: %s", len(prompts), args.calibration_stride, source)
     pipe.to(args.device)
-    used = range(0, args.steps, args.calibration_stride)
-    wanted = (lambda number: number % args.steps in used) if args.method == "calibrated" else wanted_calls(
-        args.steps, args.block_early_share, args.calibration_stride
-    )  # fmt: skip
-    with record_inputs(transformer, wanted) as calls:
+    with record_inputs(pipe.transformer, wanted) as calls:
         generate_images(
             pipe, prompts, CALIBRATION_SEED, num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
             size=args.resolution, batch_size=args.batch_size, desc="teacher",
         )  # fmt: skip
     pipe.to("cpu")
     empty_cache(args.device)
+    return calls
+
+
+def blockwise(pipe: FluxPipeline, target: Path, args: argparse.Namespace, errors: Errors) -> None:
+    """Record the teacher, train block after block, write the packed transformer."""
+    transformer, settings, before = pipe.transformer, block_settings(args), None
+    config, disk = dict(transformer.config), work_folder(args) if args.activations_on_disk else None
+    what = asdict(settings) | identity(args)
+    calls = Work(work_folder(args), what).calls()
+    if calls is None:
+        calls = record(pipe, args, wanted_calls(args.steps, args.block_early_share, args.calibration_stride))
+        Work(work_folder(args), what).keep_calls(calls)
+    pipe.transformer = None
+    for number in range(args.block_rounds):
+        if number:  # the walk has used it up
+            source = local_pipeline(args.model_id) / "transformer"
+            transformer = FluxTransformer2DModel.from_pretrained(source, dtype=transformer.dtype)
+        work = Work(work_folder(args) / f"round_{number}", what)
+        treat = partial(train_block, transformer=transformer, settings=settings, before=before)
+        walk(transformer, calls, args.w_bits, treat, work, args.device, disk)
+        before = work
+    for block in block_names(transformer):
+        for name, (error, energy) in work.notes(block)["layers"].items():
+            errors.add(name, error, energy)
+    writer = PackedWriter(target)
+    for name, tensor in stored(transformer, work):
+        writer.add(name, tensor)
+    skeleton = packed_skeleton(config, args.w_bits)
+    skeleton.save_config(target)
+    writer.close(dict(skeleton.config))
+
+
+def calibrated(pipe: FluxPipeline, target: Path, args: argparse.Namespace, errors: Errors) -> None:
+    """Record the teacher on the calibration prompts, round layer after layer, write the packed transformer."""
+    transformer, dtype = pipe.transformer, pipe.transformer.dtype
+    used = range(0, args.steps, args.calibration_stride)
+    calls = record(pipe, args, lambda number: number % args.steps in used)
+    # An error of the velocity enters the picture times the step that is taken with it.
+    lengths = (pipe.scheduler.sigmas[:-1] - pipe.scheduler.sigmas[1:]).abs().tolist()
+    weights = [lengths[step] * args.steps for step in used] * (len(calls) // len(used))
     skeleton = packed_skeleton(dict(transformer.config), args.w_bits)
     writer, done = PackedWriter(target), set()
 
@@ -221,19 +263,7 @@ def calibrated(pipe: FluxPipeline, target: Path, args: argparse.Namespace, error
         done.update((f"{name}.weight", f"{name}.bias"))
 
     pipe.transformer = None
-    if args.method == "blockwise":
-        compile = args.device.type == "cuda" if args.block_compile is None else args.block_compile
-        walk = Walk(
-            transformer, calls, block_settings(args), args.device, block_folder(args), args.activations_on_disk,
-            compile, identity(args),
-        )  # fmt: skip
-        walk.go()
-        walk.finish(keep)
-    else:
-        # An error of the velocity enters the picture times the step that is taken with it.
-        lengths = (pipe.scheduler.sigmas[:-1] - pipe.scheduler.sigmas[1:]).abs().tolist()
-        weights = [lengths[step] * args.steps for step in used] * (len(calls) // len(used))
-        calibrate(transformer, calls, weights, args.w_bits, keep, args.device, without=args.without)
+    calibrate(transformer, calls, weights, args.w_bits, keep, args.device, without=args.without)
     for name, parameter in transformer.named_parameters():
         if name not in done:
             writer.add(name, parameter)
@@ -243,17 +273,17 @@ def calibrated(pipe: FluxPipeline, target: Path, args: argparse.Namespace, error
 
 def block_settings(args: argparse.Namespace) -> Settings:
     """The flags of block-wise training."""
+    compile = args.device.type == "cuda" if args.block_compile is None else args.block_compile
     return Settings(
-        w_bits=args.w_bits, steps=args.block_steps, batch_size=args.block_batch_size,
+        w_bits=args.w_bits, start=args.block_start, steps=args.block_steps, batch_size=args.block_batch_size,
         micro_batch_size=args.block_micro_batch_size, learning_rate=args.block_learning_rate,
-        lookahead=args.lookahead, together=args.blocks_together, rounds=args.block_rounds,
-        loss_power=args.block_loss_power, local_loss=args.block_local_loss, freeze_codes=args.block_freeze_codes,
-        seed=args.seed,
+        lookahead=args.lookahead, loss_power=args.block_loss_power, local_loss=args.block_local_loss,
+        freeze_codes=args.block_freeze_codes, checkpointing=args.block_checkpointing, compile=compile, seed=args.seed,
     )  # fmt: skip
 
 
-def block_folder(args: argparse.Namespace) -> Path:
-    """Where block-wise training keeps what is done, to go on from."""
+def work_folder(args: argparse.Namespace) -> Path:
+    """Where the finished blocks are until all are."""
     return args.output_path.with_name(args.output_path.name + ".blocks")
 
 
@@ -298,7 +328,9 @@ def add_block_flags(parser: argparse.ArgumentParser) -> None:
         return f"default: {many[name]}, above {MANY_PIXELS} pixels {few[name]}"
 
     group = parser.add_argument_group("with --method blockwise")
-    group.add_argument("--block_steps", type=int, default=1000, help="for each block; more is better, and takes longer")
+    group.add_argument("--block_start", choices=STARTS, default="mse",
+                       help="codes, step sizes and biases to train from")  # fmt: skip
+    group.add_argument("--block_steps", type=int, help=f"for each block: the more the better; {both('block_steps')}")
     group.add_argument("--block_batch_size", type=int, help=f"samples of a step; {both('block_batch_size')}")
     group.add_argument("--block_micro_batch_size", type=int,
                        help="samples on the device at a time; less if its memory runs out; "
@@ -307,10 +339,11 @@ def add_block_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lookahead", type=int, metavar="K",
                        help="full-precision blocks after the one in training, whose outputs count: as many as there is "
                        f"time and memory for on the device; {both('lookahead')}")  # fmt: skip
-    group.add_argument("--blocks_together", type=int, default=1,
-                       help="blocks trained at a time, each with gradients and moments on the device; the window moves "
-                       "on by one")  # fmt: skip
-    group.add_argument("--block_rounds", type=int, default=1, help="how often to go through all blocks")
+    group.add_argument("--block_rounds", type=int, default=1,
+                       help="how often to go through all blocks: from the second round on each also makes up for those "
+                       "after it")  # fmt: skip
+    group.add_argument("--activations_on_disk", action="store_true",
+                       help="keep the samples' hidden states beside OUTPUT_PATH, if host memory is short")  # fmt: skip
     group.add_argument("--block_loss_power", type=float, default=0.5,
                        help="a sample's error counts to this power: below 1 hard samples count less")  # fmt: skip
     group.add_argument("--block_local_loss", type=float, default=0.0,
@@ -319,10 +352,11 @@ def add_block_flags(parser: argparse.ArgumentParser) -> None:
                        help="for this last part of the steps the codes stay and the rest is trained")  # fmt: skip
     group.add_argument("--block_early_share", type=float, default=0.8,
                        help="share of the samples from the first quarter of the denoising steps")  # fmt: skip
+    group.add_argument("--block_checkpointing", action=argparse.BooleanOptionalAction,
+                       help="compute a block's activations twice instead of keeping them; default: above "
+                       f"{MANY_PIXELS} pixels")  # fmt: skip
     group.add_argument("--block_compile", action=argparse.BooleanOptionalAction,
                        help="compile the blocks; default: on CUDA. It takes a minute or so")  # fmt: skip
-    group.add_argument("--activations_on_disk", action="store_true",
-                       help="keep the samples' hidden states beside OUTPUT_PATH, if host memory is short")  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -368,7 +402,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for name in ("calibration_prompts", "calibration_stride", "steps", "batch_size"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
-        for name in ("block_steps", "block_batch_size", "block_micro_batch_size", "blocks_together", "block_rounds"):
+        for name in ("block_steps", "block_batch_size", "block_micro_batch_size", "block_rounds"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
         for name in ("block_local_loss", "lookahead"):
@@ -433,7 +467,7 @@ def main() -> None:
             teacher_images = draw(pipe, prompts, args, "teacher")
         quantizing = time.time()
         if args.method in WITH_INPUTS:
-            calibrated(pipe, folder / "transformer", args, errors)
+            {"calibrated": calibrated, "blockwise": blockwise}[args.method](pipe, folder / "transformer", args, errors)
         else:
             if pipe is not None:
                 drop_transformer(pipe)
@@ -459,6 +493,8 @@ def main() -> None:
             save_images(images, folder / "samples" / f"bits_{args.w_bits}")
             save_grid({"full": teacher_images, name: images}, prompts, folder / "samples" / "grid.png")
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    if args.method == "blockwise":
+        shutil.rmtree(work_folder(args))
 
     print(f"\n{'layers':<10}{'number':>8}{'weight error':>14}")
     for kind, row in metrics["layers"].items():

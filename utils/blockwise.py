@@ -3,115 +3,71 @@
     student   x̃ ─ quantized, done ─ [ block i, in training ] ─ blocks i+1 … i+K, full precision ─ ỹ
     teacher   x ─ full precision ────────────────────────────────────────────────────────────── y
 
-loss = mean over the samples of (‖ỹ − y‖²/‖y‖²)^loss_power. The samples lie on the teacher's trajectories; x̃ is what
+loss = mean over the samples of (‖ỹ − y‖²/E‖y‖²)^loss_power. The samples lie on the teacher's trajectories; x̃ is what
 the blocks quantized so far make of them, so that block i also corrects what those have lost. The blocks after it show
-which part of its error matters: where the window reaches the end of the transformer, y is the velocity itself. In
-between it is the hidden states of image and text. AdamW trains weights, step sizes, biases and norms; for the last part
-of the steps the codes stay and the rest is trained for them. Block-wise training of all weights: EfficientQAT
-(arXiv 2407.11062), there without a look ahead.
+which part of its error matters: where they reach the end of the transformer, y is the velocity itself, else it is the
+hidden states of image and text. AdamW trains weights, step sizes, biases and norms; for the last part of the steps the
+codes stay and the rest is trained for them. In a second round the blocks after block i are the quantized ones of the
+first, and it makes up for what they lose, too. Training all weights block by block is EfficientQAT's first phase (arXiv
+2407.11062), there without a look ahead.
 
-What must fit where, for blocks of width d and M tokens a sample (FLUX.1-dev in 16 bits at 1024 pixels: d 3072, M 4608)
+What must fit where, beside what utils/walk.py says, for blocks of width d and M tokens a sample (FLUX.1-dev in 16 bits
+at 1024 pixels: d 3072, M 4608)
 
-    device        the block in fp32, its gradients and two moments (16 bytes a weight: 5.4 GB for a double block), the
-                  K blocks after it (0.7 GB each), the activations of one micro-batch
-    host or disk  the transformer (24 GB), and the hidden states of all samples before block i and after block i+K:
-                  4·M·d bytes a sample (57 MB)
-    disk          what was trained, block after block, in fp32 (47 GB), to go on from
+    device    the block in fp32, its gradients and two moments (16 bytes a weight: 5.4 GB for a double block), the K
+              blocks after it (0.7 GB each), the activations of a micro-batch (with checkpointing those of one block: 1
+              GB a sample, and 28 MB a sample and block)
+    host      the targets: M·d values a sample (28 MB), as much as each of the walk's two streams
 """
 
 import copy
-import json
+import itertools
 import math
-import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from accelerate.utils import send_to_device
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.utils.checkpoint import checkpoint
 
-from models.packing import PackedLinear
-from models.utils_quant import QuantizeLinear
-from utils.oneshot import block_inputs
+from models.kernels import unpack_codes
+from models.packing import PackedLinear, adopt_codes, from_disk, to_disk
+from models.utils_quant import QuantizeLinear, quantize_codes
+from utils.oneshot import calibrate_block
 from utils.utils import empty_cache, get_logger
+from utils.walk import Block, Streams, Work, block_names, student_parameters
 
 log = get_logger("blockwise")
 CPU = torch.device("cpu")
+STARTS = ("mse", "calibrated")
+KINDS = ("text", "image")  # of tokens, in the order in which a block returns them
 ERROR_FLOOR = 1e-12  # of a sample; the gradient of a power below 1 has a pole at zero
 WARMUP = 0.05  # of the steps
 WARM = 4  # steps on a side stream before one is captured as a CUDA graph
+JUDGED = 512  # samples by which a trained block is judged
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How every block is trained."""
+    """How every block is trained; run.py's flags say more."""
 
     w_bits: int = 0
+    start: str = "mse"  # or "calibrated": the codes to train from
     steps: int = 1000
     batch_size: int = 256
     micro_batch_size: int = 256
     learning_rate: float = 5e-4
     lookahead: int = 8
-    together: int = 1
-    rounds: int = 1
     loss_power: float = 0.5
     local_loss: float = 0.0
     freeze_codes: float = 0.1
+    checkpointing: bool = False
+    compile: bool = False
     seed: int = 0
 
 
 # ------------------------------------------------------------------------------------------------------- the samples
-
-
-class Stream:
-    """Hidden states of all samples between two blocks: image [N, L, D] and text [N, S, D], or the velocity [N, L, C].
-
-    `place` is a device, or a folder in which they are mapped from files.
-    """
-
-    def __init__(self, image: Tensor, text: Tensor | None, place: torch.device | Path, name: str):
-        self.place, self.name, self.depth = place, name, 0
-        self.image = self._hold(image, "image")
-        self.text = None if text is None else self._hold(text, "text")
-
-    def _hold(self, tensor: Tensor, kind: str) -> Tensor:
-        if isinstance(self.place, torch.device):
-            return tensor.to(self.place, copy=True)
-        file = self.place / f"{self.name}.{kind}"
-        file.unlink(missing_ok=True)
-        held = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
-        return held.copy_(tensor)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"image": self.image} | ({} if self.text is None else {"text": self.text})
-
-
-@dataclass
-class Samples:
-    """What all blocks get beside the hidden states: temb [N, D] and the rotary embedding of the tokens."""
-
-    temb: Tensor
-    rotary: tuple[Tensor, Tensor]
-
-    def __len__(self) -> int:
-        return len(self.temb)
-
-
-def gather(calls: list[dict], place: torch.device | Path, device: torch.device) -> tuple[Stream, Samples]:
-    """The samples of all calls of the first block (see block_inputs), one after the other. `calls` is used up."""
-    rotary, temb = calls[0]["image_rotary_emb"], torch.cat([call["temb"] for call in calls]).to(device)
-    for call in calls:
-        if any(not torch.equal(a, b) for a, b in zip(call["image_rotary_emb"], rotary, strict=True)):
-            raise ValueError("block-wise training needs samples of one picture size")
-    image = torch.cat([call.pop("hidden_states") for call in calls])
-    text = torch.cat([call.pop("encoder_hidden_states") for call in calls])
-    return Stream(image, text, place, "student"), Samples(temb, send_to_device(rotary, device))
 
 
 def wanted_calls(steps: int, early_share: float, stride: int) -> Callable[[int], bool]:
@@ -128,23 +84,74 @@ def wanted_calls(steps: int, early_share: float, stride: int) -> Callable[[int],
     return wanted
 
 
-def run_blocks(blocks: Iterable[nn.Module], text: Tensor, image: Tensor, temb: Tensor, rotary) -> tuple[Tensor, Tensor]:
-    """Text and image tokens after `blocks`."""
-    for block in blocks:
-        text, image = block(hidden_states=image, encoder_hidden_states=text, temb=temb, image_rotary_emb=rotary)
-    return text, image
+class Rows:
+    """Tensors [B, …] of many calls, to be read on `device` by the number of a sample over all calls."""
+
+    def __init__(self, tensors: list[Tensor], device: torch.device, resident: bool):
+        """`resident`: hold them on the device."""
+        self.device = device
+        self.tensors = [torch.cat([tensor.to(device) for tensor in tensors])] if resident else tensors
+        self.ends = torch.tensor([len(tensor) for tensor in self.tensors]).cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """The rows [N, …] of the samples `indices` [N] (on the CPU)."""
+        if len(self.tensors) == 1:
+            source = self.tensors[0]
+            return source[indices.to(source.device)].to(self.device)
+        first = self.tensors[0]
+        rows = torch.empty(len(indices), *first.shape[1:], dtype=first.dtype, device=self.device)
+        calls = torch.bucketize(indices, self.ends, right=True)
+        for row, index, call in zip(rows, indices.tolist(), calls.tolist(), strict=True):
+            row.copy_(self.tensors[call][index - int(self.ends[call])], non_blocking=True)  # counted from its end
+        return rows
+
+    def mean_square(self) -> Tensor:
+        """Of all values, as a scalar on the device."""
+        parts = (part.to(self.device).float() for tensor in self.tensors for part in tensor.split(64))
+        return sum(part.square().mean() * len(part) for part in parts) / len(self)
 
 
-# ------------------------------------------------------------------------------------------------------- one window
+def batches(samples: int, size: int, seed: int) -> Iterator[Tensor]:
+    """Endless batches [size] of the numbers of samples; each comes once before one comes again."""
+    generator, rest = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
+    while True:
+        while len(rest) < size:
+            rest = torch.cat([rest, torch.randperm(samples, generator=generator)])
+        yield rest[:size]
+        rest = rest[size:]
 
 
-def quantized_copy(block: nn.Module, name: str, w_bits: int, device: torch.device) -> nn.Module:
-    """A trainable fp32 copy of a full-precision block on `device`, its linears quantized."""
-    block = copy.deepcopy(block).to(device).float().train().requires_grad_(True)
-    for path, layer in list(block.named_modules()):
+# --------------------------------------------------------------------------------------------------------- the window
+
+
+def quantized_copy(block: Block, w_bits: int, start: dict[str, Tensor] | None = None) -> nn.Module:
+    """A trainable fp32 copy of the block on its device, its linears quantized at their error-minimal step sizes or to
+    the codes, step sizes and biases of `start`, the tensors of the block as a packed folder stores them."""
+    module = copy.deepcopy(block.module).float().train().requires_grad_(True)
+    for path, layer in list(module.named_modules()):
         if isinstance(layer, nn.Linear):
-            block.set_submodule(path, QuantizeLinear.from_linear(layer, f"{name}.{path}", w_bits=w_bits))
-    return block
+            name = f"{block.name}.{path}"
+            layer = QuantizeLinear.from_linear(layer, name, w_bits=w_bits)
+            module.set_submodule(path, layer)
+            if start is not None:
+                codes = unpack_codes(from_disk(start[f"{name}.weight_codes"], w_bits, layer.in_features), w_bits,
+                                     layer.in_features)  # fmt: skip
+                alpha, bias = start[f"{name}.weight_clip_val"], start.get(f"{name}.bias")
+                adopt_codes(layer, PackedLinear.from_codes(codes, alpha, bias, w_bits), name)
+    return module
+
+
+@torch.no_grad()
+def packed_layer(layer: QuantizeLinear, name: str) -> PackedLinear:
+    """The packed twin of a trained layer; ValueError, opening with `name`, if training has left NaN or inf in it."""
+    if not all(parameter.isfinite().all() for parameter in layer.parameters()):
+        raise ValueError(f"{name}: not finite after training; try a lower --block_learning_rate")
+    layer.weight.copy_(layer.quantized_weight())  # frozen codes are not those of the weight at the step size
+    codes = quantize_codes(layer.weight, layer.weight_clip_val, layer.w_bits)
+    return PackedLinear.from_codes(codes, layer.weight_clip_val, layer.bias, layer.w_bits)
 
 
 def sample_errors(found: Tensor, target: Tensor, energy: Tensor) -> Tensor:
@@ -157,395 +164,228 @@ def rate_at(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / max(1, WARMUP * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def batches(samples: int, size: int, count: int, seed: int) -> Iterator[Tensor]:
-    """`count` batches of `size` indices; every sample comes once before one comes again."""
-    generator, rest = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
-    for _ in range(count):
-        while len(rest) < size:
-            rest = torch.cat([rest, torch.randperm(samples, generator=generator)])
-        batch, rest = rest[:size], rest[size:]
-        yield batch
-
-
-def ahead(work: Callable, items: Iterable) -> Iterator:
-    """work(item) of every item, the next one on its way in a thread."""
-    with ThreadPoolExecutor(1) as pool:
-        pending = None
-        for item in items:
-            following = pool.submit(work, item)
-            if pending is not None:
-                yield pending.result()
-            pending = following
-        if pending is not None:
-            yield pending.result()
+def autocast(device: torch.device, dtype: torch.dtype):
+    """Compute in the samples' dtype. A CUDA graph must not take over the casts of an earlier step."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype, cache_enabled=False)
 
 
 class Window:
-    """Blocks in training, frozen ones after them, and what the outputs are compared with.
+    """A block in training, the blocks after it, and what their outputs are compared with.
 
-    trained   the blocks in training, the first one for the last time
-    frozen    the blocks after them
-    head      what makes the velocity of the image tokens, (image, temb) -> [B, L, C], if `frozen` ends the transformer
-    targets   the teacher's stream after so many blocks of the window: {number of blocks: (stream, weight in the loss)}
+    teacher   the block and those after it in full precision, to compute the targets with
+    student   the block in training, and those after it as they stay
+    head      (image tokens, temb) -> velocity [B, L, C], if they end the transformer, else None
     """
 
     def __init__(
-        self, trained: list[nn.Module], frozen: list[nn.Module], head: Callable | None, inputs: Stream,
-        targets: dict[int, tuple[Stream, float]], samples: Samples, settings: Settings, device: torch.device,
+        self, streams: Streams, teacher: list[nn.Module], student: list[nn.Module],
+        head: Callable[[Tensor, Tensor], Tensor] | None, settings: Settings,
     ):  # fmt: skip
-        self.trained, self.blocks, self.head = trained, [*trained, *frozen], head
-        self.inputs, self.targets, self.samples = inputs, targets, samples
-        self.settings, self.device = settings, device
-        self.energy = {
-            (end, kind): mean_square(tensor, device)
-            for end, (stream, _) in targets.items() for kind, tensor in stream.tensors().items()
-        }  # fmt: skip
+        self.trained, self.blocks, self.head = student[0], student, head
+        self.settings, self.device, self.dtype = settings, streams.device, streams.student[0][0].dtype
+        self.rest = {name: value for name, value in streams.rest[0].items() if name != "temb"}
+        if any(rest["image_rotary_emb"] is not self.rest["image_rotary_emb"] for rest in streams.rest):
+            raise ValueError("block-wise training wants all pictures of one size")
+        self.ends = {len(self.blocks): 1.0}  # after how many blocks errors count, and how much
+        if settings.local_loss and len(student) > 1:
+            self.ends[1] = settings.local_loss
+        targets = self._targets(streams, teacher)
+        held = {f"in.{kind}": [pair[i] for pair in streams.student] for i, kind in enumerate(KINDS)} | targets
+        resident = self._fits(sum(tensor.nbytes for tensors in held.values() for tensor in tensors))
+        held["temb"] = [rest["temb"] for rest in streams.rest]
+        self.rows = {name: Rows(tensors, self.device, resident) for name, tensors in held.items()}
+        self.energy = {name: self.rows[name].mean_square() for name in targets}
+
+    def _fits(self, size: int) -> bool:
+        """Whether the samples may lie on the device: in a quarter of its free memory."""
+        return self.device.type != "cuda" or 4 * size < torch.cuda.mem_get_info(self.device)[0]
+
+    @torch.no_grad()
+    def _targets(self, streams: Streams, blocks: list[nn.Module]) -> dict[str, list[Tensor]]:
+        """The teacher's outputs at each of the ends, on the host, call by call: {"END.KIND": …}."""
+        found: dict[str, list[Tensor]] = {}
+        for i in range(len(streams)):
+            inputs = streams.inputs(streams.teacher, i)
+            text, image, temb = inputs["encoder_hidden_states"], inputs["hidden_states"], inputs["temb"]
+            for name, output in self._outputs(blocks, text, image, temb).items():
+                found.setdefault(name, []).append(streams.to_host(output))
+        return found
+
+    def _outputs(self, blocks: list[nn.Module], text: Tensor, image: Tensor, temb: Tensor) -> dict[str, Tensor]:
+        """What comes of the tokens [B, tokens, d] at each of the ends, {"END.KIND": …}; at the transformer's end the
+        velocity counts as image."""
+        found = {}
+        for number, block in enumerate(blocks, 1):
+            inputs = {"hidden_states": image, "encoder_hidden_states": text, "temb": temb} | self.rest
+            if self.settings.checkpointing and torch.is_grad_enabled():
+                text, image = checkpoint(block, **inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                text, image = block(**inputs)
+            if number in self.ends:
+                last = self.head is not None and number == len(blocks)
+                found[f"{number}.image"] = self.head(image, temb) if last else image
+                if not last:
+                    found[f"{number}.text"] = text
+        return found
 
     def fetch(self, indices: Tensor) -> dict[str, Tensor]:
         """Inputs and targets of these samples on the device, by name."""
-        streams = {"in": self.inputs} | {f"{end}": stream for end, (stream, _) in self.targets.items()}
-        found = {f"{name}.{kind}": t for name, stream in streams.items() for kind, t in stream.tensors().items()}
-        found["temb"] = self.samples.temb
-        return {name: tensor[indices.to(tensor.device)].to(self.device) for name, tensor in found.items()}
+        return {name: rows[indices] for name, rows in self.rows.items()}
 
-    def errors(self, batch: dict[str, Tensor]) -> list[tuple[Tensor, float]]:
-        """Normalized errors [B] of each target's image and text tokens (or of the velocity), with their weights."""
-        text, image, found, start = batch["in.text"], batch["in.image"], [], 0
-        for end, (stream, weight) in sorted(self.targets.items()):
-            text, image = run_blocks(self.blocks[start:end], text, image, batch["temb"], self.samples.rotary)
-            last = self.head is not None and end == len(self.blocks)
-            outputs = {"image": self.head(image, batch["temb"])} if last else {"image": image, "text": text}
-            for kind in stream.tensors():
-                error = sample_errors(outputs[kind], batch[f"{end}.{kind}"], self.energy[end, kind])
-                found.append((error, weight))
-            start = end
-        return found
+    def errors(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The normalized error [B] of each of the outputs, by name."""
+        with autocast(self.device, self.dtype):
+            outputs = self._outputs(self.blocks, batch["in.text"], batch["in.image"], batch["temb"])
+        return {name: sample_errors(found, batch[name], self.energy[name]) for name, found in outputs.items()}
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        with autocast(self.device, self.inputs.image.dtype):
-            errors = self.errors(batch)
-        return sum(w * e.clamp(min=ERROR_FLOOR).pow(self.settings.loss_power).mean() for e, w in errors)
+        power = self.settings.loss_power
+        terms = {name: error.clamp(min=ERROR_FLOOR).pow(power).mean() for name, error in self.errors(batch).items()}
+        return sum(self.ends[int(name.partition(".")[0])] * term for name, term in terms.items())
 
     @torch.no_grad()
-    def measure(self, count: int = 512) -> float:
-        """Normalized squared error of the image tokens (or of the velocity) at the window's end, over `count` samples
-        spread over all."""
-        picked = torch.linspace(0, len(self.samples) - 1, min(count, len(self.samples))).long()
-        found = []
-        with torch.compiler.set_stance("force_eager"), autocast(self.device, self.inputs.image.dtype):
-            for indices in picked.split(self.settings.micro_batch_size):
-                ends = [error for error, _ in self.errors(self.fetch(indices))]
-                found.append(ends[-1] if self.targets[max(self.targets)][0].text is None else ends[-2])
-        return torch.cat(found).mean().item()
+    def judge(self) -> float:
+        """Normalized squared error of the image tokens, or of the velocity, at the window's end."""
+        samples = len(self.rows["temb"])
+        picked = torch.linspace(0, samples - 1, min(JUDGED, samples)).long()
+        with torch.compiler.set_stance("force_eager"):
+            parts = [self.errors(self.fetch(part)) for part in picked.split(self.settings.micro_batch_size)]
+        return torch.cat([part[f"{len(self.blocks)}.image"] for part in parts]).mean().item()
 
     def fit(self, steps: int, seed: int) -> None:
-        """Train what wants a gradient for `steps` steps. On CUDA a step of one micro-batch is replayed as a graph."""
-        settings, graph = self.settings, None
+        """Train for `steps` steps what wants a gradient. On CUDA, steps of one micro-batch are replayed as a graph."""
+        settings, cuda = self.settings, self.device.type == "cuda"
         micro = min(settings.micro_batch_size, settings.batch_size)
         parts = -(-settings.batch_size // micro)
+        parameters = [p for p in self.trained.parameters() if p.requires_grad]
         rate = torch.tensor(0.0, device=self.device)  # a tensor: a graph replays numbers as they were
-        on_cuda = self.device.type == "cuda"
-        parameters = [p for block in self.trained for p in block.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            parameters, lr=rate if on_cuda else 0.0, betas=(0.9, 0.95), weight_decay=0, fused=True, capturable=on_cuda
+            parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0, fused=True, capturable=cuda
         )
-        side = torch.cuda.Stream(self.device) if on_cuda and parts == 1 else None
-        drawn = batches(len(self.samples), micro, steps * parts, seed)
-        # While one thread captures a graph, no other may call CUDA.
-        fetched = ahead(self.fetch, drawn) if side is None else map(self.fetch, drawn)
+        drawn = batches(len(self.rows["temb"]), micro, seed)
 
-        def backward(batch: dict[str, Tensor]) -> None:
-            (self.loss(batch) / parts).backward()
-
-        def step(batch: dict[str, Tensor]) -> None:
+        def step(micro_batches: list[dict[str, Tensor]]) -> None:
             optimizer.zero_grad(set_to_none=True)
-            backward(batch)
+            for batch in micro_batches:
+                (self.loss(batch) / parts).backward()
             optimizer.step()
 
-        static: dict[str, Tensor] = {}
+        replay = Replayed(step, self.device) if cuda and parts == 1 else step
         for number in range(steps):
-            value = settings.learning_rate * rate_at(number, steps)
-            rate.fill_(value)
-            if not on_cuda:
-                optimizer.param_groups[0]["lr"] = value
-            if side is None:
-                optimizer.zero_grad(set_to_none=True)
-                for _ in range(parts):
-                    backward(next(fetched))
-                optimizer.step()
-                continue
-            batch = next(fetched)
-            if number < WARM:
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    step(batch)
-                torch.cuda.current_stream().wait_stream(side)
-                continue
-            if graph is None:
-                static = {name: tensor.clone() for name, tensor in batch.items()}
-                optimizer.zero_grad(set_to_none=True)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    step(static)
-            for name, tensor in batch.items():
-                static[name].copy_(tensor)
-            graph.replay()
-        for parameter in parameters:
-            parameter.grad = None
+            rate.fill_(settings.learning_rate * rate_at(number, steps))
+            replay([self.fetch(indices) for indices in itertools.islice(drawn, parts)])
+        optimizer.zero_grad(set_to_none=True)
 
     def train(self, seed: int) -> None:
-        """All steps of the window, the last freeze_codes of them with the codes of the first block as they are."""
+        """All steps, the last `freeze_codes` of them with the codes as they then are."""
         steps = self.settings.steps
-        before = steps - round(self.settings.freeze_codes * steps)
-        if before:
-            self.fit(before, seed)
-        if before < steps:
-            for layer in self.trained[0].modules():
-                if isinstance(layer, QuantizeLinear):
-                    layer.freeze_codes()
-                    layer.weight.requires_grad_(False)
-            self.fit(steps - before, seed + 1)
-            for layer in self.trained[0].modules():
-                if isinstance(layer, QuantizeLinear):
-                    layer.settle()
-                    layer.frozen_codes = None
-                    layer.weight.requires_grad_(True)
+        frozen = round(self.settings.freeze_codes * steps)
+        if steps > frozen:
+            self.fit(steps - frozen, seed)
+        if frozen:
+            layers = [layer for layer in self.trained.modules() if isinstance(layer, QuantizeLinear)]
+            for layer in layers:
+                layer.freeze_codes()
+                layer.weight.requires_grad_(False)
+            self.fit(frozen, seed + 1)
 
 
-def autocast(device: torch.device, dtype: torch.dtype):
-    """What the samples are computed in: their own dtype. A graph must not remember casts of an earlier step."""
-    if dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(device.type, dtype, cache_enabled=False)
+class Replayed:
+    """step([batch]) as a CUDA graph, after a few calls that compile and load what a capture must not."""
 
+    def __init__(self, step: Callable[[list[dict[str, Tensor]]], None], device: torch.device):
+        self.step, self.side, self.calls = step, torch.cuda.Stream(device), 0
 
-def mean_square(tensor: Tensor, device: torch.device) -> Tensor:
-    """Mean square of [N, …] on the device, a few samples at a time."""
-    parts = [part.to(device).float().square().mean() * len(part) for part in tensor.split(64)]
-    return torch.stack(parts).sum() / len(tensor)
-
-
-# ------------------------------------------------------------------------------------------------------- all blocks
-
-
-class Walk:
-    """Goes through the blocks of `transformer`, which stays on the CPU, window after window.
-
-    calls    keyword arguments of the transformer's calls on the CPU, each a batch of samples
-    folder   holds what was trained, and the hidden states if `on_disk`
-    what     what else an interrupted walk must agree with, JSON-able
-    """
-
-    def __init__(
-        self, transformer: nn.Module, calls: list[dict], settings: Settings, device: torch.device, folder: Path,
-        on_disk: bool = False, compile: bool = False, what: dict | None = None,
-    ):  # fmt: skip
-        self.transformer, self.settings, self.device, self.folder = transformer, settings, device, folder
-        self.compile = compile
-        lists = ("transformer_blocks", "single_transformer_blocks")
-        self.names = [f"{name}.{i}" for name in lists for i in range(len(getattr(transformer, name)))]
-        self.teacher = [transformer.get_submodule(name) for name in self.names]
-        self.current = list(self.teacher)  # quantized ones in their place from the second round on
-        self._agree(asdict(settings) | (what or {}))
-        inputs = block_inputs(transformer, calls, device)
-        place = folder / "streams" if on_disk else self._place(inputs)
-        if on_disk:
-            place.mkdir(exist_ok=True)
-        self.inputs, self.samples = gather(inputs, place, device)
-        self.first = Stream(self.inputs.image, self.inputs.text, place, "first") if settings.rounds > 1 else None
-        ends = {settings.together + settings.lookahead: 1.0}
-        if settings.local_loss and settings.lookahead:
-            ends[settings.together] = settings.local_loss
-        self.targets = {
-            end: (Stream(self.inputs.image, self.inputs.text, place, f"teacher_{end}"), weight)
-            for end, weight in ends.items()
-        }
-        held = (self.inputs, self.first, *(stream for stream, _ in self.targets.values()))
-        size = sum(t.nbytes for stream in held if stream for t in stream.tensors().values())
-        log.info("%d samples, whose hidden states take %.1f GB: %s", len(self.samples), size / 1e9, place)
-
-    def _place(self, inputs: list[dict]) -> torch.device:
-        """The device if all streams fit in a quarter of its free memory, else the CPU."""
-        if self.device.type != "cuda":
-            return CPU
-        size = sum(call[name].nbytes for call in inputs for name in ("hidden_states", "encoder_hidden_states"))
-        return self.device if 16 * size < torch.cuda.mem_get_info(self.device)[0] else CPU
-
-    def _agree(self, what: dict) -> None:
-        """Take up the walk that `folder` holds, if any; ValueError, naming the setting, if it was another one."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / "settings.json"
-        if not file.exists():
-            write_text(file, json.dumps(what, indent=2) + "\n")
+    def __call__(self, batches: list[dict[str, Tensor]]) -> None:
+        self.calls += 1
+        if self.calls <= WARM:
+            self.side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side):
+                self.step(batches)
+            torch.cuda.current_stream().wait_stream(self.side)
             return
-        found = json.loads(file.read_text())
-        for name, wanted in what.items():
-            if found.get(name) != wanted:
-                raise ValueError(
-                    f"{self.folder}: trained with {name}={found.get(name)}, asked for {name}={wanted}; give the same "
-                    "settings, or delete the folder to start anew"
-                )
+        if self.calls == WARM + 1:
+            self.batch = batches[0]
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.step([self.batch])
+        for name, tensor in batches[0].items():
+            self.batch[name].copy_(tensor)
+        self.graph.replay()
 
-    # A position is a round and a block: number = round·blocks + block. Files are named NUMBER-BLOCK.safetensors.
 
-    def _file(self, number: int, block: int) -> Path:
-        return self.folder / f"{number}-{block}.safetensors"
+# ---------------------------------------------------------------------------------------------------------- a block
 
-    def _finished(self) -> int:
-        """How many positions are done: the last thing written for each is the file of its own block."""
-        found = (map(int, file.stem.split("-")) for file in self.folder.glob("*-*.safetensors"))
-        return max((number + 1 for number, block in found if block == number % len(self.names)), default=0)
 
-    def _newest(self, block: int, before: int) -> Path | None:
-        """The file of a block that was written last before position `before`."""
-        numbers = (int(file.name.partition("-")[0]) for file in self.folder.glob(f"*-{block}.safetensors"))
-        number = max((n for n in numbers if n < before), default=None)
-        return None if number is None else self._file(number, block)
+def quantized_blocks(names: list[str], blocks: list[nn.Module], work: Work, w_bits: int) -> list[nn.Module]:
+    """Copies of full-precision blocks on their device, with the quantized parameters that an earlier walk left."""
+    found = []
+    for name, module in zip(names, blocks, strict=True):
+        block = Block(name, copy.deepcopy(module), Streams(next(module.parameters()).device))
+        block.module.load_state_dict(student_parameters(block, work.block(name), w_bits))
+        found.append(block.module)
+    return found
 
-    def student(self, block: int, before: int, device: torch.device | None = None) -> nn.Module:
-        """The trainable block as it was before position `before`: trained so far, or rounded from the teacher's."""
-        made = quantized_copy(self.teacher[block], self.names[block], self.settings.w_bits, device or self.device)
-        if file := self._newest(block, before):
-            made.load_state_dict(load_file(file, device=str(device or self.device)))
-        return made
 
-    @torch.no_grad()
-    def advance(self, stream: Stream, block: nn.Module) -> None:
-        """Take all samples of a stream through the next block, in their place."""
-        with torch.compiler.set_stance("force_eager"), autocast(self.device, stream.image.dtype):
-            for start in range(0, len(self.samples), self.settings.micro_batch_size):
-                part = slice(start, start + self.settings.micro_batch_size)
-                text, image = (tensor[part].to(self.device) for tensor in (stream.text, stream.image))
-                text, image = run_blocks([block], text, image, self.samples.temb[part], self.samples.rotary)
-                stream.text[part], stream.image[part] = text.to(stream.text.device), image.to(stream.image.device)
-        stream.depth += 1
+def train_block(
+    block: Block, transformer: nn.Module, settings: Settings, before: Work | None = None
+) -> dict[str, Tensor]:
+    """Train a block of the walk along `transformer`: all its tensors under their full names, as a packed folder stores
+    them.
 
-    def head(self, image: Tensor, temb: Tensor) -> Tensor:
-        """The velocity of the image tokens after the last block."""
-        return self.transformer.proj_out(self.transformer.norm_out(image, temb))
+    `before` is an earlier walk's: the block goes on from there, and the blocks after it are quantized as they were
+    then, so that it makes up for them too. The block's notes get the "error" at the window's end and, for every linear
+    by its full name, the "layers": [squared error of the weight, its energy]. ValueError if training leaves NaN or inf.
+    """
+    names, device = block_names(transformer), block.streams.device
+    number = names.index(block.name)
+    after = [transformer.get_submodule(name) for name in names[number + 1 :][: settings.lookahead]]
+    outside = [transformer.norm_out, transformer.proj_out]
+    for module in (*after, *outside):
+        module.to(device).requires_grad_(False)
 
-    @torch.no_grad()
-    def advance_teacher(self, stream: Stream, depth: int) -> None:
-        """Take the teacher's hidden states to where `depth` blocks are behind them, at the end to the velocity."""
-        while stream.depth < min(depth, len(self.teacher)):
-            block = self.teacher[stream.depth].to(self.device)
-            self.advance(stream, block)
-            block.to(CPU)
-        if stream.depth == len(self.teacher) and stream.text is not None:
-            parts = zip(stream.image.split(256), self.samples.temb.split(256), strict=True)
-            velocity = [self.head(image.to(self.device), temb).to(stream.image.device) for image, temb in parts]
-            stream.image, stream.text = torch.cat(velocity), None
+    def velocity(image: Tensor, temb: Tensor) -> Tensor:
+        return transformer.proj_out(transformer.norm_out(image, temb))
 
-    def next_round(self) -> None:
-        """All streams as they were before the first block; what has become the velocity stays."""
-        self.inputs = Stream(self.first.image, self.first.text, self.inputs.place, self.inputs.name)
-        for end, (stream, weight) in self.targets.items():
-            if stream.text is not None or end < len(self.teacher):
-                self.targets[end] = Stream(self.first.image, self.first.text, stream.place, stream.name), weight
-
-    def take_up(self, finished: int) -> None:
-        """Put the blocks trained before position `finished` in their places, and the student's stream behind them."""
-        turn, position = divmod(finished, len(self.names))
-        for block in range(len(self.names)):
-            if block < position or turn:
-                student = self.student(block, finished)
-                if block < position:
-                    self.advance(self.inputs, student)
-                if self.settings.rounds > 1:
-                    self.current[block] = plain_copy(self.teacher[block], student)
-
-    def go(self) -> None:
-        """Train every block, from where an interrupted walk ended."""
-        blocks, finished, total = len(self.names), self._finished(), len(self.names) * self.settings.rounds
-        for module in (self.transformer.norm_out, self.transformer.proj_out):
-            module.to(self.device).requires_grad_(False)
-        if finished:
-            log.info("going on from %s", self.folder)
-            self.take_up(finished)
-        with tqdm(total=total, initial=finished, desc="blocks", unit="block") as bar:
-            for number in range(finished, total):
-                block, started = number % blocks, time.time()
-                if block == 0 and number > finished:
-                    self.next_round()
-                trained, error = self.train_window(number)
-                self.advance(self.inputs, trained)
-                if self.settings.rounds > 1:
-                    self.current[block] = plain_copy(self.teacher[block], trained)
-                del trained
-                empty_cache(self.device)
-                bar.update()
-                log.info("%s: error %.4f, %.0f s", self.names[block], error, time.time() - started)
-
-    def train_window(self, number: int) -> tuple[nn.Module, float]:
-        """Train the window that starts at a position; its first block, and the error at its end."""
-        blocks, settings = len(self.names), self.settings
-        block = number % blocks
-        middle = min(block + settings.together, blocks)
-        end = min(middle + settings.lookahead, blocks)
-        targets: dict[int, tuple[Stream, float]] = {}
-        for reach, (stream, weight) in self.targets.items():
-            self.advance_teacher(stream, block + reach)
-            targets.setdefault(min(block + reach, blocks) - block, (stream, weight))
-        trained = [self.student(i, number) for i in range(block, middle)]
-        frozen = [self.current[i].to(self.device).requires_grad_(False) for i in range(middle, end)]
-        if self.compile:
-            for module in (*trained, *frozen):
-                module.compile(dynamic=False)
-        head = self.head if end == blocks else None
-        window = Window(trained, frozen, head, self.inputs, targets, self.samples, settings, self.device)
-        window.train(settings.seed + 2 * number)
-        for i, module in reversed(list(enumerate(trained))):  # the first one last: it says that all are there
-            write_tensors(self._file(number, block + i), module.state_dict())
-        for i in range(block, middle):
-            for file in self.folder.glob(f"*-{i}.safetensors"):
-                if file != self._newest(i, number + 1):
-                    file.unlink()
-        error = window.measure()
-        for i in range(middle, end):
-            self.current[i].to(CPU)
-            self.current[i].__dict__.pop("_compiled_call_impl", None)
-        trained[0].__dict__.pop("_compiled_call_impl", None)
-        return trained[0], error
-
-    def finish(self, keep: Callable[[str, PackedLinear, Tensor], None]) -> None:
-        """Hand over every layer as keep(name, packed, full-precision weight); the transformer takes the other trained
-        parameters, in fp32."""
-        positions = len(self.names) * self.settings.rounds
-        for module in (self.transformer.norm_out, self.transformer.proj_out):
+    following, start = after, None
+    if before is not None:
+        following = quantized_blocks(names[number + 1 :][: settings.lookahead], after, before, settings.w_bits)
+        start = before.block(block.name)
+    elif settings.start == "calibrated":
+        start = calibrate_block(block, [1.0] * len(block.streams), settings.w_bits)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails for tiny-flux's shapes (torch 2.11, H100)
+    try:
+        with torch.enable_grad():
+            trained = quantized_copy(block, settings.w_bits, start)
+            reaches = number + len(after) == len(names) - 1
+            head = velocity if reaches else None
+            window = Window(block.streams, [block.module, *after], [trained, *following], head, settings)
+            if settings.compile:
+                torch._dynamo.config.recompile_limit = 64  # both kinds of block, in training, frozen, codes frozen
+                for module in window.blocks:
+                    module.compile(dynamic=False)
+            window.train(settings.seed + 2 * number)
+            block.notes["error"] = window.judge()
+    finally:
+        for module in (*after, *outside):
             module.to(CPU)
-        for i, name in enumerate(self.names):
-            student = self.student(i, positions)
-            for path, layer in student.named_modules():
-                if isinstance(layer, QuantizeLinear):
-                    packed = PackedLinear.from_quantized(layer, f"{name}.{path}")
-                    keep(f"{name}.{path}", packed, self.teacher[i].get_submodule(path).weight.to(self.device))
-            for path, parameter in self.teacher[i].named_parameters():
-                if not isinstance(student.get_submodule(path.rpartition(".")[0]), QuantizeLinear):
-                    parameter.data = student.get_parameter(path).detach().to(CPU)
-        shutil.rmtree(self.folder)
-
-
-@torch.no_grad()
-def plain_copy(teacher: nn.Module, student: nn.Module) -> nn.Module:
-    """The teacher's block, on the CPU and in its dtype, with the student's quantized weights and other parameters."""
-    block = copy.deepcopy(teacher)
-    for name, parameter in block.named_parameters():
-        path, _, kind = name.rpartition(".")
-        layer = student.get_submodule(path)
-        quantized = isinstance(layer, QuantizeLinear) and kind == "weight"
-        parameter.copy_(layer.quantized_weight() if quantized else getattr(layer, kind))
-    return block
-
-
-def write_text(file: Path, text: str) -> None:
-    """A file that is there whole or not at all."""
-    partial = file.with_name(file.name + ".tmp")
-    partial.write_text(text)
-    partial.replace(file)
-
-
-def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """The same for safetensors."""
-    partial = file.with_name(file.name + ".tmp")
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial)
-    partial.replace(file)
+            module._compiled_call_impl = None
+        del following
+    log.info("%s: error %.4f", block.name, block.notes["error"])
+    found: dict[str, Tensor] = {}
+    block.notes["layers"] = {}
+    for path, layer in trained.named_modules():
+        name = f"{block.name}.{path}"
+        if isinstance(layer, QuantizeLinear):
+            packed = packed_layer(layer, name)
+            own, made = block.module.get_submodule(path).weight.float(), packed.dequantize()
+            block.notes["layers"][name] = [(own - made).square().sum().item(), own.square().sum().item()]
+            found[f"{name}.weight_codes"] = to_disk(packed.weight_codes, packed.w_bits, packed.in_features)
+            found[f"{name}.weight_clip_val"] = packed.weight_clip_val
+            if packed.bias is not None:
+                found[f"{name}.bias"] = packed.bias
+        else:
+            found |= {f"{name}.{kind}": parameter for kind, parameter in layer.named_parameters(recurse=False)}
+    del window, trained
+    empty_cache(device)
+    return found

@@ -22,11 +22,11 @@ from utils.utils import get_logger, run_script
 log = get_logger("oneshot")
 
 
-def recipe(what: str, steps: int = 1000, power: str = "0.5", **flags) -> tuple[str, list[str]]:
-    """A way to train block by block; `flags` without their "block_"."""
-    words = {"steps": steps, "loss_power": power} | flags
-    names = {name: name if name in ("lookahead", "blocks_together") else f"block_{name}" for name in words}
-    return what, [str(word) for name, value in words.items() for word in (f"--{names[name]}", value)]
+def recipe(what: str, steps: int = 1000, power: str = "0.5", **more) -> tuple[str, list[str]]:
+    """A way to train block by block; `more` flags without their "block_"."""
+    words = {"steps": steps, "loss_power": power} | more
+    flags = {name if name == "lookahead" else f"block_{name}": value for name, value in words.items()}
+    return what, [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
 
 RECIPES = {  # name: (what it is, flags of run.py)
@@ -39,13 +39,12 @@ RECIPES = {  # name: (what it is, flags of run.py)
     "velocity_quarter": recipe("1,000 steps, to the velocity, error^¼", power="0.25"),
     "velocity_tenth": recipe("1,000 steps, to the velocity, error^⅒", power="0.1"),
     "velocity_thawed": recipe("1,000 steps, to the velocity, codes free to the end", freeze_codes=0),
+    "velocity_calibrated": recipe("1,000 steps, to the velocity, from calibrated codes", start="calibrated"),
+    "velocity_twice": recipe("two rounds of 500 steps, to the velocity", 500, rounds=2),
     "velocity_300": recipe("300 steps, to the velocity", 300),
     "velocity_3000": recipe("3,000 steps, to the velocity", 3000),
     "velocity_slow": recipe("1,000 steps, to the velocity, rate 2.5e-4", learning_rate="2.5e-4"),
     "velocity_fast": recipe("1,000 steps, to the velocity, rate 1e-3", learning_rate="1e-3"),
-    "velocity_pairs": recipe("1,000 steps, to the velocity, two blocks at a time", blocks_together=2),
-    "velocity_threes": recipe("1,000 steps, to the velocity, three blocks at a time", blocks_together=3),
-    "velocity_twice": recipe("two rounds of 500 steps, to the velocity", 500, rounds=2),
 }
 
 

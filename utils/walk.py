@@ -168,9 +168,11 @@ class Streams:
 
     teacher, student: (encoder_hidden_states, hidden_states) [B, tokens, d] of each call, on the host, pinned for CUDA.
     rest: the other keyword arguments of each call, the same for every block, on the device.
+    folder: where hidden states are mapped from files that have no name, and are gone with the process; None: in memory.
     """
 
     device: torch.device
+    folder: Path | None = None
     rest: list[dict] = field(default_factory=list)
     teacher: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     student: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -185,11 +187,17 @@ class Streams:
             rest["image_rotary_emb"] = self.rest[-1]["image_rotary_emb"]  # megabytes, and most calls' are equal
         self.rest.append(rest)
         for stream in (self.teacher, self.student):
-            stream.append(tuple(self._to_host(inputs[name]) for name in HIDDEN))
+            stream.append(tuple(self.to_host(inputs[name]) for name in HIDDEN))
 
-    def _to_host(self, tensor: Tensor) -> Tensor:
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.device.type == "cuda")
-        return host.copy_(tensor)
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """A copy in host memory, pinned for CUDA, or mapped from a file in `folder`."""
+        if self.folder is None:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.device.type == "cuda").copy_(tensor)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / "hidden_states"
+        held = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+        file.unlink()  # it lives on for as long as it is mapped
+        return held.copy_(tensor)
 
     def inputs(self, stream: list[tuple[Tensor, Tensor]], i: int) -> dict:
         """Call i's keyword arguments for the next block, on the device; `stream` is self.teacher or self.student.
@@ -216,12 +224,14 @@ def run_block(module: nn.Module, parameters: dict[str, Tensor], inputs: dict) ->
 
 
 @torch.no_grad()
-def first_inputs(transformer: nn.Module, calls: Iterable[dict], device: torch.device) -> Streams:
-    """Both streams where the blocks begin, in each of the transformer's calls (keyword arguments).
+def first_inputs(
+    transformer: nn.Module, calls: Iterable[dict], device: torch.device, folder: Path | None = None
+) -> Streams:
+    """Both streams where the blocks begin, in each of the transformer's calls (keyword arguments); see Streams.
 
     Of the transformer only what comes before the blocks is taken to `device`, and back to the CPU.
     """
-    streams = Streams(device)
+    streams = Streams(device, folder)
     before = [module for module in transformer.children() if not isinstance(module, nn.ModuleList)]
 
     def stop(module, args, kwargs):
@@ -297,15 +307,17 @@ def walk(
     treat: Callable[[Block], dict[str, Tensor]],
     work: Work,
     device: torch.device = CPU,
+    folder: Path | None = None,
 ) -> None:
     """Treat the blocks of `transformer` one after the other, each on `device`, along `calls` of it.
 
     treat(block) returns all tensors of the treated block under their full names as a packed folder stores them: a
     layer's weight_codes, weight_clip_val and bias, or a parameter as it is. They are kept in `work`; blocks that are
-    there already are run but not treated again. Transformer and calls are on the CPU. The transformer is used up: the
-    blocks behind are freed, on the meta device. No gradients: treat turns them on where it wants them.
+    there already are run but not treated again. With a `folder` the streams lie there, not in memory. Transformer and
+    calls are on the CPU. The transformer is used up: the blocks behind are freed, on the meta device. No gradients:
+    treat turns them on where it wants them.
     """
-    streams = first_inputs(transformer, calls, device)
+    streams = first_inputs(transformer, calls, device, folder)
     names = block_names(transformer)
     finished = sum(work.has(name) for name in names)
     if finished:
