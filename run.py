@@ -13,6 +13,7 @@ It writes
     OUTPUT_PATH/                       the whole pipeline, for FluxPipeline.from_pretrained and test.py
     OUTPUT_PATH/samples/               teacher and quantized pictures of a few prompts, and grid.png
     OUTPUT_PATH/metrics.json           layers, bytes, weight errors, seconds, memory
+    OUTPUT_PATH.partial/               while it calibrates: what the same command goes on from after a kill
 """
 
 import argparse
@@ -36,21 +37,23 @@ from tqdm import tqdm
 
 from models.kernels import MODES
 from models.modeling_flux_quant import FluxTransformer2DModel, is_quantized
-from models.packing import FORMAT, PackedLinear, PackedWriter, disk_row_bytes, row_chunks, store_codes, to_disk
+from models.packing import FORMAT, PackedLinear, PackedWriter, disk_row_bytes, row_chunks, store_codes
 from models.utils_quant import check_bits, code_grid
 from utils.checkpoints import bits_name
 from utils.folders import check_disk, whole_folder
 from utils.oneshot import INGREDIENTS, METHODS, calibrate, round_weight
 from utils.pictures import save_grid, save_images
 from utils.prompts import pick_prompts
-from utils.sampling import generate_images, load_pipeline, native_size, record_inputs
+from utils.sampling import generate_images, load_pipeline, native_size
 from utils.utils import device_name, empty_cache, get_logger, pick_device, run_script
+from utils.walk import Work, block_names, fingerprint, record_calls, split_calls, stored_tensors
 
 log = get_logger("run")
 CALIBRATION_SEED = 2_000_000  # neither training nor evaluation starts from these
 # Calibration prompts, by the pixels a side: one picture of 1024 pixels has 4,096 tokens, so that 16 at 7 steps give
 # half a million samples of the inputs of a layer, of which there are at most 15,360.
 MANY_PROMPTS, MANY_PIXELS, FEW_PROMPTS = 64, 512, 16
+CALL_TOKENS = 8192  # that go through a block at a time: one picture of 1024 pixels, or many small ones
 KINDS = ("norm", "attn", "ff", "proj")  # of layers, by a part of their name
 
 
@@ -76,7 +79,7 @@ def local_pipeline(model_id: str) -> Path:
     return folder
 
 
-def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def folder_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a folder of safetensors, one at a time.
 
     Each is read from a mapping of its own: what was read of one shard would count as memory until it is closed.
@@ -106,9 +109,10 @@ def packed_bytes(source: Path, w_bits: int) -> int:
 
 
 class Errors:
-    """Squared errors and energies of the weights, by kind of layer."""
+    """Squared errors and energies of the weights, by kind of layer; why which layers fell back to mse."""
 
     def __init__(self):
+        self.fell_back: dict[str, str] = {}
         self.sums = {kind: [0.0, 0.0, 0] for kind in KINDS}
 
     def add(self, name: str, error: float, energy: float) -> None:
@@ -148,7 +152,7 @@ def stream(source: Path, target: Path, args: argparse.Namespace, errors: Errors)
     layers = {name: m for name, m in skeleton.named_modules() if isinstance(m, PackedLinear)}
     shapes |= {f"{name}.weight": (layer.out_features, layer.in_features) for name, layer in layers.items()}
     with tqdm(total=total, desc=args.method, unit="B", unit_scale=True) as bar:
-        for name, tensor in stored_tensors(source):
+        for name, tensor in folder_tensors(source):
             path, _, kind = name.rpartition(".")
             if shapes.get(name) != tensor.shape:
                 expected = f"expected {list(shapes[name])}" if name in shapes else "not expected by its config.json"
@@ -172,42 +176,51 @@ def stream(source: Path, target: Path, args: argparse.Namespace, errors: Errors)
     writer.close(dict(skeleton.config))
 
 
+def calibration_folder(args: argparse.Namespace) -> Path:
+    """Where a calibration keeps its finished blocks until the pipeline is written."""
+    return args.output_path.with_name(args.output_path.name + ".partial")
+
+
 def calibrated(pipe: FluxPipeline, target: Path, args: argparse.Namespace, errors: Errors) -> None:
-    """Record the teacher on the calibration prompts, round layer after layer, write the packed transformer."""
-    transformer, dtype = pipe.transformer, pipe.transformer.dtype
+    """Record the teacher on the calibration prompts, round layer after layer, write the packed transformer.
+
+    Recorded calls and finished blocks lie in calibration_folder(args): the same command goes on from there.
+    """
     count = args.calibration_prompts or (FEW_PROMPTS if args.resolution > MANY_PIXELS else MANY_PROMPTS)
     prompts, source = pick_prompts(pipe, count, split="train")
     log.info("calibration: %d prompts, every %d. step: %s", len(prompts), args.calibration_stride, source)
-    pipe.to(args.device)
-    used = range(0, args.steps, args.calibration_stride)
-    with record_inputs(transformer, lambda number: number % args.steps in used) as calls:
-        generate_images(
-            pipe, prompts, CALIBRATION_SEED, num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
-            size=args.resolution, batch_size=args.batch_size, desc="teacher",
-        )  # fmt: skip
+    pipe.remove_all_hooks()
     pipe.to("cpu")
     empty_cache(args.device)
-    # An error of the velocity enters the picture times the step that is taken with it.
-    lengths = (pipe.scheduler.sigmas[:-1] - pipe.scheduler.sigmas[1:]).abs().tolist()
-    weights = [lengths[step] * args.steps for step in used] * (len(calls) // len(used))
+    limit = args.memory_gib and args.memory_gib * 2**30
+    if limit and args.device.type == "cuda":
+        total = torch.cuda.get_device_properties(args.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), args.device.index)
+    transformer = pipe.transformer
+    names = ("w_bits", "without", "steps", "calibration_stride", "guidance_scale", "resolution")
+    settings = {name: getattr(args, name) for name in names} | {"dtype": str(transformer.dtype), "prompts": prompts}
+    work = Work(calibration_folder(args), settings | {"weights": fingerprint(transformer)})
+    calls = work.calls()
+    if calls is None:
+        calls = record_calls(
+            pipe, prompts, range(0, args.steps, args.calibration_stride), seed=CALIBRATION_SEED, size=args.resolution,
+            num_inference_steps=args.steps, guidance_scale=args.guidance_scale, batch_size=args.batch_size,
+            device=args.device, limit=limit,
+        )  # fmt: skip
+        work.keep_calls(calls)
+    calls = split_calls(calls, CALL_TOKENS)
+    weights = [call.pop("weight") for call in calls]
     skeleton = packed_skeleton(dict(transformer.config), args.w_bits)
-    writer, done = PackedWriter(target), set()
-
-    def keep(name: str, packed: PackedLinear, weight: Tensor) -> None:
-        weight = weight.float()
-        energy, error = weight.square().sum().item(), (weight - packed.dequantize()).square().sum().item()
-        errors.add(name, error, energy)
-        writer.add(f"{name}.weight_codes", to_disk(packed.weight_codes, packed.w_bits, packed.in_features))
-        writer.add(f"{name}.weight_clip_val", packed.weight_clip_val)
-        if packed.bias is not None:
-            writer.add(f"{name}.bias", packed.bias.to(dtype))
-        done.update((f"{name}.weight", f"{name}.bias"))
-
     pipe.transformer = None
-    calibrate(transformer, calls, weights, args.w_bits, keep, args.device, without=args.without)
-    for name, parameter in transformer.named_parameters():
-        if name not in done:
-            writer.add(name, parameter)
+    calibrate(transformer, calls, weights, args.w_bits, work, args.device, without=args.without)
+    for block in block_names(transformer):
+        notes = work.notes(block)
+        errors.fell_back |= notes["fell_back"]
+        for name, (error, energy) in notes["layers"].items():
+            errors.add(name, error, energy)
+    writer = PackedWriter(target)
+    for name, tensor in stored_tensors(transformer, work):
+        writer.add(name, tensor)
     skeleton.save_config(target)
     writer.close(dict(skeleton.config))
 
@@ -231,6 +244,11 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def peak_device(device: torch.device) -> int:
+    """The most bytes of a GPU's memory that tensors of this process have taken so far."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
 def draw(pipe: FluxPipeline, prompts: list[str], args: argparse.Namespace, desc: str) -> Tensor:
     pipe.to(args.device)
     return generate_images(
@@ -250,6 +268,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help=f"training prompts to calibrate on; default: {MANY_PROMPTS}, above {MANY_PIXELS} pixels "
                         f"{FEW_PROMPTS}")  # fmt: skip
     parser.add_argument("--calibration_stride", type=int, default=4, help="of the steps, every so many-th is used")
+    parser.add_argument("--memory_gib", type=float, help="device memory to calibrate within; default: all that is free")
     parser.add_argument("--without", nargs="+", choices=INGREDIENTS, default=[], metavar="INGREDIENT",
                         help=f"leave out of the calibration: {', '.join(INGREDIENTS)}")  # fmt: skip
     parser.add_argument("--num_images", type=int, default=4, help="sample pairs to draw; 0: none")
@@ -274,6 +293,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for name in ("calibration_prompts", "calibration_stride", "steps", "batch_size"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+        if args.memory_gib is not None and args.memory_gib <= 0:
+            raise ValueError(f"--memory_gib must be above 0, got {args.memory_gib:g}")
         if args.num_images < 0:
             raise ValueError(f"--num_images must not be negative, got {args.num_images}")
     except ValueError as error:
@@ -301,7 +322,9 @@ def main() -> None:
     if args.output_path.exists() and (not args.output_path.is_dir() or any(args.output_path.iterdir())):
         raise ValueError(f"--output_path {args.output_path}: exists and is not empty; choose another")
     rest = sum(f.stat().st_size for f in source.rglob("*.safetensors") if f.parent.name != "transformer")
-    check_disk(args.output_path, rest + packed_bytes(source / "transformer", args.w_bits), "the quantized pipeline")
+    copies = 2 if args.method == "calibrated" else 1  # the finished blocks, and the pipeline
+    packed = copies * packed_bytes(source / "transformer", args.w_bits)
+    check_disk(args.output_path, rest + packed, "the quantized pipeline")
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32"))
     name = bits_name(args.w_bits)
 
@@ -331,7 +354,8 @@ def main() -> None:
             "bytes_after": folder_bytes(folder / "transformer"),
             "layers": errors.table(), "seconds": round(quantizing, 1),
             "gb_per_second": round(folder_bytes(source / "transformer") / quantizing / 1e9, 3),
-            "peak_rss_bytes": peak_rss(), "device": device_name(args.device), "torch": torch.__version__,
+            "peak_rss_bytes": peak_rss(), "peak_device_bytes": peak_device(args.device), "fell_back": errors.fell_back,
+            "device": device_name(args.device), "torch": torch.__version__,
             "diffusers": diffusers.__version__,
         }  # fmt: skip
         if args.num_images:
@@ -342,10 +366,13 @@ def main() -> None:
             save_images(images, folder / "samples" / f"bits_{args.w_bits}")
             save_grid({"full": teacher_images, name: images}, prompts, folder / "samples" / "grid.png")
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    shutil.rmtree(calibration_folder(args), ignore_errors=True)
 
     print(f"\n{'layers':<10}{'number':>8}{'weight error':>14}")
     for kind, row in metrics["layers"].items():
         print(f"{kind:<10}{row['layers']:>8}{row['weight_error']:>14.4f}")
+    for layer, why in errors.fell_back.items():
+        print(f"{layer}: not calibrated but rounded by mse: {why}")
     before, after = metrics["bytes_before"], metrics["bytes_after"]
     print(f"transformer: {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({before / after:.1f}x)")
     speed, peak = metrics["gb_per_second"], metrics["peak_rss_bytes"] / 1e9
