@@ -83,11 +83,14 @@ def test_large_pictures_need_fewer_of_them(call, monkeypatch, pixels, prompts):
     for name, value in (("MANY_PIXELS", 64), ("MANY_PROMPTS", 5), ("FEW_PROMPTS", 3)):
         monkeypatch.setattr(script, name, value)
     given = []
-    monkeypatch.setattr(
-        script, "calibrate", lambda model, calls, weights, *args, **kwargs: given.append((calls, weights))
-    )
+
+    def calibrate(model, calls, weights, *args, **kwargs):
+        given.append((calls, weights))
+        raise ValueError("that is all")
+
+    monkeypatch.setattr(script, "calibrate", calibrate)
     result = call("--num_images", 0, "--resolution", pixels, "--batch_size", 1, fast=("--steps", 8, "--device", "cpu"))
-    assert result.returncode == 0, result.line
+    assert result.line.endswith("that is all")
     [(calls, weights)] = given
     assert len(calls) == len(weights) == prompts * 2  # steps 0 and 4
     assert weights[:2] == weights[2:4] and all(weight > 0 for weight in weights)
@@ -104,7 +107,9 @@ def test_a_transformer_alone_is_enough_where_nothing_is_drawn(call, copy):
 
 @pytest.mark.parametrize("method", ["threshold", "calibrated"])
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_an_interruption_leaves_nothing(call, monkeypatch, tmp_path, method, kind):
+def test_an_interruption_leaves_no_half_pipeline(call, monkeypatch, tmp_path, method, kind):
+    """Of a calibration the finished blocks stay, and the next call goes on from them."""
+
     def stop(*args):
         raise kind
 
@@ -115,7 +120,45 @@ def test_an_interruption_leaves_nothing(call, monkeypatch, tmp_path, method, kin
     else:
         result = call("--method", method, "--num_images", 0)
         assert result.returncode == 1 and "No space left on device" in result.line
-    assert list(tmp_path.iterdir()) == []
+    assert [file.name for file in tmp_path.iterdir()] == ["out.partial"] * (method == "calibrated")
+
+
+def test_a_calibration_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(run, call, pipeline_folder, tmp_path):
+    """kill -9 while the second block is at work; the teacher is not drawn again."""
+    flags = ("--w_bits", 2, "--num_images", 0)
+    whole = call(*flags, folder=tmp_path / "whole").folder
+    script_text = (
+        "import os, signal, sys\n"
+        "from utils import oneshot, walk\n"
+        "treat = oneshot.calibrate_block\n"
+        "def killed(block, *rest):\n"
+        "    if block.name.startswith('single'):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return treat(block, *rest)\n"
+        "oneshot.calibrate_block = killed\n"
+        "import run\n"
+        "run.main()\n"
+    )
+    words = ("--model_id", pipeline_folder, "--output_path", tmp_path / "out", *FAST, *flags)
+    assert run("-c", script_text, *words).returncode == -9
+    kept = tmp_path / "out.partial"
+    names = {"manifest.json", "calls.safetensors", "transformer_blocks.0.safetensors"}
+    assert {file.name for file in kept.iterdir()} == names and not (tmp_path / "out").exists()
+
+    refused = call("--w_bits", 3, "--num_images", 0)
+    assert refused.returncode == 1 and f"{kept}: begun with w_bits=2, now w_bits=3; delete it" in refused.line
+
+    before = {name: (kept / name).stat().st_mtime_ns for name in names}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "record_calls", None)
+        patch.setattr("shutil.rmtree", lambda *args, **kwargs: None)
+        assert call(*flags).returncode == 0
+    assert {name: (kept / name).stat().st_mtime_ns for name in names} == before
+    [one], [other] = ((folder / "transformer").glob("*.safetensors") for folder in (whole, tmp_path / "out"))
+    one, other = load_file(one), load_file(other)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    figures = [json.loads((folder / "metrics.json").read_text()) for folder in (whole, tmp_path / "out")]
+    assert figures[0]["layers"] == figures[1]["layers"] and figures[1]["fell_back"] == {}
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(call, tmp_path):
@@ -195,6 +238,7 @@ def test_a_damaged_transformer_is_named_and_nothing_is_left(call, copy, fault):
         (("--threshold_ratio", 1), 2, "--threshold_ratio must be at least 0 and below 1"),
         (("--num_images", -1), 2, "--num_images must not be negative"),
         (("--calibration_prompts", 0), 2, "--calibration_prompts must be at least 1"),
+        (("--memory_gib", 0), 2, "--memory_gib must be above 0"),
         (("--device", "abacus"), 2, "--device abacus is not available here"),
         (("--prompts_json", "nowhere.json"), 1, "--prompts_json nowhere.json: cannot be read"),
     ],
