@@ -161,6 +161,47 @@ def test_a_calibration_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(ru
     assert figures[0]["layers"] == figures[1]["layers"] and figures[1]["fell_back"] == {}
 
 
+BLOCKWISE = ("--method", "blockwise", "--w_bits", 2, "--num_images", 0, "--block_steps", 3, "--block_batch_size", 2,
+             "--lookahead", 1)  # fmt: skip
+
+
+def test_blockwise_trains_norms_along_and_goes_on_from_the_round_before(call, pipeline_folder, tmp_path, monkeypatch):
+    """Two rounds: the second one starts where one round ends. Without a step, nothing but the codes changes."""
+    kept = tmp_path / "out.partial"
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *args, **kwargs: None)
+        result = call(*BLOCKWISE, "--block_rounds", 2, "--activations_on_disk")
+    assert result.returncode == 0, result.line
+    once = call(*BLOCKWISE, folder=tmp_path / "once")
+    assert once.returncode == 0 and not (tmp_path / "once.partial").exists()
+    names = {"manifest.json", "transformer_blocks.0.safetensors", "single_transformer_blocks.0.safetensors"}
+    assert {file.name for file in (kept / "round_1").iterdir()} == names
+    [single] = (once.folder / "transformer").glob("*.safetensors")
+    first, single = load_file(kept / "transformer_blocks.0.safetensors"), load_file(single)
+    assert all(torch.equal(single[name], tensor) for name, tensor in first.items())
+
+    teacher = FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer")
+    student = FluxPipeline.from_pretrained(result.folder).transformer
+    name = "transformer_blocks.0.attn.norm_q.weight"
+    assert not torch.equal(student.get_parameter(name), teacher.get_parameter(name))
+    second = load_file(kept / "round_1" / "transformer_blocks.0.safetensors")
+    assert torch.equal(student.get_parameter(name), second[name]) and not torch.equal(second[name], first[name])
+    settings = json.loads((result.folder / "metrics.json").read_text())["blockwise"]
+    assert (settings["steps"], settings["batch_size"], settings["lookahead"]) == (3, 2, 1)
+
+
+def test_what_block_wise_training_was_begun_with_is_kept_to(call, monkeypatch, tmp_path):
+    def stop(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "train_block", stop)
+        assert call(*BLOCKWISE).returncode == 1
+    refused = call(*BLOCKWISE, "--block_learning_rate", 1e-3)
+    assert refused.returncode == 1
+    assert f"{tmp_path}/out.partial: begun with learning_rate=0.0005, now learning_rate=0.001" in refused.line
+
+
 def test_a_folder_that_is_not_empty_is_left_alone(call, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
@@ -239,6 +280,10 @@ def test_a_damaged_transformer_is_named_and_nothing_is_left(call, copy, fault):
         (("--num_images", -1), 2, "--num_images must not be negative"),
         (("--calibration_prompts", 0), 2, "--calibration_prompts must be at least 1"),
         (("--memory_gib", 0), 2, "--memory_gib must be above 0"),
+        (("--block_steps", 0), 2, "--block_steps must be at least 1"),
+        (("--lookahead", -1), 2, "--lookahead must not be negative"),
+        (("--block_learning_rate", 0), 2, "--block_learning_rate must be above 0"),
+        (("--block_early_share", 1), 2, "--block_early_share must be at least 0 and below 1"),
         (("--device", "abacus"), 2, "--device abacus is not available here"),
         (("--prompts_json", "nowhere.json"), 1, "--prompts_json nowhere.json: cannot be read"),
     ],

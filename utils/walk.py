@@ -220,8 +220,9 @@ def _encode(pipe: FluxPipeline, prompts: Sequence[str], device: torch.device) ->
 
 @torch.no_grad()
 def record_calls(
-    pipe: FluxPipeline, prompts: Sequence[str], used: Collection[int] | Callable[[int], Collection[int]], *, seed: int, size: int,
-    num_inference_steps: int, guidance_scale: float, batch_size: int, device: torch.device, limit: float | None = None,
+    pipe: FluxPipeline, prompts: Sequence[str], used: Collection[int] | Callable[[int], Collection[int]], *,
+    seed: int, size: int, num_inference_steps: int, guidance_scale: float, batch_size: int, device: torch.device,
+    limit: float | None = None,
 ) -> list[dict]:  # fmt: skip
     """The transformer's keyword arguments in the `used` steps of drawing the prompts, on the CPU; of the n-th batch of
     prompts in used(n), if that is a function.
