@@ -195,6 +195,8 @@ def _placed(
     try:
         yield int(max(1, (room - blocks) // picture))
     finally:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # a block may still be on its way in a stream of its own
         registry = HookRegistry.check_if_exists_or_initialize(transformer)
         for name in ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading"):
             registry.remove_hook(name, recurse=True)
