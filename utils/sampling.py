@@ -138,6 +138,7 @@ def stop_streaming(part: nn.Module) -> None:
         registry = HookRegistry.check_if_exists_or_initialize(part)
         for name in ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading"):
             registry.remove_hook(name, recurse=True)
+        gc.collect()  # hooks and what they hold refer to each other
     part.to("cpu")
 
 
