@@ -139,6 +139,16 @@ def test_gpu_memory_is_the_peak_above_what_was_taken_before(stage, monkeypatch):
     assert rehearsal.play(step(code), stage, NO_GPU)["gpu_peak_gib"] == [5.0, 6.0]
 
 
+def test_a_gpus_peak_beyond_the_bound_is_a_problem(stage):
+    row = {"status": 0, "killed": "", "gpu_peak_gib": [3.0, 32.5]}
+    lora = step("pass", peak=32)
+    assert rehearsal.judge(lora, stage, row, "", False) == ""  # the bounds are those of FLUX.1-dev
+    stage.scale = "flux"
+    assert rehearsal.judge(lora, stage, row, "", False) == "took 32.5 GiB of a GPU, more than 32"
+    row["gpu_peak_gib"] = [31.9]
+    assert rehearsal.judge(lora, stage, row, "", False) == ""
+
+
 def test_without_nvidias_library_there_are_no_gpus(monkeypatch):
     monkeypatch.setattr(rehearsal, "nvml", lambda: None)
     assert rehearsal.describe_machine()["gpus"] == []

@@ -74,6 +74,7 @@ class Step:
     kill: str = ""  # kill -9, once this exists
     gpus: int = 0  # that it needs, at least
     gib: float = 0  # of memory that its GPU must have; on a smaller one it must fail in one line
+    peak: float = math.inf  # GiB of a GPU at most, at scale flux
     reads: tuple[str, ...] = ()  # of earlier steps
     clears: tuple[str, ...] = ()  # before it starts
     drops: tuple[str, ...] = ()  # once it has ended
@@ -96,6 +97,7 @@ DDP = "MODEL={model} bash 1_run_train.sh 2 1 1 --local_dir {work}/ddp --output_d
 DDP += "--lora_r {rank} --lora_alpha {rank}"
 RUN = "python run.py --model_id {model} --num_images 0 --output_path {work}/"
 CALIBRATION = " --calibration_prompts {calibration} --calibration_stride {stride} --steps {steps} --batch_size 1"
+CALIBRATED = RUN + "calibrated --method calibrated" + CALIBRATION
 TEST = "python test.py {work}/mse 0 --num_images {images} --steps {steps} --batch_size 1 --output_dir {work}/"
 PACKED = (2.6e9, 5e6)
 
@@ -126,10 +128,12 @@ STEPS = (
         "cache", "python train.py --input_model_filename {model} --do_train False --output_dir {work}/cache_run "
         + CACHE, clears=("cache", "cache_run"), holds={"cache/train": (0.2e9, 4e6), "cache/eval": (0.1e9, 2e6)},
     ),
-    Step("lora_killed", LORA, clears=("lora",), reads=("cache",), kill="lora/train/checkpoint-{save_steps}"),
+    Step(
+        "lora_killed", LORA, clears=("lora",), reads=("cache",), kill="lora/train/checkpoint-{save_steps}", peak=32,
+    ),
     Step(
         "lora_resumed", LORA, reads=("lora/train/checkpoint-{save_steps}",), says="going on from", drops=("lora",),
-        **trained("lora", (8e9, 30e6)),
+        peak=32, **trained("lora", (8e9, 30e6)),
     ),
     Step("all_killed", ALL, clears=("all",), reads=("cache",), kill="all/train/checkpoint-{save_steps}", gib=130),
     Step(
@@ -148,8 +152,12 @@ STEPS = (
         reports={"threshold/metrics.json": ("seconds", "peak_rss_bytes")},
     ),
     Step(
-        "calibrated", RUN + "calibrated --method calibrated" + CALIBRATION, clears=("calibrated",),
-        drops=("calibrated",), holds={"calibrated/transformer": PACKED, "calibrated/metrics.json": None},
+        "calibrated_killed", CALIBRATED, clears=("calibrated", "calibrated.partial"),
+        kill="calibrated.partial/transformer_blocks.1.safetensors", peak=24,
+    ),
+    Step(
+        "calibrated_resumed", CALIBRATED, reads=("calibrated.partial",), drops=("calibrated",), peak=24,
+        holds={"calibrated/transformer": PACKED, "calibrated/metrics.json": None},
         reports={"calibrated/metrics.json": ("seconds", "peak_rss_bytes")},
     ),
     Step(
@@ -416,6 +424,8 @@ def judge(step: Step, stage: Stage, row: dict, output: str, must_fail: bool) -> 
     last = output.strip().splitlines()[-1] if output.strip() else ""
     if row["killed"] and row["killed"] != "as meant":
         return f"killed {row['killed']}"
+    if stage.scale == "flux" and max(row["gpu_peak_gib"], default=0) > step.peak:
+        return f"took {max(row['gpu_peak_gib'])} GiB of a GPU, more than {step.peak}"
     if step.fails or must_fail:
         one_line = "Traceback" not in output and "error:" in last and step.fails in last
         return "" if row["status"] in (1, 2) and one_line else f"must fail in one line, ended {row['status']}: {last}"
@@ -533,7 +543,7 @@ def main() -> None:
     stage = Stage(args)
     if args.list:
         for step in args.steps:
-            print(f"{step.name:<18}{stage.fill(step.command)}")
+            print(f"{step.name:<20}{stage.fill(step.command)}")
         return
     rows = rehearse(args.steps, stage)
     print("\n" + table(rows))
