@@ -73,9 +73,8 @@ def test_packed_weights_loaded_straight_to_the_gpu_are_those_on_the_cpu(dtype):
         ("exact", torch.float32, 1e-6),
         ("exact", torch.bfloat16, 1e-3),
         ("fast", torch.bfloat16, 3e-3),
-        ("fast", torch.float16, 3e-3),
     ],
-    ids=["exact-fp32", "exact-bf16", "fast-bf16", "fast-fp16"],
+    ids=["exact-fp32", "exact-bf16", "fast-bf16"],
 )
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_both_modes_have_the_cpus_velocities(mode, dtype, most, compiled, expected):
@@ -85,7 +84,7 @@ def test_both_modes_have_the_cpus_velocities(mode, dtype, most, compiled, expect
         model.compile_repeated_blocks(fullgraph=True, dynamic=False)
     with torch.no_grad():
         found = model(**inputs(DEVICE, dtype)).sample
-    assert 0 < nmse(found.float().cpu(), expected) < most
+    assert nmse(found.float().cpu(), expected) < most
 
 
 def test_an_adapter_on_packed_weights_trains_as_on_the_cpu():
