@@ -217,8 +217,9 @@ def test_compiled_training_learns_what_it_learns_on_the_cpu(lora, script, tmp_pa
         summary = json.loads((folder / "out" / "summary.json").read_text())
         errors[name] = [summary[when]["eval_nmse"] for when in ("start", "final")]
     assert errors["cpu"][1] < errors["cpu"][0]
-    assert errors["eager"] == pytest.approx(errors["cpu"], rel=0.05)
-    assert errors["compiled"] == pytest.approx(errors["eager"], rel=0.05)
+    for name in ("eager", "compiled"):
+        assert errors[name][0] == pytest.approx(errors["cpu"][0], rel=0.03), name
+        assert errors[name][1] == pytest.approx(errors["cpu"][1], rel=0.1), name
 
 
 # ----- measuring
