@@ -13,7 +13,7 @@ from models.modeling_flux_quant import FluxTransformer2DModel
 from models.packing import PackedLinear, from_disk
 from models.utils_quant import init_clip_val, quantize
 from utils import blockwise
-from utils.blockwise import Rows, Settings, Window, batches, quantized_copy, rate_at, train_block, wanted_calls
+from utils.blockwise import Rows, Settings, Window, batches, quantized_copy, rate_at, train_block, used_steps
 from utils.sampling import generate_images, record_velocities
 from utils.walk import Block, Work, first_inputs, stored_tensors, walk
 
@@ -58,8 +58,8 @@ def window(block, teacher, settings, lookahead):
 
 @pytest.mark.parametrize(("steps", "share", "stride"), [(28, 0.8, 1), (28, 0.8, 4), (28, 0.25, 2), (4, 0.5, 1)])
 def test_the_wanted_share_of_the_calls_is_early(steps, share, stride):
-    wanted, quarter = wanted_calls(steps, share, stride), steps // 4
-    found = [number % steps for number in range(steps * 840) if wanted(number)]
+    quarter = steps // 4
+    found = [step for batch in range(840) for step in used_steps(batch, steps, share, stride)]
     early = sum(step < quarter for step in found)
     assert early == 840 * quarter / stride
     assert early / len(found) == pytest.approx(share, abs=0.01)

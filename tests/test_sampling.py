@@ -22,6 +22,7 @@ from utils.sampling import (
     load_pipeline,
     place,
     record_velocities,
+    unplace,
 )
 
 PROMPTS = ["a red star and a blue ring", "three hearts on grey paper", "a cross above a moon"]
@@ -291,3 +292,13 @@ def test_an_offloaded_pipeline_draws_the_same(offload, large, pipeline_folder, m
         transformer = FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer")
         drop_transformer(pipe)
         pipe.register_modules(transformer=transformer)
+
+
+@pytest.mark.parametrize("offload", [None, "sequential"])
+def test_what_was_placed_is_taken_back(offload, pipe, pipeline_folder):
+    placed, cpu = load_pipeline(str(pipeline_folder), torch.float32), torch.device("cpu")
+    place(placed, cpu, offload)
+    unplace(placed)
+    parts = [part for part in placed.components.values() if isinstance(part, torch.nn.Module)]
+    assert not any(sampling._is_group_offload_enabled(part) for part in parts)
+    assert torch.equal(generate_images(placed, PROMPTS, **SETTINGS), generate_images(pipe, PROMPTS, **SETTINGS))

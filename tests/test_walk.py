@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from diffusers import FluxTransformer2DModel as Full
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from torch import nn
 
 from models.modeling_flux_quant import FluxTransformer2DModel
@@ -11,7 +12,7 @@ from models.packing import store_codes
 from models.utils_quant import init_clip_val, quantize_codes
 from utils import walk as walking
 from utils.sampling import generate_images, record_inputs
-from utils.walk import Work, split_calls, stored_tensors, walk
+from utils.walk import Work, record_calls, split_calls, stored_tensors, walk
 
 BITS = 2
 
@@ -115,6 +116,52 @@ def test_a_walk_that_was_killed_goes_on_where_it_was(recorded, teacher, pipeline
         assert all(torch.equal(a[name], b[name]) for name in walking.HIDDEN)
     assert work.notes("transformer_blocks.0") == {"seen": 4}
     assert not list(work.folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("pictures", "batches", "offloaded"), [(None, [2, 1], False), (1.5, [1, 1, 1], False), (0.5, [1, 1, 1], True)]
+)
+def test_recorded_calls_are_those_of_drawing(pipeline_folder, monkeypatch, pictures, batches, offloaded):
+    """Whatever there is room for beside the weights: all that is wanted, one picture, or not even one."""
+    pipe, prompts = FluxPipeline.from_pretrained(pipeline_folder), ["a red star", "two rings", "a moon"]
+    with record_inputs(pipe.transformer, lambda number: number % 4 in (1, 3)) as wanted:
+        generate_images(pipe, prompts, 7, num_inference_steps=4, guidance_scale=2.0, size=64)
+    if pictures is not None:
+        tokens, width = (64 // 16) ** 2 + wanted[0]["encoder_hidden_states"].shape[1], pipe.transformer.inner_dim
+        picture = tokens * width * 4 * walking.ACTIVATIONS
+        room = sum(p.nbytes for p in pipe.transformer.parameters()) + pictures * picture
+        monkeypatch.setattr(walking, "_free_memory", lambda device, limit: room / 0.9)
+    sizes, hooked = [], []
+
+    def see(module, args, output):
+        sizes.append(len(output))
+        hooked.append(_is_group_offload_enabled(pipe.transformer))
+
+    hook = pipe.transformer.x_embedder.register_forward_hook(see)
+    calls = record_calls(
+        pipe, prompts, (1, 3), seed=7, size=64, num_inference_steps=4, guidance_scale=2.0, batch_size=2,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    hook.remove()
+    assert sizes[::4] == batches and set(hooked) == {offloaded}
+    assert not _is_group_offload_enabled(pipe.transformer) and not pipe.transformer._forward_pre_hooks
+    sigmas = pipe.scheduler.sigmas
+    expected = [(sigmas[step] - sigmas[step + 1]).item() * 4 for step in (1, 3)]
+    assert [call["weight"] for call in calls] == pytest.approx(expected * len(batches))
+    by_step = [sorted(part, key=lambda call: -call["timestep"].item()) for part in (split_calls(calls, 1), wanted)]
+    for a, b in zip(*by_step, strict=True):
+        assert a.keys() == b.keys() | {"weight"}
+        for name, value in b.items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(a[name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_a_fingerprint_is_that_of_the_weights(teacher):
+    before = walking.fingerprint(teacher)
+    assert before == walking.fingerprint(teacher)
+    with torch.no_grad():
+        teacher.transformer_blocks[0].ff.net[2].bias[3] += 1e-3
+    assert walking.fingerprint(teacher) != before
 
 
 def test_calls_come_back_as_they_were_kept(recorded, tmp_path):

@@ -70,18 +70,13 @@ class Settings:
 # ------------------------------------------------------------------------------------------------------- the samples
 
 
-def wanted_calls(steps: int, early_share: float, stride: int) -> Callable[[int], bool]:
-    """Which of the transformer's calls, `steps` a batch of prompts, to record: `early_share` of the samples from the
-    first quarter of the steps, of which every `stride`-th is taken. Each batch starts with another step."""
+def used_steps(batch: int, steps: int, early_share: float, stride: int) -> list[int]:
+    """Which of the denoising steps of a batch of prompts, the one of this number, to record: over many batches
+    `early_share` of the samples are of the first quarter of the steps, of which every `stride`-th is taken."""
     quarter = max(1, round(steps / 4))
     odds = early_share / (1 - early_share)
     late = max(1, round(stride * odds * (steps - quarter) / quarter))
-
-    def wanted(number: int) -> bool:
-        batch, step = divmod(number, steps)
-        return (step + batch) % (stride if step < quarter else late) == 0
-
-    return wanted
+    return [step for step in range(steps) if (step + batch) % (stride if step < quarter else late) == 0]
 
 
 class Rows:

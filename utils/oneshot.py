@@ -162,7 +162,7 @@ def calibrate_weight(
     if "target" not in without:
         cross.diagonal().add_(damping)
         target = torch.linalg.solve_triangular(factor.mT, weight @ cross, upper=False, left=False)
-        target = torch.linalg.solve_triangular(factor, target, upper=True, left=False)
+        target = torch.linalg.solve_triangular(factor, target, upper=True, left=False).contiguous()
     del cross
     if not target.isfinite().all():
         raise Uncalibratable("its target is not finite")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import FluxPipeline
-from diffusers.hooks import apply_group_offloading
+from diffusers.hooks import HookRegistry, apply_group_offloading
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -128,6 +128,25 @@ def place(pipe: FluxPipeline, device: torch.device, offload: str | None = None) 
                 apply_group_offloading(part, onload_device=device, offload_type="leaf_level", **stream)
             else:
                 part.to(device)
+
+
+def stop_streaming(part: nn.Module) -> None:
+    """Take group offloading's hooks off a component, and the component to the CPU."""
+    if _is_group_offload_enabled(part):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # a layer may still be on its way in a stream of its own
+        registry = HookRegistry.check_if_exists_or_initialize(part)
+        for name in ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading"):
+            registry.remove_hook(name, recurse=True)
+    part.to("cpu")
+
+
+def unplace(pipe: FluxPipeline) -> None:
+    """Undo `place`: the whole pipeline on the CPU, as it was loaded."""
+    pipe.remove_all_hooks()
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            stop_streaming(part)
 
 
 def drop_transformer(pipe: FluxPipeline) -> None:

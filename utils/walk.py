@@ -3,8 +3,8 @@
 Two streams of hidden states go side by side: the teacher's, and the student's, which went through the blocks as they
 were treated so far. What is done with a block is up to a function that gets both streams' inputs of it:
 
-    calls = record(...)                                    # keyword arguments of the transformer (utils.sampling)
     work = Work(folder, {"model": ..., "w_bits": ...})     # refuses a folder of other settings
+    calls = work.calls() or record_calls(pipe, prompts, …)   # keyword arguments of the transformer
     walk(transformer, calls, w_bits, lambda block: stored_tensors_of_the_treated(block), work, device)
     for name, tensor in stored_tensors(transformer, work): ...   # every tensor, as a packed folder stores it
 
@@ -12,19 +12,26 @@ What must fit where, for blocks of width d and M tokens a call (FLUX.1-dev in 16
 
     host    the transformer once, whose blocks are freed one after the other as they are finished (24 GB), and the two
             streams: 2·M·d values a call (57 MB; pinned memory comes in powers of two: 8 GB for 112 calls)
-    device  one block (0.7 GB), one call on its way through it, and what the treatment takes
+    device  while the teacher is recorded: first the text encoders (10 GB), then the transformer whole where it fits,
+            else two of its blocks at a time; later one block (0.7 GB), one call on its way through it, and what the
+            treatment takes
     disk    the recorded calls, text once a prompt (0.5 MB a call, 4 MB a prompt), and the finished blocks (2.5 GB at
             1.58 bits). After a kill the finished blocks are run once more, which rebuilds the student's stream.
 """
 
+import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate.utils import send_to_device
+from diffusers import FluxPipeline
+from diffusers.hooks import apply_group_offloading
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -32,12 +39,16 @@ from tqdm import tqdm
 
 from models.kernels import dequantize
 from models.packing import from_disk
-from utils.utils import get_logger
+from utils.sampling import initial_noise, record_inputs, sample_latents, stop_streaming, text_length
+from utils.utils import empty_cache, get_logger
 
 log = get_logger("walk")
 CPU = torch.device("cpu")
 HIDDEN = ("encoder_hidden_states", "hidden_states")  # in the order in which a block returns them
 BATCHED = (*HIDDEN, "pooled_projections", "timestep", "guidance")  # arguments of the transformer, a row for each sample
+
+ACTIVATIONS = 32  # of the width of a block: values that a token takes on its way through one, estimated with some room
+ENCODED = 16  # prompts encoded at a time
 
 # --------------------------------------------------------------------------------------------------- what is on disk
 
@@ -135,6 +146,113 @@ def _opened(file: Path):
         return safe_open(file, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{file}: damaged ({error}); delete it, and it is made again") from None
+
+
+# ----------------------------------------------------------------------------------------------- recording the teacher
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names, the shapes and the first values of a model's parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        head = parameter.detach().flatten()[:64].float().cpu().numpy().tobytes()
+        digest.update(f"{name} {list(parameter.shape)} ".encode() + head)
+    return digest.hexdigest()
+
+
+def _free_memory(device: torch.device, limit: float | None) -> float:
+    """Bytes that may still be taken on the device, of at most `limit` in all."""
+    if device.type != "cuda":
+        return math.inf
+    empty_cache(device)
+    free = torch.cuda.mem_get_info(device)[0]
+    return free if limit is None else min(free, limit - torch.cuda.memory_allocated(device))
+
+
+@contextmanager
+def _placed(
+    transformer: nn.Module, tokens: int, batch_size: int, device: torch.device, limit: float | None
+) -> Iterator[int]:
+    """Within the block the transformer, else on the CPU, computes on the device, whole or block by block.
+
+    Gives how many pictures of so many tokens there is room for at a time.
+    """
+    room = 0.9 * _free_memory(device, limit)
+    weights = sum(parameter.nbytes for parameter in transformer.parameters())
+    picture = tokens * transformer.inner_dim * transformer.dtype.itemsize * ACTIVATIONS
+    if weights + picture < room:
+        transformer.to(device)
+        try:
+            yield batch_size if room == math.inf else int(min(batch_size, (room - weights) // picture))
+        finally:
+            transformer.to(CPU)
+        return
+    # Every step takes all weights to the device, so as many pictures as there is room for share it.
+    blocks = 3 * max(sum(p.nbytes for p in transformer.get_submodule(n).parameters()) for n in block_names(transformer))
+    log.info("%.1f GB of weights, %.1f GB of room: block by block", weights / 1e9, room / 1e9)
+    streams = {"use_stream": True, "low_cpu_mem_usage": True} if device.type == "cuda" else {}
+    apply_group_offloading(transformer, device, offload_type="block_level", num_blocks_per_group=1, **streams)
+    try:
+        yield int(max(1, (room - blocks) // picture))
+    finally:
+        stop_streaming(transformer)
+
+
+def _encode(pipe: FluxPipeline, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Embeddings [N, S, D] and pooled ones [N, D] of the prompts, on the CPU, where the text encoders come from and go
+    back to."""
+    encoders = [encoder for encoder in (pipe.text_encoder, pipe.text_encoder_2) if encoder is not None]
+    for encoder in encoders:
+        encoder.to(device)
+    found = []
+    for start in range(0, len(prompts), ENCODED):
+        part = list(prompts[start : start + ENCODED])
+        text, pooled, _ = pipe.encode_prompt(part, device=device, max_sequence_length=text_length(pipe))
+        found.append((text.to(CPU), pooled.to(CPU)))
+    for encoder in encoders:
+        encoder.to(CPU)
+    texts, pooled = zip(*found, strict=True)
+    return torch.cat(texts), torch.cat(pooled)
+
+
+@torch.no_grad()
+def record_calls(
+    pipe: FluxPipeline, prompts: Sequence[str], used: Collection[int] | Callable[[int], Collection[int]], *,
+    seed: int, size: int, num_inference_steps: int, guidance_scale: float, batch_size: int, device: torch.device,
+    limit: float | None = None,
+) -> list[dict]:  # fmt: skip
+    """The transformer's keyword arguments in the `used` steps of drawing the prompts, on the CPU; of the n-th batch of
+    prompts in used(n), if that is a function.
+
+    Each call gets one entry more, "weight": the length of its step in sigma times the number of steps, since an error
+    of the velocity enters the picture times that length. The pipeline is on the CPU before and after; nothing is
+    decoded. On CUDA no more than `limit` bytes are taken, by default what is free.
+    """
+    texts, pooled = _encode(pipe, prompts, device)
+    pipe.vae.to(device)  # the pipeline computes where its first component is
+    tokens = (size // (2 * pipe.vae_scale_factor)) ** 2 + texts.shape[1]
+    calls = []
+    with (
+        _placed(pipe.transformer, tokens, batch_size, device, limit) as count,
+        tqdm(total=len(prompts), desc="teacher", unit="image") as bar,
+    ):
+        for batch, start in enumerate(range(0, len(prompts), count)):
+            steps = sorted(used(batch) if callable(used) else used)
+            part = slice(start, min(start + count, len(prompts)))
+            noise = initial_noise(pipe, range(seed + part.start, seed + part.stop), size, pipe.transformer.dtype)
+            with record_inputs(pipe.transformer, steps.__contains__) as found:
+                sample_latents(
+                    pipe, noise.to(device), size=size, num_inference_steps=num_inference_steps,
+                    guidance_scale=guidance_scale, prompt_embeds=texts[part].to(device),
+                    pooled_prompt_embeds=pooled[part].to(device),
+                )  # fmt: skip
+            lengths = (pipe.scheduler.sigmas[:-1] - pipe.scheduler.sigmas[1:]).abs().tolist()
+            for step, call in zip(steps, found, strict=True):
+                calls.append(call | {"weight": lengths[step] * num_inference_steps})
+            bar.update(part.stop - part.start)
+    pipe.vae.to(CPU)
+    empty_cache(device)
+    return calls
 
 
 # -------------------------------------------------------------------------------------------------- the two streams
