@@ -126,7 +126,7 @@ STEPS = (
     ),
     Step(
         "cache", "python train.py --input_model_filename {model} --do_train False --output_dir {work}/cache_run "
-        + CACHE, clears=("cache", "cache_run"), holds={"cache/train": (0.2e9, 4e6), "cache/eval": (0.1e9, 2e6)},
+        + CACHE, clears=("cache", "cache_run"), holds={"cache/**/*.safetensors": (0.2e9, 1e6)},
     ),
     Step(
         "lora_killed", LORA, clears=("lora",), reads=("cache",), kill="lora/train/checkpoint-{save_steps}", peak=32,
@@ -357,7 +357,7 @@ class Stage:
         return str(self.work / self.fill(text))  # an absolute path stays one
 
     def find(self, text: str) -> list[Path]:
-        return [Path(path) for path in sorted(glob.glob(self.path(text)))]
+        return [Path(path) for path in sorted(glob.glob(self.path(text), recursive=True))]
 
     def remove(self, texts: tuple[str, ...]) -> None:
         for text in texts:
