@@ -43,9 +43,11 @@ from diffusers import FluxPipeline
 from transformers.trainer_utils import get_last_checkpoint
 
 from models.modeling_flux_quant import is_quantized
+from models.trained import BASE, describe_base
 from utils.checkpoints import bits_name, check_shapes, load_quantized_model, load_student, transformer_folder
 from utils.datautils import OnlineTeacher, TeacherSettings, Trajectories, fill_cache
-from utils.folders import check_disk, whole_folder
+from utils.folders import whole_folder
+from utils.plan import LARGE
 from utils.process_args import process_args
 from utils.prompts import pick_prompts
 from utils.sampling import load_pipeline, native_size
@@ -224,18 +226,22 @@ def main() -> None:
         gc.collect()
         empty_cache(device)
     torch.manual_seed(training_args.seed)  # of the LoRA's start
-    # A checkpoint holds what was trained in fp32; the pipeline's own weights are no finer than its dtype.
+    # A whole checkpoint holds what was trained in fp32; the pipeline's own weights are no finer than its dtype.
     dtype = pick_dtype(training_args, device)
-    load_dtype = dtype if checkpoint is None else torch.float32
+    load_dtype = torch.float32 if checkpoint is not None and not (checkpoint / BASE).is_file() else dtype
     student = load_quantized_model(model_args, training_args, checkpoint, model_args.w_bits[0], load_dtype)
     choose_parameters(student, model_args, training_args.clip_learning_rate, frozen_dtype=dtype)
     if start is not None:  # now that what is trained is in fp32
         student.start_from(start)
     del start
+    large = student.num_parameters() >= LARGE
+    packed = large if model_args.pack is None else model_args.pack
+    compiled = training_args.compile_blocks
+    base = describe_base(student, model_args.input_model_filename, model_args.start_from)
     if training_args.gradient_checkpointing or getattr(training_args, "activation_checkpointing", False):
         student.enable_gradient_checkpointing()  # diffusers' own; Trainer would look for transformers'
         training_args.gradient_checkpointing = training_args.activation_checkpointing = False
-    if training_args.compile_blocks:
+    if large and device.type == "cuda" if compiled is None else compiled:
         student.compile_repeated_blocks()
         if teacher is not None:
             teacher.compile_repeated_blocks()
@@ -248,7 +254,7 @@ def main() -> None:
         student, training_args, train_data, eval_data, eval_pipe, settings,
         num_images=min(data_args.num_images, len(eval_data.prompts)),
         num_final_images=min(data_args.num_final_images or data_args.num_images, len(eval_data.prompts)),
-        window=window, teacher=teacher,
+        window=window, teacher=teacher, base=base,
     )  # fmt: skip
     if main_process:
         trained = sum(p.numel() for p in trainer.trained())
@@ -271,14 +277,8 @@ def main() -> None:
     # 4. The result.
     if main_process:
         output = Path(model_args.output_model_local_path)
-        with trainer.averaged_weights():
-            check_disk(output, sum(p.numel() * p.element_size() for p in student.parameters()), "the trained model")
-            with whole_folder(output) as partial:
-                trainer.save_transformer(partial)
-        if model_args.pack:
-            packed = load_student(output, dtype)
-            with whole_folder(output) as partial:
-                packed.save_pretrained(partial)
+        with trainer.averaged_weights(), whole_folder(output) as partial:
+            trainer.save_result(partial, packed=packed, dtype=dtype)
         summary = summarize(trainer, seconds, result.global_step - first_step)
         (Path(training_args.output_dir) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         save_curves(Path(training_args.output_dir))

@@ -265,13 +265,14 @@ def init_clip_val(weight: Tensor, num_bits: int, method: str = "mse", layerwise:
 
 
 class Fp32Parameters(nn.Module):
-    """Keeps the parameters named in `_fp32_parameters` in fp32 whatever the module is cast to."""
+    """Keeps the parameters and buffers named in `_fp32_parameters` in fp32 whatever the module is cast to."""
 
     _fp32_parameters: tuple[str, ...] = ()
 
     def _apply(self, fn, recurse=True):
         # .to(), .half() and the like end here. Rounding α to bf16 would move every threshold of its row.
-        kept = [p for name, p in self.named_parameters(recurse=False) if name in self._fp32_parameters]
+        own = (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False))
+        kept = [tensor for name, tensor in own if name in self._fp32_parameters]
         kept += [p.grad for p in kept if p.grad is not None]
 
         def move_only(tensor):
@@ -291,7 +292,7 @@ class QuantizeLinear(Fp32Parameters, nn.Linear):
     to; `w_bits` of 16 and above has none and is nn.Linear. ValueError on unsupported `w_bits` or `clip_init`.
     """
 
-    _fp32_parameters = ("weight_clip_val",)
+    _fp32_parameters = ("weight_clip_val", "frozen_clip_val")
 
     def __init__(
         self,
@@ -326,23 +327,24 @@ class QuantizeLinear(Fp32Parameters, nn.Linear):
 
     def reset_quantizer(self, name: str = "") -> None:
         """Make anew, on the weight's device, the parameters that quantization adds to nn.Linear's."""
-        self.register_buffer("frozen_codes", None, persistent=False)
+        self._buffers.pop("frozen_clip_val", None)
         self.reset_clip_val(name)
 
-    @torch.no_grad()
-    def freeze_codes(self) -> None:
-        """Keep the codes as they are now, whatever becomes of the weight and of the step sizes.
+    @property
+    def frozen(self) -> Tensor | None:
+        """The step sizes [out, 1] at which the codes were frozen, None while they are free."""
+        return self._buffers.get("frozen_clip_val")
 
-        `frozen_codes` [out, in] (int8) then hold them, a byte a weight; the weight's gradient is zero from here on.
+    @torch.no_grad()
+    def freeze_codes(self, alpha: Tensor | None = None) -> None:
+        """Keep the codes as they are now, or as they are at step sizes `alpha`, whatever becomes of the step sizes.
+
+        They are found again from the weight, which gets a gradient of zero from here on and is to stay as it is: kept
+        beside it, FLUX.1-dev's would be another 12 GB.
         """
         if self.w_bits < FULL_PRECISION_BITS:
-            self.frozen_codes = quantize_codes(self.effective_weight(), self.weight_clip_val, self.w_bits)
-
-    @torch.no_grad()
-    def settle(self) -> None:
-        """Make the weight one that quantizes to the frozen codes, if they are frozen: what it quantizes to."""
-        if self.frozen_codes is not None:
-            self.weight.copy_(self.quantized_weight())
+            alpha = self.weight_clip_val.detach().clone() if alpha is None else alpha
+            self.register_buffer("frozen_clip_val", alpha, persistent=False)
 
     @torch.no_grad()
     def reset_clip_val(self, name: str = "") -> None:
@@ -366,11 +368,13 @@ class QuantizeLinear(Fp32Parameters, nn.Linear):
 
     def quantized_weight(self) -> Tensor:
         """What comes out of the quantizer and is multiplied with, [out, in]."""
-        if self.frozen_codes is not None:
-            n, s = code_grid(self.w_bits)
-            levels = (self.frozen_codes + s) / n
-            # DDP waits for a gradient of every parameter
-            return levels * self.weight_clip_val.clamp(min=ALPHA_FLOOR) + 0 * self.effective_weight()
+        if self.frozen is not None:
+            with torch.no_grad():
+                step = self.frozen.clamp(min=ALPHA_FLOOR)
+                levels = _levels(_widen(self.effective_weight()) / step, self.w_bits, self.w_bits in (0, 2))
+            # DDP waits for a gradient of every parameter.
+            nothing = sum(0 * p[0, 0] for p in self.parameters(recurse=False) if p.ndim == 2 and p.requires_grad)
+            return levels * self.weight_clip_val.clamp(min=ALPHA_FLOOR) + nothing
         return quantize(self.effective_weight(), self.weight_clip_val, self.w_bits, self.weight_layerwise)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -403,7 +407,7 @@ class LoRAQuantizeLinear(QuantizeLinear):
     ValueError on a negative or fractional rank.
     """
 
-    _fp32_parameters = ("weight_clip_val", "lora_A", "lora_B")
+    _fp32_parameters = ("weight_clip_val", "frozen_clip_val", "lora_A", "lora_B")
 
     def __init__(
         self,
@@ -432,12 +436,6 @@ class LoRAQuantizeLinear(QuantizeLinear):
             fp32 = {"dtype": torch.float32, "device": self.weight.device}
             self.lora_A = nn.Parameter(0.01 * torch.randn(self.out_features, self.lora_r, **fp32))
             self.lora_B = nn.Parameter(torch.zeros(self.lora_r, self.in_features, **fp32))
-
-    @torch.no_grad()
-    def settle(self) -> None:
-        super().settle()
-        if self.frozen_codes is not None and self.lora_B is not None:
-            self.lora_B.zero_()
 
     def effective_weight(self) -> Tensor:
         if self.lora_A is None:

@@ -29,6 +29,7 @@ import train
 from models.modeling_flux_quant import FluxTransformer2DModel
 from models.utils_quant import QuantizeLinear
 from utils import scenes
+from utils.checkpoints import load_student
 from utils.utils import run_script
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +39,7 @@ FLAGS = f"""
 --per_device_train_batch_size 2 --max_steps {STEPS} --logging_steps 1 --save_steps 2 --report_to none
 --disable_tqdm True
 """
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS, PACKED = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-00001-of-00001.safetensors"
 FINISHED = ["--ema_decay", 0.5, "--save_steps", 1, "--eval_steps", 3]
 CHECKPOINT = ["config.json", WEIGHTS, "settings.json", "trainer_state.json", "training_state.safetensors"]
 
@@ -181,6 +182,89 @@ def test_the_packed_student_holds_the_codes_that_were_trained(call, tmp_path):
         not torch.equal(rounded.get_submodule(name).quantized_weight() == 0, layer.quantized_weight() == 0)
         for name, layer in layers.items()
     )
+
+
+LORA = ["--lora_r", 2, "--lora_alpha", 2, "--bf16", True, "--learning_rate", 0.02]
+
+
+@pytest.mark.parametrize("freeze", [0, 0.5])
+def test_a_lora_leaves_checkpoints_of_what_was_trained(freeze, call, pipeline_folder, tmp_path, monkeypatch):
+    """Less than the moments together; from_pretrained, load_student and the packed result agree, bit for bit, although
+    weights in bfloat16, LoRA, step sizes and frozen codes come from different places."""
+    flags = [*LORA, "--freeze_codes", freeze, "--teacher_cache", tmp_path / "cache"]
+    assert call(*flags, "--pack", True).returncode == 0
+    folder = tmp_path / "out/checkpoint-4"
+    parameters = dict(FluxTransformer2DModel.from_pretrained(folder).named_parameters())
+    assert not (folder / WEIGHTS).exists()
+    held = load_file(folder / "trained.safetensors")
+    in_blocks = {n for n in parameters if n.endswith(".weight") and parameters[n].ndim == 2 and "_blocks." in n}
+    assert {name for name in held if "frozen" not in name} == set(parameters) - in_blocks
+    assert any("frozen" in name for name in held) == (freeze > 0)
+    assert {tensor.dtype for tensor in held.values()} == {torch.float32}
+
+    def searched(*args, **kwargs):
+        raise AssertionError("the step sizes are in the checkpoint")
+
+    monkeypatch.setattr("models.utils_quant._two_level_optimum", searched)
+    packed = FluxTransformer2DModel.from_pretrained(tmp_path / "local/models/model", dtype=torch.bfloat16)
+    student = load_student(folder, torch.bfloat16)
+    trained = FluxTransformer2DModel.from_pretrained(folder)
+    for name, tensor in packed.state_dict().items():
+        assert torch.equal(student.state_dict()[name], tensor), name
+    for name, layer in trained.named_modules():
+        if isinstance(layer, QuantizeLinear):
+            assert torch.equal(packed.get_submodule(name).dequantize(), layer.quantized_weight())
+    settled = call(*flags, "--pack", False, "--output_model_filename", "whole")
+    assert settled.returncode == 0, settled.stderr
+    whole = FluxTransformer2DModel.from_pretrained(tmp_path / "local/models/whole")
+    for name, layer in whole.named_modules():
+        if isinstance(layer, QuantizeLinear):
+            assert torch.equal(layer.quantized_weight() == 0, packed.get_submodule(name).dequantize() == 0)
+
+
+def test_a_lora_goes_on_from_its_checkpoint(call, tmp_path):
+    """In its free steps and in those with frozen codes."""
+    flags = [*LORA, "--freeze_codes", 0.5, "--max_steps", 8, "--save_steps", 1, "--save_total_limit", 9, "--pack", True]
+    flags += ["--teacher_cache", tmp_path / "cache"]
+    whole = call(*flags, folder=tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    for step in (2, 4, 6):
+        folder = tmp_path / f"from-{step}"
+        shutil.copytree(tmp_path / "whole/out", folder / "out")
+        for later in range(step + 1, 9):
+            shutil.rmtree(folder / f"out/checkpoint-{later}")
+        again = call(*flags, folder=folder)
+        assert again.returncode == 0, again.stderr
+        first, second = (load_file(run / "local/models/model" / PACKED) for run in (folder, tmp_path / "whole"))
+        assert all(torch.equal(first[name], second[name]) for name in first | second)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda c: (c / "base.json").write_text("{"), "base.json: cannot be read .*; go on from another checkpoint"),
+        (lambda c: edit(c / "base.json", model="/no/where"), "base.json: the base /no/where cannot be read"),
+        (lambda c: edit(c / "base.json", sha256="0"), "base.json: .* holds other weights than it was trained on"),
+        (lambda c: (c / "trained.safetensors").write_bytes(b"0"), "trained.safetensors: cannot be read"),
+    ],
+)
+def test_a_checkpoint_without_its_base_is_named(damage, message, lora_run, tmp_path):
+    shutil.copytree(lora_run, tmp_path / "checkpoint")
+    damage(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=message):
+        FluxTransformer2DModel.from_pretrained(tmp_path / "checkpoint")
+
+
+def edit(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.fixture(scope="module")
+def lora_run(command, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("lora")
+    flags = ["--lora_r", 2, "--max_steps", 1, "--save_steps", 1, "--eval_strategy", "no", "--eval_on_start", False]
+    assert start(command(folder, *flags)).returncode == 0
+    return folder / "out/checkpoint-1"
 
 
 def test_training_starts_from_the_codes_of_a_one_shot(call, start, pipeline_folder, tmp_path):

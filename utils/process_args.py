@@ -47,8 +47,12 @@ class ModelArguments:
     trained: str | None = field(
         default=None, metadata={"help": "sanity.py: a trained student's folder, drawn as the last row"}
     )
-    pack: bool = field(
-        default=False, metadata={"help": "save codes instead of weights: a tenth of the size, for inference only"}
+    pack: bool | None = field(
+        default=None,
+        metadata={
+            "help": "save codes instead of weights: a tenth of the size, for inference only; train.py's default: for "
+            "models of a billion parameters and more"
+        },
     )
 
     @property
@@ -88,6 +92,10 @@ class DataArguments:
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     output_dir: str = field(default="output", metadata={"help": "samples, checkpoints and caches go here"})
+    torch_compile: bool | None = field(
+        default=None,
+        metadata={"help": "compile the blocks; default: on CUDA for models of a billion parameters and more"},
+    )
     bf16: bool | None = field(
         default=None, metadata={"help": "compute in bfloat16; default: on CUDA, unless --fp16 True"}
     )

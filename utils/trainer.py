@@ -6,14 +6,16 @@ Trainer keeps the loop, DDP, gradient accumulation, schedules and logging; here 
 the codes that stay for the last `freeze_codes` of the steps, evaluation against the teacher, and checkpoints that hold
 safetensors and JSON only:
 
-    checkpoint-N/config.json, *.safetensors    the transformer, for FluxTransformer2DModel.from_pretrained
-    checkpoint-N/training_state.safetensors    the optimizer's moments; with --ema_decay also the weights not averaged
+    checkpoint-N/config.json, *.safetensors    the transformer, or of a frozen one what was trained (models/trained.py),
+                                               for FluxTransformer2DModel.from_pretrained
+    checkpoint-N/training_state*.safetensors   the optimizer's moments; with --ema_decay also the weights not averaged
     checkpoint-N/trainer_state.json            Trainer's log and counters
     checkpoint-N/settings.json                 what a resumed run must agree with
 
 No random number is drawn while training (data order follows from seed and epoch), so there is no generator to save.
 """
 
+import importlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -25,14 +27,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 from diffusers import FluxPipeline
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tqdm import tqdm
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
+from models.trained import Shards, frozen_names, save_packed, save_shards, save_trained, save_whole
 from utils import scenes
 from utils.datautils import ShuffledSamples, Trajectories, collate, rebuild_latents, split_batch
 from utils.folders import check_disk, whole_folder
@@ -47,6 +49,7 @@ from matplotlib import pyplot  # noqa: E402 (the backend is to be chosen first)
 log = get_logger("train")
 THIRDS = ("early", "middle", "late")  # of the denoising steps: noise first, details last
 ERROR_FLOOR = 1e-12  # of a sample; the gradient of a power below 1 has a pole at zero
+STATE = "training_state"
 ONLINE_WINDOW = 16  # trajectories kept at a time when there is no teacher cache
 
 
@@ -105,6 +108,7 @@ class FluxQATTrainer(transformers.Trainer):
     eval_data   held-out prompts; the first num_images are used, in the last evaluation the first num_final_images
     settings    what a resumed run must agree with, JSON-able
     teacher     the full-precision transformer, for feature_loss
+    base        where frozen parameters come from (see trained.describe_base); checkpoints leave them out then
     """
 
     def __init__(
@@ -119,10 +123,11 @@ class FluxQATTrainer(transformers.Trainer):
         num_final_images: int,
         window: int | None = None,
         teacher: nn.Module | None = None,
+        base: dict | None = None,
     ):
         if args.feature_loss and teacher is None:
             raise ValueError("feature_loss needs the teacher")
-        self.eval_pipe, self.settings, self.teacher = eval_pipe, settings, teacher
+        self.eval_pipe, self.settings, self.teacher, self.base = eval_pipe, settings, teacher, base
         self.num_images, self.num_final_images = num_images, num_final_images
         self.sampler = ShuffledSamples(len(train_data.prompts), train_data.steps, args.seed, window, args.early_share)
         self.folder = Path(args.output_dir)
@@ -375,39 +380,58 @@ class FluxQATTrainer(transformers.Trainer):
             if self.average is not None:
                 tensors |= {f"weights.{i}": p.detach().clone() for i, p in enumerate(self.trained())}
             schedule = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
-            size = sum(t.numel() * t.element_size() for t in [*self.model.state_dict().values(), *tensors.values()])
-            check_disk(folder, size, "the checkpoint")
+            check_disk(folder, self.checkpoint_bytes(), "the checkpoint")
             with whole_folder(folder) as partial, self.averaged_weights():
                 self.save_transformer(partial)
                 metadata = {"optimizer": json.dumps(others), "scheduler": json.dumps(schedule)}
-                save_file(tensors, partial / "training_state.safetensors", metadata)
+                save_shards(tensors.items(), partial, STATE, metadata)
                 (partial / "settings.json").write_text(json.dumps(self.settings, indent=2) + "\n")
                 self.state.save_to_json(str(partial / "trainer_state.json"))
             rotate_checkpoints(str(self.folder), self.args.save_total_limit, use_mtime=True)
         self.accelerator.wait_for_everyone()
         self.aside += time.time() - started
 
-    def save_transformer(self, folder: Path) -> None:
+    def checkpoint_bytes(self) -> int:
+        """What a checkpoint takes on disk: what it holds of the model, in fp32 moments as large again, the average."""
+        left = set(frozen_names(self.model)) if self.base is not None else set()
+        kept = sum(p.numel() * p.element_size() for n, p in self.model.named_parameters() if n not in left)
+        moments = sum(
+            t.numel() * t.element_size()
+            for entries in getattr(self.optimizer, "optimizer", self.optimizer).state.values()
+            for t in entries.values()
+            if isinstance(t, Tensor)
+        )
+        trained = sum(p.numel() * p.element_size() for p in self.trained())
+        return kept + moments + trained * (self.average is not None)
+
+    def save_transformer(self, folder: Path | None) -> None:
         """The transformer as it stands, for from_pretrained."""
-        for layer in quantized_layers(self.model):
-            layer.settle()
-        self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(folder)
+        if self.base is None:
+            save_whole(self.model, folder)
+        else:
+            save_trained(self.model, folder, self.base)
+
+    def save_result(self, folder: Path | None, packed: bool, dtype: torch.dtype) -> None:
+        """The trained model, whole and to go on with, or packed with the rest of it in `dtype`."""
+        if packed:
+            save_packed(self.model, folder, dtype)
+        else:
+            save_whole(self.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         """The transformer was made from the checkpoint already; here come its parameters before averaging."""
         if self.average is not None:
-            with safe_open(Path(resume_from_checkpoint) / "training_state.safetensors", "pt") as file, torch.no_grad():
+            state = Shards(Path(resume_from_checkpoint), STATE)
+            with torch.no_grad():
                 for i, (parameter, average) in enumerate(zip(self.trained(), self.average, strict=True)):
                     average.copy_(parameter)
-                    parameter.copy_(file.get_tensor(f"weights.{i}"))
+                    parameter.copy_(state[f"weights.{i}"])
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        with safe_open(Path(checkpoint) / "training_state.safetensors", "pt") as file:
-            metadata = file.metadata()
-            names = [name for name in file.keys() if name.startswith("optimizer.")]  # noqa: SIM118
-            load_optimizer(optimizer, {n: file.get_tensor(n) for n in names}, json.loads(metadata["optimizer"]))
-        schedule = json.loads(metadata["scheduler"])
+        state = Shards(Path(checkpoint), STATE)
+        load_optimizer(optimizer, state, json.loads(state.metadata["optimizer"]))
+        schedule = json.loads(state.metadata["scheduler"])
         if "lr_lambdas" in self.lr_scheduler.state_dict():
             schedule["lr_lambdas"] = [None] * len(optimizer.param_groups)
         self.lr_scheduler.load_state_dict(schedule)
@@ -435,8 +459,16 @@ class _Freeze(transformers.TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if args.freeze_codes and state.global_step >= self.trainer.freeze_at(state.max_steps):
             for layer in quantized_layers(self.trainer.model):
-                if layer.frozen_codes is None:
+                if layer.frozen is None:
                     layer.freeze_codes()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """What the frozen codes are found from has to stay where it is: momentum and decay would move it on."""
+        for layer in quantized_layers(self.trainer.model):
+            if layer.frozen is not None:
+                for name in ("weight", "lora_A", "lora_B"):
+                    if getattr(layer, name, None) is not None:
+                        getattr(layer, name).grad = None
 
 
 class _TensorBoard(TensorBoardCallback):
@@ -505,30 +537,80 @@ def first_non_finite(model: nn.Module, inputs: dict[str, Tensor]) -> str | None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
-    """Its state as tensors "optimizer.INDEX.NAME" and the rest, JSON-able."""
+    """Its state as tensors "optimizer.INDEX.NAME" and the rest, JSON-able.
+
+    Quantized moments are tensors made of tensors (torchao) or dicts of tensors (bitsandbytes): their parts are kept,
+    and of the former what puts them together.
+    """
+    tensors, others = {}, {"numbers": {}, "wrapped": {}}
+
+    def keep(key: str, value) -> None:
+        if isinstance(value, dict):
+            for name, part in value.items():
+                keep(f"{key}.{name}", part)
+        elif isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
+            parts, context = value.__tensor_flatten__()
+            others["wrapped"][key] = [type(value).__name__, *map(_plain, context)]
+            for name in parts:
+                keep(f"{key}.{name}", getattr(value, name))
+        elif isinstance(value, Tensor):
+            tensors[f"optimizer.{key}"] = value
+        else:
+            others["numbers"][key] = value
+
     state = optimizer.state_dict()
-    tensors, numbers = {}, {}
     for index, entries in state["state"].items():
-        for name, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value.contiguous()
-            else:
-                numbers[f"{index}.{name}"] = value
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
-    return tensors, {"numbers": numbers, "groups": groups}
+        keep(str(index), entries)
+    others["groups"] = [
+        {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
+        for group in state["param_groups"]
+    ]
+    return tensors, others
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], others: dict) -> None:
+def _plain(value):
+    """A dtype by its name, a size as a list, anything else as it is."""
+    if isinstance(value, torch.dtype):
+        return str(value)
+    return list(value) if isinstance(value, torch.Size | tuple) else value
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Shards, others: dict) -> None:
     """Put back what optimizer_state took out."""
-    state: dict[int, dict] = {}
-    entries = {name.removeprefix("optimizer."): tensor for name, tensor in tensors.items()} | others["numbers"]
-    for key, value in entries.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": [new | old for new, old in zip(groups, others["groups"], strict=True)]}
-    )
+    nested: dict = {}
+    entries = {name.removeprefix("optimizer."): tensors[name] for name in tensors if name.startswith("optimizer.")}
+    for key, value in (entries | others["numbers"]).items():
+        *path, last = key.split(".")
+        place = nested
+        for name in path:
+            place = place.setdefault(name, {})
+        place[last] = value
+    for key, (kind, *context) in others["wrapped"].items():
+        *path, last = key.split(".")
+        place = nested
+        for name in path:
+            place = place[name]
+        context = [getattr(torch, c[6:]) if str(c).startswith("torch.") else c for c in context]
+        place[last] = _quantized_state(kind).__tensor_unflatten__(place[last], context)
+    fresh = optimizer.state_dict()["param_groups"]
+    groups = [new | old for new, old in zip(fresh, others["groups"], strict=True)]
+    for group, new in zip(groups, fresh, strict=True):
+        for name, value in new.items():
+            if isinstance(value, Tensor):  # torchao keeps the learning rate as one
+                group[name] = torch.full_like(value, group[name])
+    optimizer.load_state_dict({"state": {int(i): entries for i, entries in nested.items()}, "param_groups": groups})
+
+
+def _quantized_state(kind: str) -> type:
+    """torchao's class of quantized moments of that name; ValueError if there is none."""
+    try:
+        for module in ("subclass_8bit", "subclass_4bit", "subclass_fp8"):
+            found = getattr(importlib.import_module(f"torchao.optim.{module}"), kind, None)
+            if found is not None:
+                return found
+    except ImportError as error:
+        raise ValueError(f"the checkpoint's optimizer is torchao's, which cannot be imported ({error})") from None
+    raise ValueError(f"the checkpoint's optimizer keeps {kind}, which this torchao does not have; install another")
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
