@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.lora_kernel import compose, works_on
+
 FULL_PRECISION_BITS = 16  # from here on there is no quantizer
 ALPHA_FLOOR = 1e-5  # keeps w/α finite, as published
 CLIP_INITS = ("mse", "max")
@@ -366,8 +368,16 @@ class QuantizeLinear(Fp32Parameters, nn.Linear):
         """What goes into the quantizer, [out, in]."""
         return self.weight
 
-    def quantized_weight(self) -> Tensor:
-        """What comes out of the quantizer and is multiplied with, [out, in]."""
+    def code_source(self) -> tuple[Tensor, Tensor]:
+        """A matrix [out, in] and step sizes of which quantize_codes makes the codes of this layer."""
+        return self.effective_weight(), self.weight_clip_val if self.frozen is None else self.frozen
+
+    def quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """What comes out of the quantizer and is multiplied with, [out, in]; fp32 or as the weight, or in `dtype`."""
+        weight = self._quantized_weight()
+        return weight if dtype is None else weight.to(dtype)
+
+    def _quantized_weight(self) -> Tensor:
         if self.frozen is not None:
             with torch.no_grad():
                 step = self.frozen.clamp(min=ALPHA_FLOOR)
@@ -378,8 +388,10 @@ class QuantizeLinear(Fp32Parameters, nn.Linear):
         return quantize(self.effective_weight(), self.weight_clip_val, self.w_bits, self.weight_layerwise)
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.quantized_weight().to(input.dtype)
-        return F.linear(input, weight, None if self.bias is None else self.bias.to(input.dtype))
+        kind = input.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+        weight = self.quantized_weight(dtype)
+        return F.linear(input.to(dtype), weight, None if self.bias is None else self.bias.to(dtype))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, w_bits={self.w_bits}"
@@ -448,6 +460,23 @@ class LoRAQuantizeLinear(QuantizeLinear):
             # hook on the parameters it survives copying, materialising and loading them.
             update = _ScaleGradient.apply(update, self.weight_clip_val.detach().mean())
         return self.weight + update
+
+    def _fused(self) -> bool:
+        return self.lora_A is not None and self.w_bits < FULL_PRECISION_BITS and works_on(self.weight, self.lora_r)
+
+    def code_source(self) -> tuple[Tensor, Tensor]:
+        # What the kernel makes: A @ B of another kernel may put a weight on a threshold's other side.
+        return (self.quantized_weight(), self.weight_clip_val) if self._fused() else super().code_source()
+
+    def quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        if not self._fused():
+            return super().quantized_weight(dtype)
+        low, high, n, s, qp = _grid(self.w_bits, stretched=self.w_bits in (0, 2))
+        return compose(
+            self.weight, self.lora_A, self.lora_B, self.weight_clip_val, self.frozen, self.scaling,
+            [float(low), float(high), n, s], self.w_bits == 1, ALPHA_FLOOR, self.weight.numel() * qp, self.scale_aware,
+            dtype or torch.float32,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, lora_r={self.lora_r}"

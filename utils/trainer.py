@@ -383,7 +383,7 @@ class FluxQATTrainer(transformers.Trainer):
             check_disk(folder, self.checkpoint_bytes(), "the checkpoint")
             with whole_folder(folder) as partial, self.averaged_weights():
                 self.save_transformer(partial)
-                metadata = {"optimizer": json.dumps(others), "scheduler": json.dumps(schedule)}
+                metadata = {"optimizer": json.dumps(others), "scheduler": json.dumps(schedule, default=Tensor.item)}
                 save_shards(tensors.items(), partial, STATE, metadata)
                 (partial / "settings.json").write_text(json.dumps(self.settings, indent=2) + "\n")
                 self.state.save_to_json(str(partial / "trainer_state.json"))
