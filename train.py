@@ -34,6 +34,7 @@ import gc
 import hashlib
 import importlib.util
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import diffusers
@@ -51,7 +52,14 @@ from utils.plan import LARGE
 from utils.process_args import process_args
 from utils.prompts import pick_prompts
 from utils.sampling import load_pipeline, native_size
-from utils.trainer import ONLINE_WINDOW, FluxQATTrainer, choose_parameters, restore_metrics, save_curves
+from utils.trainer import (
+    ONLINE_WINDOW,
+    FluxQATTrainer,
+    choose_parameters,
+    compile_blocks,
+    restore_metrics,
+    save_curves,
+)
 from utils.utils import device_name, empty_cache, get_logger, pick_dtype, run_script
 
 log = get_logger("train")
@@ -230,7 +238,8 @@ def main() -> None:
     dtype = pick_dtype(training_args, device)
     load_dtype = torch.float32 if checkpoint is not None and not (checkpoint / BASE).is_file() else dtype
     student = load_quantized_model(model_args, training_args, checkpoint, model_args.w_bits[0], load_dtype)
-    choose_parameters(student, model_args, training_args.clip_learning_rate, frozen_dtype=dtype)
+    frozen_dtype = torch.float32 if training_args.fsdp else dtype  # FSDP2 spreads parameters of one dtype
+    choose_parameters(student, model_args, training_args.clip_learning_rate, frozen_dtype)
     if start is not None:  # now that what is trained is in fp32
         student.start_from(start)
     del start
@@ -242,9 +251,9 @@ def main() -> None:
         student.enable_gradient_checkpointing()  # diffusers' own; Trainer would look for transformers'
         training_args.gradient_checkpointing = training_args.activation_checkpointing = False
     if large and device.type == "cuda" if compiled is None else compiled:
-        student.compile_repeated_blocks()
+        compile_blocks(student, spread=bool(training_args.fsdp))
         if teacher is not None:
-            teacher.compile_repeated_blocks()
+            compile_blocks(teacher)
     eval_pipe = FluxPipeline(**{**pipe.components, "transformer": student.to(device)})
     eval_pipe.vae.to(device)
 
@@ -275,10 +284,10 @@ def main() -> None:
         trainer.evaluate()
 
     # 4. The result.
+    output = Path(model_args.output_model_local_path)
+    with trainer.averaged_weights(), whole_folder(output) if main_process else nullcontext() as partial:
+        trainer.save_result(partial, packed=packed, dtype=dtype)
     if main_process:
-        output = Path(model_args.output_model_local_path)
-        with trainer.averaged_weights(), whole_folder(output) as partial:
-            trainer.save_result(partial, packed=packed, dtype=dtype)
         summary = summarize(trainer, seconds, result.global_step - first_step)
         (Path(training_args.output_dir) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         save_curves(Path(training_args.output_dir))

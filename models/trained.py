@@ -36,8 +36,15 @@ SHARD_BYTES = 2 * 10**9
 # -------------------------------------------------------------------------------------------------------- shards
 
 
-def save_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, stem: str, metadata: dict | None = None) -> None:
-    """Write named tensors as stem.safetensors, or in shards with an index as diffusers does, holding one at a time."""
+def save_shards(
+    tensors: Iterable[tuple[str, Tensor]], folder: Path | None, stem: str, metadata: dict | None = None
+) -> None:
+    """Write named tensors as stem.safetensors, or in shards with an index as diffusers does, holding one at a time.
+
+    `folder` is None on ranks that only help to gather them.
+    """
+    if folder is None:
+        return _drain(tensors)
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     total = size = 0
@@ -157,18 +164,17 @@ def packed_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, 
             yield prefix + name, tensor if kept else tensor.to(dtype)
 
 
-def save_config(model: nn.Module, folder: Path, **changes) -> dict:
+def save_config(model: nn.Module, folder: Path | None, **changes) -> dict:
     """Write config.json, with `changes`; returns what stands there as settings."""
     config = json.loads(model.to_json_string())
     config |= {"_class_name": config["_class_name"].removeprefix("FSDP"), **changes}  # FSDP2 changes the model's class
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if folder is not None:
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return config
 
 
 def save_whole(model: nn.Module, folder: Path | None) -> None:
     """The model for from_pretrained. `folder` is None on the ranks that do not write, here and below."""
-    if folder is None:
-        return _drain(whole_tensors(model))
     save_config(model, folder)
     save_shards(whole_tensors(model), folder, "diffusion_pytorch_model")
 
@@ -185,11 +191,10 @@ def save_packed(model: nn.Module, folder: Path | None, dtype: torch.dtype) -> No
 
 def save_trained(model: nn.Module, folder: Path | None, base: dict) -> None:
     """What load_trained reads."""
-    if folder is None:
-        return _drain(trained_tensors(model))
     save_config(model, folder)
     save_shards(trained_tensors(model), folder, TRAINED)
-    (folder / BASE).write_text(json.dumps(base, indent=2) + "\n")
+    if folder is not None:
+        (folder / BASE).write_text(json.dumps(base, indent=2) + "\n")
 
 
 def _drain(tensors: Iterable) -> None:

@@ -478,6 +478,54 @@ def test_two_ranks_do_what_one_does_with_the_double_batch(call, command, cache, 
         assert (two_cache / file).read_bytes() == (cache / file).read_bytes()
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--ema_decay", 0.5, "--bf16", True],
+        ["--freeze_codes", 0.5, "--optim", "adamw_torch_8bit", "--gradient_accumulation_steps", 2],
+    ],
+    ids=["average in bf16", "frozen codes in 8 bits"],
+)
+def test_weights_spread_over_two_ranks_are_trained_as_on_one(flags, call, command, cache, run, tmp_path):
+    """And either goes on from a checkpoint of the other, with codes that are frozen by then."""
+    if "adamw_torch_8bit" in flags:
+        pytest.importorskip("torchao")
+    flags = [*flags, "--adam_epsilon", 1e-4, "--save_steps", 1, "--save_total_limit", 9, "--pack", True]
+    flags += ["--num_images", 3, "--per_device_eval_batch_size", 1, "--teacher_cache", tmp_path / "cache"]
+    whole = [*flags, "--per_device_train_batch_size", 4]
+
+    def two(folder: Path):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        result = run(*launch, *command(folder, *flags, "--fsdp", "full_shard"))
+        assert result.returncode == 0, result.stderr
+
+    one = call(*whole, folder=tmp_path / "one")
+    assert one.returncode == 0, one.stderr
+    two(tmp_path / "two")
+    for resume, other in (("one", "two"), ("two", "one")):
+        folder = tmp_path / f"{resume} after {other}"
+        shutil.copytree(tmp_path / other / "out", folder / "out")
+        for step in (4, 3):
+            shutil.rmtree(folder / f"out/checkpoint-{step}")
+        if resume == "one":
+            assert call(*whole, folder=folder).returncode == 0
+        else:
+            two(folder)
+    expected = [line for line in metrics(tmp_path / "one") if "eval_nmse" in line]
+    held = load_file(tmp_path / "one/local/models/model" / PACKED)
+    for name in ("two", "one after two", "two after one"):
+        folder = tmp_path / name
+        assert losses(folder) == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+        found = [line for line in metrics(folder) if "eval_nmse" in line]
+        for line, wanted in zip(found, expected, strict=True):
+            assert line["eval_nmse"] == pytest.approx(wanted["eval_nmse"], rel=1e-3)
+            assert line["eval_psnr"] == pytest.approx(wanted["eval_psnr"], abs=0.05)
+        tensors = load_file(folder / "local/models/model" / PACKED)
+        assert tensors.keys() == held.keys()
+        for key, tensor in tensors.items():
+            assert (tensor.float() - held[key].float()).norm() <= 0.05 * held[key].float().norm(), key
+
+
 # ------------------------------------------------------------------------------------------------------- refusals
 
 

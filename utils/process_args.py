@@ -173,6 +173,8 @@ class TrainingArguments(transformers.TrainingArguments):
             self.dataloader_num_workers = 0 if cpu else min(8, (os.cpu_count() or 1) // ranks)
         self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         super().__post_init__()
+        if self.fsdp:  # accelerate's wrapping by blocks needs their names, which diffusers' models tell it
+            self.fsdp_config.setdefault("version", 2)
         if self.n_gpu > 1:  # started without torchrun on a machine of several GPUs: one of them, not DataParallel
             self._n_gpu = 1
 
