@@ -235,6 +235,10 @@ class TeacherCache(Trajectories):
         key = hashlib.sha256(json.dumps([self.prompts[index], self.seeds[index]]).encode()).hexdigest()[:16]
         return self.folder / f"{key}.safetensors"
 
+    def joined(self, other: "TeacherCache") -> "TeacherCache":
+        """The trajectories of both, which lie in the same folder."""
+        return TeacherCache(self.folder, self.manifest, self.prompts + other.prompts, self.seeds + other.seeds)
+
     def bytes_to_write(self) -> int:
         """How much room the trajectories will take that are not there yet."""
         return trajectory_bytes(self.manifest) * sum(not self.file(i).exists() for i in range(len(self.prompts)))
