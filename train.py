@@ -19,7 +19,7 @@ steps, which decide the layout, `--loss_power` below 1 makes hard samples count 
 of the steps the codes stay, and what is left is trained for them; `--start_from FOLDER` starts from the codes that
 run.py found. It writes
 
-    TEACHER_CACHE/{train,eval}/                      trajectories, shared by all runs with the same teacher
+    LOCAL_DIR/teacher_cache/MODEL-DIGEST/            trajectories, shared by all runs that ask the same of a teacher
     OUTPUT_DIR/eval/step_N/, step-N.png, steps.png   held-out prompts as the student draws them
     OUTPUT_DIR/metrics.jsonl, curves.png             what was measured on the way; tensorboard reads runs/
     OUTPUT_DIR/checkpoint-N/                         to go on from
@@ -30,7 +30,6 @@ run.py found. It writes
 Started again, it goes on from the last checkpoint in OUTPUT_DIR; another OUTPUT_DIR starts anew.
 """
 
-import gc
 import hashlib
 import importlib.util
 import json
@@ -46,12 +45,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from models.modeling_flux_quant import is_quantized
 from models.trained import BASE, describe_base
 from utils.checkpoints import bits_name, check_shapes, load_quantized_model, load_student, transformer_folder
-from utils.datautils import OnlineTeacher, TeacherSettings, Trajectories, fill_cache
+from utils.datautils import OnlineTeacher, TeacherCache, Trajectories, default_folder, fill_cache
 from utils.folders import whole_folder
 from utils.plan import LARGE
 from utils.process_args import process_args
 from utils.prompts import pick_prompts
-from utils.sampling import load_pipeline, native_size
+from utils.sampling import native_size
+from utils.teacher import Teacher, TeacherSettings, prompt_seeds
 from utils.trainer import (
     ONLINE_WINDOW,
     FluxQATTrainer,
@@ -60,10 +60,9 @@ from utils.trainer import (
     restore_metrics,
     save_curves,
 )
-from utils.utils import device_name, empty_cache, get_logger, pick_dtype, run_script
+from utils.utils import device_name, get_logger, pick_dtype, run_script
 
 log = get_logger("train")
-TRAIN_SEED = 1_000_000  # training noise starts from seeds that no evaluation reaches
 
 
 def find_checkpoint(training_args) -> Path | None:
@@ -119,12 +118,18 @@ def run_settings(model_args, training_args, teacher: dict) -> dict:
 
 
 def get_teacher(
-    pipe: FluxPipeline, model_args, data_args, training_args, device: torch.device
+    teacher: Teacher, model_args, data_args, training_args, device: torch.device
 ) -> tuple[Trajectories, Trajectories, int | None]:
-    """Training and held-out trajectories, from the cache or made while training, and the window to shuffle within."""
+    """Training and held-out trajectories, of a cache that is still to be filled or made while training, and the window
+    to shuffle within.
+
+    A held-out prompt's noise goes by its number, as in sanity.py and test.py; a training prompt's by the prompt, so
+    that a list may be changed without all that follows being drawn again.
+    """
     count = max(data_args.num_images, data_args.num_final_images or 0)
-    held_out, source = pick_prompts(pipe, count, data_args.prompts)
-    prompts, train_source = pick_prompts(pipe, data_args.num_train_prompts, data_args.train_prompts, split="train")
+    held_out, source = pick_prompts(teacher.pipe, count, data_args.prompts)
+    number = data_args.num_train_prompts
+    prompts, train_source = pick_prompts(teacher.pipe, number, data_args.train_prompts, split="train")
     both = set(prompts) & set(held_out)
     if both:
         if training_args.should_log:
@@ -137,19 +142,16 @@ def get_teacher(
     if training_args.should_log:
         log.info("%d training prompts: %s; %d held out: %s", len(prompts), train_source, len(held_out), source)
 
-    def settings(seed: int) -> TeacherSettings:
-        size = data_args.resolution or native_size(pipe)
-        return TeacherSettings(size, data_args.num_inference_steps, data_args.guidance_scale, seed)
-
-    name, seed = model_args.input_model_filename, training_args.seed
+    size = data_args.resolution or native_size(teacher.pipe)
+    settings = TeacherSettings(size, data_args.num_inference_steps, data_args.guidance_scale)
+    eval_asked = held_out, range(training_args.seed, training_args.seed + len(held_out))
+    train_asked = prompts, prompt_seeds(prompts, training_args.seed)
     if data_args.teacher_cache == "off":
-        pipe.to(device)
-        train_data = OnlineTeacher(pipe, name, prompts, settings(seed + TRAIN_SEED), ONLINE_WINDOW)
-        return train_data, OnlineTeacher(pipe, name, held_out, settings(seed), len(held_out)), ONLINE_WINDOW
-    cache = Path(data_args.teacher_cache or Path(model_args.local_dir) / "teacher_cache")
-    size = training_args.per_device_eval_batch_size
-    eval_data = fill_cache(cache / "eval", pipe, name, held_out, settings(seed), size, device)
-    return fill_cache(cache / "train", pipe, name, prompts, settings(seed + TRAIN_SEED), size, device), eval_data, None
+        train_data = OnlineTeacher(teacher, settings, *train_asked, ONLINE_WINDOW, device)
+        return train_data, OnlineTeacher(teacher, settings, *eval_asked, len(held_out), device), ONLINE_WINDOW
+    manifest = teacher.describe(settings)
+    folder = data_args.teacher_cache or default_folder(Path(model_args.local_dir) / "teacher_cache", manifest)
+    return *(TeacherCache(folder, manifest, *asked) for asked in (train_asked, eval_asked)), None
 
 
 def summarize(trainer: FluxQATTrainer, seconds: float, steps: int) -> dict:
@@ -207,32 +209,30 @@ def main() -> None:
     main_process = training_args.should_log
 
     # 1. The teacher: its trajectories, cached or to be made on the way.
-    pipe = load_pipeline(model_args.input_model_filename, pick_dtype(training_args, device))
-    if is_quantized(pipe.transformer.config):
+    source = Teacher(model_args.input_model_filename, pick_dtype(training_args, device))
+    if is_quantized(source.config):
         raise ValueError(f"{model_args.input_model_filename}: already quantized; the teacher must be full precision")
     start = None
     if model_args.start_from is not None and checkpoint is None:
         folder = transformer_folder(Path(model_args.start_from))
         start = load_student(folder, torch.float32, w_bits=model_args.w_bits[0])
-        check_shapes(folder, start.config, model_args.input_model_filename, pipe.transformer, "--input_model_filename")
-    train_data, eval_data, window = get_teacher(pipe, model_args, data_args, training_args, device)
+        check_shapes(folder, start.config, model_args.input_model_filename, source, "--input_model_filename")
+    train_data, eval_data, window = get_teacher(source, model_args, data_args, training_args, device)
+    settings = run_settings(model_args, training_args, train_data.description) | {"shuffle_window": window}
+    if checkpoint is not None and training_args.do_train:
+        check_settings(checkpoint, settings)
+    if window is None:
+        size = training_args.per_device_eval_batch_size
+        fill_cache(eval_data.joined(train_data), source, size, device, training_args.compile_blocks)
+    else:  # the teacher lives in this process and draws for it alone
+        training_args.dataloader_num_workers, training_args.dataloader_persistent_workers = 0, False
     if not training_args.do_train:
         return
-    settings = run_settings(model_args, training_args, train_data.description) | {"shuffle_window": window}
-    if checkpoint is not None:
-        check_settings(checkpoint, settings)
 
-    # 2. The student. Only the autoencoder and the scheduler of the pipeline are needed from here on.
-    teacher = pipe.transformer if training_args.feature_loss else None
-    if window is not None:  # the teacher lives in this process and draws for it alone
-        training_args.dataloader_num_workers, training_args.dataloader_persistent_workers = 0, False
-    else:
-        pipe = FluxPipeline(
-            scheduler=pipe.scheduler, vae=pipe.vae, text_encoder=None, tokenizer=None, text_encoder_2=None,
-            tokenizer_2=None, transformer=teacher,
-        )  # fmt: skip
-        gc.collect()
-        empty_cache(device)
+    # 2. The student. Unless the teacher is needed on the way, nothing of its pipeline is there but the autoencoder.
+    if training_args.feature_loss:
+        source.load("transformer", device=device)
+    pipe, teacher = source.pipe, source.pipe.transformer if training_args.feature_loss else None
     torch.manual_seed(training_args.seed)  # of the LoRA's start
     # A whole checkpoint holds what was trained in fp32; the pipeline's own weights are no finer than its dtype.
     dtype = pick_dtype(training_args, device)

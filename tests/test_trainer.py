@@ -22,8 +22,9 @@ from models import trained as trained_files
 from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
 from models.utils_quant import quantize_codes
 from utils import scenes, trainer
-from utils.datautils import TeacherSettings, Trajectories, fill_cache
+from utils.datautils import TeacherCache, Trajectories, fill_cache
 from utils.process_args import process_args
+from utils.teacher import Teacher, TeacherSettings
 from utils.trainer import FluxQATTrainer, choose_parameters, parameter_groups
 
 SIZE, GUIDANCE, TRAIN_STEPS, EVAL_STEPS, EVAL_SEED = 64, 3.5, 3, 4, 70
@@ -54,14 +55,19 @@ def pipe(pipeline_folder) -> diffusers.FluxPipeline:
 
 
 @pytest.fixture(scope="module")
-def data(pipe, tmp_path_factory) -> SimpleNamespace:
+def data(pipeline_folder, tmp_path_factory) -> SimpleNamespace:
     """Teacher caches: three prompts of three steps to train on, three of four steps held out."""
-    folder, cpu = tmp_path_factory.mktemp("cache"), torch.device("cpu")
-    train, held_out = scenes.train_prompts(3), scenes.eval_prompts(3)
-    settings = TeacherSettings(SIZE, TRAIN_STEPS, GUIDANCE, 7), TeacherSettings(SIZE, EVAL_STEPS, GUIDANCE, EVAL_SEED)
+    teacher = Teacher(str(pipeline_folder), torch.float32)
+
+    def filled(prompts: list[str], steps: int, seed: int) -> TeacherCache:
+        manifest = teacher.describe(TeacherSettings(SIZE, steps, GUIDANCE))
+        cache = TeacherCache(tmp_path_factory.mktemp("cache"), manifest, prompts, range(seed, seed + len(prompts)))
+        fill_cache(cache, teacher, 3, torch.device("cpu"))
+        return cache
+
     return SimpleNamespace(
-        train=fill_cache(folder / "train", pipe, "random", train, settings[0], 3, cpu),
-        eval=fill_cache(folder / "eval", pipe, "random", held_out, settings[1], 3, cpu),
+        train=filled(scenes.train_prompts(3), TRAIN_STEPS, 7),
+        eval=filled(scenes.eval_prompts(3), EVAL_STEPS, EVAL_SEED),
     )
 
 
