@@ -6,7 +6,8 @@
 #   bash 1_run_train.sh 1 4 1 --w_bits 2 --max_steps 1000            # any further flag of train.py; the last one counts
 #   MODEL=black-forest-labs/FLUX.1-dev bash 1_run_train.sh 8 1 4     # the real one, on GPUs
 #
-# Paths in further flags are relative to the repository root. Started again, it goes on where it was interrupted.
+# Paths are relative to where it is started; it writes to output/ in the repository. Started again, it goes on where it
+# was interrupted.
 set -euo pipefail
 
 NPROC=${1:-1} BATCH=${2:-4} ACCUM=${3:-1}
@@ -19,9 +20,13 @@ done
 shift $(($# < 3 ? $# : 3))
 
 MODEL=${MODEL:-assets/tiny-flux}
-if [ -d "$PWD/$MODEL" ]; then MODEL=$PWD/$MODEL; fi  # relative to where the user is, not to the repository
+MODEL=${MODEL%/}
 
+HERE=$PWD
 source "$(dirname -- "${BASH_SOURCE[0]}")/utils/setup.sh"
+ROOT=$PWD
+cd -- "$HERE"
+if [ . -ef "$ROOT" ]; then ROOT=.; fi
 
 # The same numbers from MKL in every process: what was killed and goes on ends where it would have ended.
 export MKL_CBWR=${MKL_CBWR:-AUTO}
@@ -40,7 +45,7 @@ NAME=$(basename "$MODEL")-1.58bit
 
 LAUNCH=("$PYTHON")
 if [ "$NPROC" -gt 1 ]; then LAUNCH+=(-m torch.distributed.run --standalone --nproc_per_node="$NPROC"); fi
-exec "${LAUNCH[@]}" train.py \
-    --local_dir output --output_dir "output/train/$NAME" --output_model_filename "$NAME" \
+exec "${LAUNCH[@]}" "$ROOT/train.py" \
+    --local_dir "$ROOT/output" --output_dir "$ROOT/output/train/$NAME" --output_model_filename "$NAME" \
     --input_model_filename "$MODEL" --qat True --w_bits 0 "${SIZE[@]}" \
     --per_device_train_batch_size "$BATCH" --gradient_accumulation_steps "$ACCUM" "$@"
