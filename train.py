@@ -47,8 +47,7 @@ from models.trained import BASE, describe_base
 from utils.checkpoints import bits_name, check_shapes, load_quantized_model, load_student, transformer_folder
 from utils.datautils import OnlineTeacher, TeacherCache, Trajectories, default_folder, fill_cache
 from utils.folders import whole_folder
-from utils.plan import LARGE
-from utils.process_args import process_args
+from utils.process_args import LARGE, process_args
 from utils.prompts import pick_prompts
 from utils.sampling import native_size
 from utils.teacher import Teacher, TeacherSettings, prompt_seeds

@@ -15,6 +15,8 @@ import transformers
 from models.utils_quant import check_bits, check_clip_init, check_lora_r
 from utils.utils import pick_device
 
+LARGE = 10**9  # parameters from which on blocks are compiled on a GPU and the trained model is kept packed
+
 
 @dataclass
 class ModelArguments:
