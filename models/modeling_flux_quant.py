@@ -39,6 +39,7 @@ from models.packing import (
     PackedLinear,
     PackedWriter,
     adopt_codes,
+    is_unhooked,
     load_packed,
     read_index,
     stored_tensors,
@@ -65,10 +66,6 @@ DEFAULT_SETTINGS = {
     "packed": 0,
 }
 NOTHING_ODD = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
-SIBLINGS = (  # inside a block, layers that are called with the same input, in this order
-    ("proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v"),
-    ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-)
 MODULATION = ("norm1.linear", "norm1_context.linear", "norm.linear")  # AdaLN, inside a block
 
 
@@ -104,6 +101,7 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
 
     # Read by from_pretrained (which is told a torch_dtype) and by `dtype`; QuantizeLinear sees to `.to(dtype)`.
     _keep_in_fp32_modules = list(LoRAQuantizeLinear._fp32_parameters)
+    inference_mode = "exact"
 
     @register_to_config
     def __init__(
@@ -190,8 +188,8 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
     def start_from(self, packed: "FluxTransformer2DModel") -> "FluxTransformer2DModel":
         """Move the weights to where they quantize to the codes of `packed`, a one-shot of the same transformer.
 
-        A weight with another code goes just across the threshold between the two, the others stay; step sizes and
-        biases of the quantized layers become those of `packed`. For a model that is not trained yet. Returns it.
+        A weight with another code goes just across the threshold between the two, the others stay; step sizes, biases,
+        norms and embedders become those of `packed`. For a model that is not trained yet. Returns it.
         ValueError, naming the setting or the layer, unless both are quantized alike.
         """
         for key in ("w_bits", "weight_layerwise"):
@@ -203,6 +201,10 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
             raise ValueError(f"start_from(): {other[0]} is quantized in one of the models only")
         for name, layer in layers.items():
             adopt_codes(layer, codes[name], name)
+        with torch.no_grad():
+            for name, parameter in packed.named_parameters():
+                if name.rpartition(".")[0] not in codes:
+                    self.get_parameter(name).copy_(parameter)
         return self
 
     def set_inference_mode(self, mode: str) -> "FluxTransformer2DModel":
@@ -214,19 +216,21 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
             raise ValueError(f"inference mode {mode!r}: expected one of {', '.join(MODES)}")
         if not self.config.packed:
             raise ValueError(f"inference mode {mode!r}: this model holds weights, not codes; pack() it first")
-        for block in (*self.transformer_blocks, *self.single_transformer_blocks):
-            layers = {n.removesuffix(".base_layer"): m for n, m in block.named_modules() if isinstance(m, PackedLinear)}
-            for layer in layers.values():
-                layer.mode = mode
-            for names in SIBLINGS:
-                if siblings := [layers[name] for name in names if name in layers]:
-                    PackedLinear.join(siblings)
-            for module in block.modules():
-                if isinstance(module, GELU | nn.GELU) and module.approximate == "tanh":
-                    _set_gelu(module, mode)
-                elif isinstance(module, FluxAttention):
-                    _set_processor(module, mode)
+        self.inference_mode = mode
+        for module in self.modules():
+            if isinstance(module, PackedLinear):
+                module.mode = mode
+            elif isinstance(module, GELU | nn.GELU) and module.approximate == "tanh":
+                _set_gelu(module, mode)
+            elif isinstance(module, FluxAttention):
+                _set_processor(module, mode)
         return self
+
+    def set_attn_processor(self, processor) -> None:
+        """As in diffusers; in fast mode its own processor gives way to ours, as when an IP-Adapter is unloaded."""
+        super().set_attn_processor(processor)
+        for attn in (module for module in self.modules() if isinstance(module, FluxAttention)):
+            _set_processor(attn, self.inference_mode)
 
     def train(self, mode: bool = True) -> "FluxTransformer2DModel":
         """As in torch; ValueError on a packed model, whose codes cannot be trained."""
@@ -340,17 +344,35 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
         super().fuse_qkv_projections()
 
 
+class FastGELU(nn.GELU):
+    """torch's tanh GELU, computed by kernels.gelu."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return gelu(input)
+
+
+class FastProjectedGELU(GELU):
+    """diffusers' linear layer with tanh GELU behind it, computed by kernels.gelu."""
+
+    def gelu(self, gate: Tensor) -> Tensor:
+        return gelu(gate)
+
+
 def _set_gelu(module: nn.Module, mode: str) -> None:
-    """Let torch's or diffusers' tanh GELU compute by kernels.gelu in fast mode, and as it was made in exact mode."""
-    method = "forward" if isinstance(module, nn.GELU) else "gelu"
-    if mode == "fast":
-        setattr(module, method, gelu)
-    else:
-        vars(module).pop(method, None)
+    """Make torch's or diffusers' tanh GELU the fast one, or what it was in exact mode; hooks on it stay.
+
+    Its class is changed and not its forward, which is where hooks are.
+    """
+    for stock, fast in ((nn.GELU, FastGELU), (GELU, FastProjectedGELU)):
+        if type(module) in (stock, fast):
+            module.__class__ = fast if mode == "fast" else stock
 
 
 class FusedFluxAttnProcessor(FluxAttnProcessor):
-    """diffusers' attention with queries and keys made by kernels.norm_rotate, where it can."""
+    """diffusers' attention with the projections of an input multiplied as one and queries and keys by norm_rotate.
+
+    Where it cannot or something hooks a norm, it is diffusers' own; a projection that is hooked is called by itself.
+    """
 
     def __call__(
         self,
@@ -363,12 +385,15 @@ class FusedFluxAttnProcessor(FluxAttnProcessor):
         """Tokens [batch, tokens, channels] -> the same; with those of the text given, the pair of image and text."""
         joint = encoder_hidden_states is not None
         norms = [attn.norm_q, attn.norm_k] + ([attn.norm_added_q, attn.norm_added_k] if joint else [])
-        able = all(can_rotate(hidden_states, attn.head_dim, norm) and norm.eps == norms[0].eps for norm in norms)
+        able = all(
+            is_unhooked(norm) and can_rotate(hidden_states, attn.head_dim, norm) and norm.eps == norms[0].eps
+            for norm in norms
+        )
         if image_rotary_emb is None or not able:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
 
         def heads(tokens: Tensor, *layers: nn.Module) -> list[Tensor]:
-            return [layer(tokens).unflatten(-1, (-1, attn.head_dim)) for layer in layers]
+            return [part.unflatten(-1, (-1, attn.head_dim)) for part in PackedLinear.together(layers, tokens)]
 
         query, key, value = heads(hidden_states, attn.to_q, attn.to_k, attn.to_v)
         image, text = [(query, attn.norm_q), (key, attn.norm_k)], None

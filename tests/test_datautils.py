@@ -38,8 +38,8 @@ from utils.datautils import (
     rebuild_latents,
     trajectory_bytes,
 )
-from utils.make_tiny_flux import TEXT_LENGTH
 from utils.teacher import Teacher, TeacherSettings, prompt_seeds
+from utils.tokenizers import TEXT_LENGTH
 
 ROOT = Path(__file__).parents[1]
 STEPS, SIZE, SEED = 3, 64, 11

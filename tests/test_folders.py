@@ -268,6 +268,11 @@ def test_a_file_is_written_whole(tmp_path):
     assert read_json(file) == {"a": 1} and (tmp_path / "link.json").is_symlink()
 
 
+def test_json_without_what_it_has_not(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [1, float("nan"), {"b": (float("inf"), 0.5)}], "c": "NaN"})
+    assert read_json(tmp_path / "a.json") == {"a": [1, None, {"b": [None, 0.5]}], "c": "NaN"}
+
+
 @pytest.mark.parametrize("content", [None, "", '{"a": ', "[1]", "\x00"])
 def test_json_that_cannot_be_read_is_named(content, tmp_path):
     file = tmp_path / "trainer_state.json"

@@ -15,6 +15,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import platform
 import secrets
@@ -316,8 +317,16 @@ def write_text(file: Path, text: str) -> None:
 
 
 def write_json(file: Path, data: object, indent: int = 2) -> None:
-    """Write `data` as JSON, whole or not at all."""
-    write_text(file, json.dumps(data, indent=indent) + "\n")
+    """Write `data` as JSON, whole or not at all; NaN and infinities, which JSON has not, as null."""
+    write_text(file, json.dumps(_finite(data), indent=indent, allow_nan=False) + "\n")
+
+
+def _finite(data: object) -> object:
+    if isinstance(data, dict):
+        return {name: _finite(value) for name, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def read_json(file: Path) -> dict:
