@@ -32,6 +32,8 @@ if [ . -ef "$ROOT" ]; then ROOT=.; fi
 # The same numbers from MKL in every process: what was killed and goes on ends where it would have ended.
 export MKL_CBWR=${MKL_CBWR:-AUTO}
 
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"  # for the programs in utils/
+
 PLAN=()
 case $MODEL in
     *tiny-flux)  # what a laptop can do in a few minutes
@@ -42,7 +44,7 @@ case $MODEL in
         SIZE=(--num_train_prompts 3000 --num_images 8 --num_train_epochs 1 --eval_steps 500 --save_steps 500
             --per_device_eval_batch_size 1 --gradient_checkpointing True)
         # What fits the GPUs: a LoRA, or all weights; says which and why.
-        CHOSEN=$(PYTHONPATH="$ROOT" "$PYTHON" -m utils.plan "$MODEL" "$NPROC" "$BATCH" "$@")
+        CHOSEN=$("$PYTHON" -m utils.plan "$MODEL" "$NPROC" "$BATCH" "$@")
         if [ -n "$CHOSEN" ]; then read -ra PLAN <<< "$CHOSEN"; fi
         ;;
 esac
@@ -58,10 +60,10 @@ NAME=$(basename "$MODEL")-${BITS}bit
 
 LAUNCH=("$PYTHON")
 if [ "${NNODES:-1}" -gt 1 ]; then  # the same command on every node, HEAD the name of one of them
-    LAUNCH+=(-m torch.distributed.run --nnodes="$NNODES" --nproc_per_node="$NPROC"
+    LAUNCH+=(-m utils.launch --nnodes="$NNODES" --nproc_per_node="$NPROC"
         --rdzv_backend=c10d --rdzv_endpoint="${HEAD:?the name of a node that all of them reach}:${PORT:-29500}")
 elif [ "$NPROC" -gt 1 ]; then
-    LAUNCH+=(-m torch.distributed.run --standalone --nproc_per_node="$NPROC")
+    LAUNCH+=(-m utils.launch --standalone --nproc_per_node="$NPROC")
 fi
 exec "${LAUNCH[@]}" "$ROOT/train.py" \
     --local_dir "$ROOT/output" --output_dir "$ROOT/output/train/$NAME" \

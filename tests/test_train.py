@@ -39,7 +39,7 @@ PROMPTS, HELD_OUT, STEPS = 4, 2, 4
 FLAGS = f"""
 --device cpu --resolution 64 --num_train_prompts {PROMPTS} --num_images {HELD_OUT} --num_inference_steps 2
 --per_device_train_batch_size 2 --max_steps {STEPS} --logging_steps 1 --save_steps 2 --report_to none
---disable_tqdm True
+--disable_tqdm True --output_model_filename model
 """
 WEIGHTS, PACKED = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-00001-of-00001.safetensors"
 FINISHED = ["--ema_decay", 0.5, "--save_steps", 1, "--eval_steps", 3]

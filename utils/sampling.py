@@ -31,7 +31,6 @@ LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, HTTPError)
 OFFLOADS = ("model", "sequential")
 
 
-
 def load_pipeline(name: str, dtype: torch.dtype, **parts: object) -> FluxPipeline:
     """The FLUX pipeline `name`, a folder or a hub id, on the CPU.
 

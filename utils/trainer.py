@@ -17,9 +17,10 @@ No random number is drawn while training (data order follows from seed and epoch
 
 import importlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import matplotlib
@@ -34,13 +35,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tqdm import tqdm
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint
 
 from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
-from models.trained import Shards, frozen_names, full, save_packed, save_shards, save_trained, save_whole
+from models.trained import Shards, full, save_packed, save_shards, save_trained, save_whole
 from utils import scenes
 from utils.datautils import ShuffledSamples, Trajectories, collate, rebuild_latents, split_batch
-from utils.folders import whole_folder
+from utils.folders import read_json, remove_folder, whole_folder, write_json
 from utils.metrics import psnr, scene_score
 from utils.pictures import save_images, save_strip
 from utils.sampling import decode_latents, sample_latents
@@ -157,6 +158,7 @@ class FluxQATTrainer(transformers.Trainer):
         self.loss_is_scaled_for_ga = False  # a mean over the batch
         if self.accelerator.ddp_handler is not None:  # no copies of the gradients into DDP's buckets and back
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
+        self.doing = "training starts"
         self.aside = 0.0  # seconds spent on evaluation and checkpoints
         self.averages: list[Tensor] | None = None
         if self.is_fsdp_enabled:
@@ -239,7 +241,11 @@ class FluxQATTrainer(transformers.Trainer):
         """On the device and in float32, as the trained parameters are; autocast takes it from there."""
         return {name: tensor.float() for name, tensor in super()._prepare_inputs(inputs).items()}
 
+    def what_is_done(self) -> str:
+        return self.doing
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        self.doing = f"step {self.state.global_step + 1} is trained, {self.args.per_device_train_batch_size} a batch"
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not loss.isfinite():
             alone = None if self.is_fsdp_enabled else self.model  # a rank cannot run what is spread
@@ -311,6 +317,7 @@ class FluxQATTrainer(transformers.Trainer):
         last = self.state.global_step >= self.state.max_steps > 0
         count = self.num_final_images if last else self.num_images
         started = time.time()
+        self.doing = f"step {self.state.global_step} is evaluated, {self.args.per_device_eval_batch_size} a batch"
         training = self.model.training
         self.model.eval()
         with self.averaged_weights(), torch.compiler.set_stance("force_eager"):
@@ -422,6 +429,7 @@ class FluxQATTrainer(transformers.Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         folder, started = self.folder / f"checkpoint-{self.state.global_step}", time.time()
+        self.doing = f"checkpoint-{self.state.global_step} is written"
         reshard(self.model)
         tensors, others = optimizer_state(getattr(self.optimizer, "optimizer", self.optimizer))
         schedule = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
@@ -435,7 +443,7 @@ class FluxQATTrainer(transformers.Trainer):
                 (partial / "settings.json").write_text(json.dumps(self.settings, indent=2) + "\n")
                 self.state.save_to_json(str(partial / "trainer_state.json"))
         if self.args.should_save:
-            rotate_checkpoints(str(self.folder), self.args.save_total_limit, use_mtime=True)
+            rotate(self.folder, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
         self.aside += time.time() - started
 
@@ -445,19 +453,6 @@ class FluxQATTrainer(transformers.Trainer):
         if self.average is not None:
             for i, parameter in enumerate(self.trained()):
                 yield f"weights.{i}", full(parameter.detach())
-
-    def checkpoint_bytes(self) -> int:
-        """What a checkpoint takes on disk: what it holds of the model, in fp32 moments as large again, the average."""
-        left = set(frozen_names(self.model)) if self.base is not None else set()
-        kept = sum(p.numel() * p.element_size() for n, p in self.model.named_parameters() if n not in left)
-        moments = sum(
-            t.numel() * t.element_size()
-            for entries in getattr(self.optimizer, "optimizer", self.optimizer).state.values()
-            for t in entries.values()
-            if isinstance(t, Tensor)
-        )
-        trained = sum(p.numel() * p.element_size() for p in self.trained())
-        return kept + moments + trained * (self.average is not None)
 
     def save_transformer(self, folder: Path | None) -> None:
         """The transformer as it stands, for from_pretrained."""
@@ -759,6 +754,37 @@ def _quantized_state(kind: str) -> type:
     raise ValueError(f"the checkpoint's optimizer keeps {kind}, which this torchao does not have; install another")
 
 
+def moment_bytes(optim: str) -> float:
+    """Bytes of moments a trained parameter, of the optimizer that Trainer calls `optim`; Adam's, if it is another."""
+    for name, size in (("adafactor", 0.1), ("sgd", 4), ("4bit", 1.2), ("8bit", 2.1), ("lion", 4)):
+        if name in optim:
+            return size
+    return 8
+
+
+def rotate(folder: Path, limit: int | None) -> None:
+    """Remove the checkpoints of the lowest steps, all but the last `limit`; what this program did not write stays."""
+    steps = sorted((int(p.name.rpartition("-")[2]), p) for p in folder.glob("checkpoint-*") if p.name[11:].isdigit())
+    for _, checkpoint in steps[: -limit if limit and limit > 0 else 0]:
+        try:
+            remove_folder(checkpoint)
+        except ValueError as error:
+            log.info("not removed: %s", error)
+
+
+@contextmanager
+def memory_named(what: str | Callable[[], str], advice: str, device: torch.device) -> Iterator[None]:
+    """Out of memory within the block is a ValueError that says while `what` it was, the peak, and `advice`."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        peak = ""
+        if device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory
+            peak = f" (peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} of {total / 2**30:.1f} GiB)"
+        raise ValueError(f"out of memory while {what() if callable(what) else what}{peak}: {advice}") from None
+
+
 # -------------------------------------------------------------------------------------------------------- pictures
 
 
@@ -766,6 +792,20 @@ def read_metrics(folder: Path) -> list[dict]:
     """The lines of folder/metrics.jsonl."""
     file = folder / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def restore_pictures(folder: Path, step: int, prompts: list[str]) -> None:
+    """Remove what an earlier run left in OUTPUT_DIR/eval: pictures of steps after `step`, all of them if they are of
+    other prompts."""
+    file = folder / "prompts.json"
+    with suppress(ValueError):
+        if read_json(file) != {"prompts": prompts}:
+            step = -1
+    for path in folder.glob("step[_-]*"):
+        number = path.stem[5:]
+        if number.isdigit() and int(number) > step:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_json(file, {"prompts": prompts})
 
 
 def restore_metrics(folder: Path, checkpoint: Path | None) -> None:
