@@ -31,6 +31,8 @@ from models.modeling_flux_quant import FastGELU, FastProjectedGELU, FluxTransfor
 from models.packing import PackedLinear
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.on_gpu
+
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -731,7 +733,7 @@ def test_fast_mode_has_an_attention_processor_of_its_own_unless_there_is_another
         assert first.processor._attention_backend == "native"
 
 
-@pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", kernels.MODES)
 def test_cuda_graphs_replay_both_modes(mode):
     for w_bits in (0, 2, 4, 8):

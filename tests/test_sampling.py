@@ -277,7 +277,7 @@ def test_a_streamed_pipeline_draws_the_same(pipe, pipeline_folder):
     assert torch.equal(generate_images(streamed, PROMPTS, **SETTINGS), expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("offload", [None, "model", "sequential"])
 @pytest.mark.parametrize("large", [False, True])
 def test_an_offloaded_pipeline_draws_the_same(offload, large, pipeline_folder, monkeypatch):
