@@ -1,5 +1,6 @@
 """Log lines, errors of one line, devices."""
 
+import os
 import sys
 from types import SimpleNamespace
 
@@ -50,7 +51,11 @@ def test_run_script_leaves_bugs_alone():
         run_script(lambda: 1 / 0)
 
 
-def test_run_script_leaves_the_process_group_unless_there_was_an_error(tmp_path):
+def test_run_script_leaves_the_process_group_unless_there_was_an_error(tmp_path, monkeypatch):
+    """Then the process ends at once, whatever a collective waits for."""
+    ended = []
+    monkeypatch.setattr(os, "_exit", lambda status: ended.append(status) or sys.exit(status))
+
     def join(name: str) -> None:
         torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / name}", rank=0, world_size=1)
 
@@ -64,6 +69,7 @@ def test_run_script_leaves_the_process_group_unless_there_was_an_error(tmp_path)
     try:
         with pytest.raises(SystemExit):
             run_script(fail)
+        assert ended == [1]
         assert torch.distributed.is_initialized()
     finally:
         torch.distributed.destroy_process_group()

@@ -54,7 +54,7 @@ def run_script(
     So does Ctrl-C, with status 130 and `interrupted`: what is saved, and how to go on. With TRACEBACK=1 in the
     environment all are raised as usual. At the end a process that torchrun started leaves its group, whose threads
     could otherwise outlive the interpreter and abort it, and torchrun would then end the other ranks, whatever they
-    are writing. Not after an error: leaving may wait for a rank that is in a collective.
+    are writing. After an error it ends at once: leaving may wait for a rank that is in a collective.
     """
     script = Path(sys.argv[0]).name
     try:
