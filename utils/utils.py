@@ -64,10 +64,8 @@ def run_script(
             raise
         if not is_first_rank():
             time.sleep(GRACE)
-        print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            os._exit(1)  # a collective that waits for others may keep the interpreter from ending
-        sys.exit(1)
+        print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _end(1)
     except KeyboardInterrupt:
         if os.environ.get("TRACEBACK"):
             raise
@@ -75,9 +73,18 @@ def run_script(
             if sys.stderr.isatty():
                 print(file=sys.stderr)  # after ^C, or what stands of a progress bar
             print(f"{script}: interrupted: {interrupted() if callable(interrupted) else interrupted}", file=sys.stderr)
-        sys.exit(130)
+        _end(130)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _end(status: int) -> NoReturn:
+    """End the process, at once if it is one of a group: a collective that waits for others may keep the interpreter."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def pick_device(name: str | None = None) -> torch.device:
