@@ -123,10 +123,12 @@ def packed_bytes(source: Path, w_bits: int) -> int:
 
 
 class Errors:
-    """Squared errors and energies of the weights, by kind of layer; why which layers fell back to mse."""
+    """Squared errors and energies of the weights, by kind of layer; why which layers fell back to mse; the error and
+    the seconds of each block that was trained."""
 
     def __init__(self):
         self.fell_back: dict[str, str] = {}
+        self.blocks: dict[str, dict] = {}
         self.sums = {kind: [0.0, 0.0, 0] for kind in KINDS}
 
     def add(self, name: str, error: float, energy: float) -> None:
@@ -252,6 +254,8 @@ def along_calls(pipe: FluxPipeline, target: Path, args: argparse.Namespace, erro
     for block in block_names(transformer):
         notes = work.notes(block)
         errors.fell_back |= notes.get("fell_back", {})
+        if args.method == "blockwise":
+            errors.blocks[block] = {name: notes[name] for name in ("error", "seconds")}
         for name, (error, energy) in notes["layers"].items():
             errors.add(name, error, energy)
     writer = PackedWriter(target)
@@ -477,7 +481,7 @@ def main() -> None:
             "peak_rss_bytes": peak_rss(), "peak_device_bytes": peak_device(args.device), "fell_back": errors.fell_back,
             "device": device_name(args.device), "torch": torch.__version__,
             "diffusers": diffusers.__version__,
-            "blockwise": asdict(block_settings(args)) if args.method == "blockwise" else None,
+            "blockwise": asdict(block_settings(args)) if args.method == "blockwise" else None, "blocks": errors.blocks,
         }  # fmt: skip
         if args.num_images:
             student = FluxTransformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)

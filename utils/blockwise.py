@@ -23,6 +23,7 @@ at 1024 pixels: d 3072, M 4608)
 import copy
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -329,10 +330,11 @@ def train_block(
     them.
 
     `before` is an earlier walk's: the block goes on from there, and the blocks after it are quantized as they were
-    then, so that it makes up for them too. The block's notes get the "error" at the window's end and, for every linear
-    by its full name, the "layers": [squared error of the weight, its energy]. ValueError if training leaves NaN or inf.
+    then, so that it makes up for them too. The block's notes get the "error" at the window's end, "seconds", and for
+    every linear by its full name the "layers": [squared error of the weight, its energy]. ValueError if training
+    leaves NaN or inf.
     """
-    names, device = block_names(transformer), block.streams.device
+    names, device, started = block_names(transformer), block.streams.device, time.time()
     number = names.index(block.name)
     after = [transformer.get_submodule(name) for name in names[number + 1 :][: settings.lookahead]]
     outside = [transformer.norm_out, transformer.proj_out]
@@ -366,7 +368,8 @@ def train_block(
             module.to(CPU)
             module._compiled_call_impl = None
         del following
-    log.info("%s: error %.4f", block.name, block.notes["error"])
+    block.notes["seconds"] = round(time.time() - started, 1)
+    log.info("%s: error %.4f, %.0f s", block.name, block.notes["error"], block.notes["seconds"])
     found: dict[str, Tensor] = {}
     block.notes["layers"] = {}
     for path, layer in trained.named_modules():
