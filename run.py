@@ -42,7 +42,7 @@ from models.kernels import MODES
 from models.modeling_flux_quant import FluxTransformer2DModel, is_quantized
 from models.packing import FORMAT, PackedLinear, PackedWriter, disk_row_bytes, row_chunks, store_codes
 from models.utils_quant import check_bits, code_grid
-from utils.blockwise import STARTS, Settings, train_block, used_steps
+from utils.blockwise import STARTS, Settings, channel_weights, train_block, used_steps
 from utils.checkpoints import bits_name
 from utils.folders import check_disk, whole_folder
 from utils.oneshot import INGREDIENTS, METHODS, calibrate, round_weight
@@ -67,6 +67,7 @@ FEW_BLOCKWISE = {
     "block_micro_batch_size": 4, "block_checkpointing": True, "lookahead": 2, "batch_size": 8,
 }  # fmt: skip
 WITH_CALLS = ("calibrated", "blockwise")  # methods that look at the teacher's trajectories
+WEIGHED = 8  # calls by which channel weights are found
 CALL_TOKENS = 8192  # that go through a block at a time: one picture of 1024 pixels, or many small ones
 KINDS = ("norm", "attn", "ff", "proj")  # of layers, by a part of their name
 
@@ -204,6 +205,7 @@ def block_settings(args: argparse.Namespace) -> Settings:
         w_bits=args.w_bits, start=args.block_start, steps=args.block_steps, batch_size=args.block_batch_size,
         micro_batch_size=args.block_micro_batch_size, learning_rate=args.block_learning_rate,
         lookahead=args.lookahead, loss_power=args.block_loss_power, local_loss=args.block_local_loss,
+        weigh_channels=args.block_weigh_channels,
         freeze_codes=args.block_freeze_codes, checkpointing=args.block_checkpointing, compile=compile, seed=args.seed,
     )  # fmt: skip
 
@@ -269,13 +271,16 @@ def blockwise(
     transformer: FluxTransformer2DModel, calls: list[dict], work: Work, settings: dict, args: argparse.Namespace
 ) -> tuple[FluxTransformer2DModel, Work]:
     """Train the blocks along the calls, round after round; the used-up transformer and the last round's work."""
-    disk, before = work_folder(args) if args.activations_on_disk else None, None
+    disk, before, weights = work_folder(args) if args.activations_on_disk else None, None, None
+    if args.block_weigh_channels:
+        weights = channel_weights(transformer, calls[:: max(1, len(calls) // WEIGHED)][:WEIGHED], args.device)
     for number in range(args.block_rounds):
         if number:
             work = Work(work_folder(args) / f"round_{number}", settings)
             source = local_pipeline(args.model_id) / "transformer"
             transformer = FluxTransformer2DModel.from_pretrained(source, dtype=transformer.dtype)
-        treat = partial(train_block, transformer=transformer, settings=block_settings(args), before=before)
+        more = {"settings": block_settings(args), "before": before, "weights": weights}
+        treat = partial(train_block, transformer=transformer, **more)
         walk(transformer, calls, args.w_bits, treat, work, args.device, disk)
         before = work
     return transformer, work
@@ -341,6 +346,9 @@ def add_block_flags(parser: argparse.ArgumentParser) -> None:
                        help="a sample's error counts to this power: below 1 hard samples count less")  # fmt: skip
     group.add_argument("--block_local_loss", type=float, default=0.0,
                        help="weight of the block's own outputs beside those after K blocks")  # fmt: skip
+    group.add_argument("--block_weigh_channels", action=argparse.BooleanOptionalAction, default=False,
+                       help="where K blocks do not reach the velocity, weigh each channel by what its error does to "
+                       "that")  # fmt: skip
     group.add_argument("--block_freeze_codes", type=float, default=0.1,
                        help="for this last part of the steps the codes stay and the rest is trained")  # fmt: skip
     group.add_argument("--block_early_share", type=float, default=0.8,
