@@ -64,7 +64,7 @@ MANY_BLOCKWISE = {
 }  # fmt: skip
 FEW_BLOCKWISE = {
     "calibration_prompts": 256, "calibration_stride": 4, "block_steps": 500, "block_batch_size": 16,
-    "block_micro_batch_size": 4, "block_checkpointing": True, "lookahead": 2, "batch_size": 8,
+    "block_micro_batch_size": 2, "block_checkpointing": True, "lookahead": 2, "batch_size": 8,
 }  # fmt: skip
 WITH_CALLS = ("calibrated", "blockwise")  # methods that look at the teacher's trajectories
 WEIGHED = 8  # calls by which channel weights are found
@@ -272,6 +272,12 @@ def blockwise(
 ) -> tuple[FluxTransformer2DModel, Work]:
     """Train the blocks along the calls, round after round; the used-up transformer and the last round's work."""
     disk, before, weights = work_folder(args) if args.activations_on_disk else None, None, None
+    tokens = sum(call[name].shape[:-1].numel() for call in calls for name in ("hidden_states", "encoder_hidden_states"))
+    size = 3 * tokens * transformer.inner_dim * transformer.dtype.itemsize  # both streams, and the targets
+    samples = sum(len(call["hidden_states"]) for call in calls)
+    log.info("%d samples, whose hidden states take %.1f GB of %s", samples, size / 1e9, "disk" if disk else "memory")
+    if disk is not None:
+        check_disk(disk, size, "what block-wise training keeps of the samples")
     if args.block_weigh_channels:
         weights = channel_weights(transformer, calls[:: max(1, len(calls) // WEIGHED)][:WEIGHED], args.device)
     for number in range(args.block_rounds):
@@ -354,8 +360,8 @@ def add_block_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--block_early_share", type=float, default=0.8,
                        help="share of the samples from the first quarter of the denoising steps")  # fmt: skip
     group.add_argument("--block_checkpointing", action=argparse.BooleanOptionalAction,
-                       help="compute a block's activations twice instead of keeping them; default: above "
-                       f"{MANY_PIXELS} pixels")  # fmt: skip
+                       help="compute the activations of the blocks ahead twice instead of keeping them; default: "
+                       f"above {MANY_PIXELS} pixels")  # fmt: skip
     group.add_argument("--block_compile", action=argparse.BooleanOptionalAction,
                        help="compile the blocks; default: on CUDA. It takes a minute or so")  # fmt: skip
 

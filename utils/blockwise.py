@@ -15,8 +15,8 @@ What must fit where, beside what utils/walk.py says, for blocks of width d and M
 at 1024 pixels: d 3072, M 4608)
 
     device    the block in fp32, its gradients and two moments (16 bytes a weight: 5.4 GB for a double block), the K
-              blocks after it (0.7 GB each), the activations of a micro-batch (with checkpointing those of one block: 1
-              GB a sample, and 28 MB a sample and block)
+              blocks after it (0.7 GB each), the activations of a micro-batch (about 1 GB a sample and block; with
+              checkpointing those of two blocks)
     host      the targets: M·d values a sample (28 MB), as much as each of the walk's two streams
 """
 
@@ -277,7 +277,8 @@ class Window:
         found = {}
         for number, block in enumerate(blocks, 1):
             inputs = {"hidden_states": image, "encoder_hidden_states": text, "temb": temb} | self.rest
-            if self.settings.checkpointing and torch.is_grad_enabled():
+            # Not the block in training, whose weights would be quantized twice.
+            if self.settings.checkpointing and torch.is_grad_enabled() and number > 1:
                 text, image = checkpoint(block, **inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 text, image = block(**inputs)
@@ -354,10 +355,14 @@ class Window:
 
 
 class Replayed:
-    """step([batch]) as a CUDA graph, after a few calls that compile and load what a capture must not."""
+    """step([batch]) as a CUDA graph, after a few calls that compile and load what a capture must not.
+
+    Where it cannot be captured, a line says so and steps go on as they are.
+    """
 
     def __init__(self, step: Callable[[list[dict[str, Tensor]]], None], device: torch.device):
         self.step, self.side, self.calls = step, torch.cuda.Stream(device), 0
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, batches: list[dict[str, Tensor]]) -> None:
         self.calls += 1
@@ -368,10 +373,16 @@ class Replayed:
             torch.cuda.current_stream().wait_stream(self.side)
             return
         if self.calls == WARM + 1:
-            self.batch = batches[0]
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.step([self.batch])
+            self.batch, graph = batches[0], torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph):
+                    self.step([self.batch])
+                self.graph = graph
+            except RuntimeError as error:
+                log.info("no CUDA graph of a step: %s", str(error).splitlines()[0])
+        if self.graph is None:
+            self.step(batches)
+            return
         for name, tensor in batches[0].items():
             self.batch[name].copy_(tensor)
         self.graph.replay()
