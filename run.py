@@ -68,6 +68,7 @@ FEW_BLOCKWISE = {
 }  # fmt: skip
 WITH_CALLS = ("calibrated", "blockwise")  # methods that look at the teacher's trajectories
 WEIGHED = 8  # calls by which channel weights are found
+HOW = ("micro_batch_size", "checkpointing", "compile")  # what may change when a block-wise training goes on
 CALL_TOKENS = 8192  # that go through a block at a time: one picture of 1024 pixels, or many small ones
 KINDS = ("norm", "attn", "ff", "proj")  # of layers, by a part of their name
 
@@ -231,6 +232,7 @@ def along_calls(pipe: FluxPipeline, target: Path, args: argparse.Namespace, erro
         settings["without"] = args.without
     else:
         settings |= asdict(block_settings(args)) | {"early_share": args.block_early_share}
+        settings = {name: value for name, value in settings.items() if name not in HOW}
     settings["weights"] = fingerprint(transformer)
     work = Work(work_folder(args), settings)
     calls = work.calls()
@@ -287,7 +289,12 @@ def blockwise(
             transformer = FluxTransformer2DModel.from_pretrained(source, dtype=transformer.dtype)
         more = {"settings": block_settings(args), "before": before, "weights": weights}
         treat = partial(train_block, transformer=transformer, **more)
-        walk(transformer, calls, args.w_bits, treat, work, args.device, disk)
+        try:
+            walk(transformer, calls, args.w_bits, treat, work, args.device, disk)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"out of device memory ({error}); go on with a lower --block_micro_batch_size, or --block_checkpointing"
+            ) from None
         before = work
     return transformer, work
 
@@ -416,9 +423,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for name in ("block_learning_rate", "block_loss_power"):
             if getattr(args, name) <= 0:
                 raise ValueError(f"--{name} must be above 0, got {getattr(args, name)}")
-        for name in ("block_freeze_codes", "block_early_share"):
-            if not 0 <= getattr(args, name) < 1:
-                raise ValueError(f"--{name} must be at least 0 and below 1, got {getattr(args, name)}")
+        if not 0 <= args.block_freeze_codes <= 1:
+            raise ValueError(f"--block_freeze_codes must be 0 to 1, got {args.block_freeze_codes}")
+        if not 0 < args.block_early_share < 1:
+            raise ValueError(f"--block_early_share must be above 0 and below 1, got {args.block_early_share}")
         if args.memory_gib is not None and args.memory_gib <= 0:
             raise ValueError(f"--memory_gib must be above 0, got {args.memory_gib:g}")
         if args.num_images < 0:

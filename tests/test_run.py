@@ -190,6 +190,28 @@ def test_blockwise_trains_norms_along_and_goes_on_from_the_round_before(call, pi
     assert (settings["steps"], settings["batch_size"], settings["lookahead"]) == (3, 2, 1)
 
 
+def test_large_pictures_are_trained_on_in_smaller_batches(call, monkeypatch):
+    monkeypatch.setattr(script, "MANY_PIXELS", 64)
+    result = call("--method", "blockwise", "--num_images", 0, "--block_steps", 1, "--block_weigh_channels")
+    assert result.returncode == 0, result.line
+    settings = json.loads((result.folder / "metrics.json").read_text())["blockwise"]
+    found = {name: settings[name] for name in ("batch_size", "micro_batch_size", "checkpointing", "lookahead", "steps")}
+    assert found == {"batch_size": 16, "micro_batch_size": 2, "checkpointing": True, "lookahead": 2, "steps": 1}
+
+
+def test_too_little_device_memory_is_one_line_that_says_what_to_do(call, monkeypatch, tmp_path):
+    """And what it says can be done: the same training goes on with smaller micro-batches."""
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "train_block", full)
+        result = call(*BLOCKWISE)
+    assert result.returncode == 1 and "Tried to allocate 2 GiB); go on with a lower --block_micro" in result.line
+    assert call(*BLOCKWISE, "--block_micro_batch_size", 1).returncode == 0
+
+
 def test_what_block_wise_training_was_begun_with_is_kept_to(call, monkeypatch, tmp_path):
     def stop(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -283,7 +305,7 @@ def test_a_damaged_transformer_is_named_and_nothing_is_left(call, copy, fault):
         (("--block_steps", 0), 2, "--block_steps must be at least 1"),
         (("--lookahead", -1), 2, "--lookahead must not be negative"),
         (("--block_learning_rate", 0), 2, "--block_learning_rate must be above 0"),
-        (("--block_early_share", 1), 2, "--block_early_share must be at least 0 and below 1"),
+        (("--block_early_share", 1), 2, "--block_early_share must be above 0 and below 1"),
         (("--device", "abacus"), 2, "--device abacus is not available here"),
         (("--prompts_json", "nowhere.json"), 1, "--prompts_json nowhere.json: cannot be read"),
     ],
