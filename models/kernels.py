@@ -8,12 +8,12 @@ W[n, k] = α[n]·(c[n, k] + s)/n_grid for integer codes c (utils_quant.code_grid
     fast    every token of x in 8 bits (e4m3 from compute capability 8.9, else int8), x ≈ q·scale; the codes as the
             integers g with W = α·g·grid_step in 8 bits, which hold them exactly; an 8-bit product on the tensor cores
             (torch._scaled_mm, torch._int_mm) and the scales in its epilogue. Only x is rounded: 2.7 % of its norm in
-            e4m3 and 0.8 % in int8 if it is Gaussian. `_fused` does all of it without a scratch matrix.
+            e4m3 and 0.8 % in int8 if it is Gaussian.
 
 Up to SMALL tokens (modulation has one a picture) a scratch matrix would cost more than the product: on a GPU
 `_few_tokens` (ternary codes: `_few_tokens_ternary`) reads the codes once and multiplies in fp32, in either mode. A
 scratch matrix lives inside one call; the caching allocator, or the pool of a CUDA graph, gives the same memory to the
-next.
+next. Layers so small that unpacking would cost more than the product stay unpacked on a CPU (`kept`).
 torch.compile takes the launches of the kernels into its graph, as it does with plain torch; only where a gradient is
 wanted, a layer is an op of its own.
 
@@ -22,6 +22,7 @@ Between the layers, fast mode has a shorter GELU (`gelu`) and queries and keys m
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -39,11 +40,10 @@ except ImportError:
 
 MODES = ("exact", "fast")
 PLANES = {0: (2,), 1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}  # widths in bits
+KEPT = 2**19  # weights of a layer up to which it stays unpacked on a CPU: 2 MB in fp32
 SMALL = 16  # tokens up to which codes are multiplied without a scratch matrix
 FP8 = torch.float8_e4m3fn
 FP8_BITS = 4  # codes up to so many bits are exact in e4m3: integers to 16
-# (out, in) of the ternary layers that `_fused` multiplies faster than unpacking first; in is a multiple of 256.
-FUSED: set[tuple[int, int]] = set()
 GELU_SCALE = 2 * math.sqrt(2 / math.pi)
 _CPU_ROWS = 1024  # of a product on a CPU: a few MB of cache
 _CHUNK = 2**20  # codes worked on at a time: bounds the memory of packing and unpacking, and fits a cache
@@ -232,40 +232,6 @@ if triton is not None:
         tl.store(out + m * rows + n, y.to(dtype), mask=n < rows)
 
     @triton.jit
-    def _fused(
-        codes, q, scale, alpha, bias, out, tokens, rows, columns, alpha_stride,
-        BIASED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    ):  # fmt: skip
-        """out[m, n] = Σ_k q[m, k]·c[n, k]·scale[m]·α[n] + bias[n] for ternary codes, columns a multiple of COLUMNS.
-
-        A byte feeds four products, one a plane. As W·qᵀ, since the decoded operand then stays in registers.
-        """
-        m = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-        n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-        column = tl.arange(0, COLUMNS)
-        code_at = codes + (n % rows).to(tl.int64)[:, None] * columns + column[None, :]
-        q_at = q + (m % tokens).to(tl.int64)[None, :] * (4 * columns) + column[:, None]
-        IS_FP8: tl.constexpr = q.dtype.element_ty == tl.float8e4nv
-        total = tl.zeros([ROWS, TOKENS], tl.float32 if IS_FP8 else tl.int32)
-        for start in range(0, columns, COLUMNS):
-            byte = tl.load(code_at + start)
-            for i in tl.static_range(4):
-                field = (byte >> (2 * i)) & 3
-                if IS_FP8:
-                    c = ((field & 1) * 0x38 | (field & 2) << 6).to(tl.float8e4nv, bitcast=True)
-                    total = tl.dot(c, tl.load(q_at + i * columns + start), total)
-                else:
-                    c = (field ^ 2).to(tl.int8) - 2
-                    total = tl.dot(c, tl.load(q_at + i * columns + start), total, out_dtype=tl.int32)
-        y = total.to(tl.float32) * tl.load(alpha + n * alpha_stride, mask=n < rows, other=0)[:, None]
-        y *= tl.load(scale + m, mask=m < tokens, other=0)[None, :]
-        if BIASED:
-            y += tl.load(bias + n, mask=n < rows, other=0).to(tl.float32)[:, None]
-        y = tl.trans(y.to(out.dtype.element_ty))
-        at = m.to(tl.int64)[:, None] * rows + n[None, :]
-        tl.store(out + at, y, mask=(m < tokens)[:, None] & (n < rows)[None, :])
-
-    @triton.jit
     def _norm_rotate(
         text_query, text_key, query, key, text_query_weight, text_key_weight, query_weight, key_weight, cos, sin, out,
         text_tokens, tokens, heads, eps, text_batch, text_row, image_batch, image_row,
@@ -382,13 +348,10 @@ def _unpacks_in_words(codes: Tensor, w_bits: int, in_features: int, dtype: torch
 
 
 def _can_unpack_together(layers: Sequence[nn.Module], dtype: torch.dtype) -> bool:
-    """Whether one kernel can write the integers of all these layers, and their product is not `_fused`."""
-    first, rows = layers[0], sum(layer.out_features for layer in layers)
-    return (
-        1 < len(layers) <= 4
-        and (rows, first.in_features) not in FUSED
-        and all(_unpacks_in_words(layer.weight_codes, first.w_bits, first.in_features, dtype) for layer in layers)
-    )
+    """Whether one kernel can write the integers of all these layers."""
+    alike = len({(layer.w_bits, layer.in_features, layer.bias is None, layer.weight_layerwise) for layer in layers})
+    words = [_unpacks_in_words(layer.weight_codes, layer.w_bits, layer.in_features, dtype) for layer in layers]
+    return 1 < len(layers) <= 4 and alike == 1 and all(words)
 
 
 def _unpacked_together(
@@ -418,6 +381,24 @@ def _launch_unpack(codes, alpha, out, w_bits: int, shift: float, factor: float, 
         _unpack, (-(-codes.numel() // block),), codes, alpha, out, codes.numel(), codes.shape[1], out.shape[1],
         int(alpha.numel() > 1), shift, factor, PLANES[w_bits][0], scaled, block,
     )  # fmt: skip
+
+
+def kept(layer: nn.Module, dtype: torch.dtype) -> Tensor | None:
+    """The weight [out, in] of a small PackedLinear on a CPU, unpacked once and not at every call; of others None.
+
+    In int8 it is the layer's `integers`, in another dtype its dequantized weight. It is made anew once codes or step
+    sizes are written to or lie elsewhere; writing through their `.data` goes unnoticed, as it does in autograd.
+    """
+    codes, alpha = layer.weight_codes, layer.weight_clip_val
+    small = codes.device.type == "cpu" and layer.out_features * layer.in_features <= KEPT
+    if not small or torch.compiler.is_compiling() or in_triton(codes, layer.w_bits) or torch.is_inference(codes):
+        return None
+    state = dtype, codes.data_ptr(), codes._version, alpha.data_ptr(), alpha._version
+    if layer.kept is None or layer.kept[0] != state:
+        unpack = integers if dtype == torch.int8 else partial(_dequantize, alpha=alpha)
+        weight = unpack(codes, w_bits=layer.w_bits, in_features=layer.in_features, dtype=dtype)
+        layer.kept = state, weight, codes.detach(), alpha.detach()  # no other tensor gets their addresses
+    return layer.kept[1]
 
 
 # -------------------------------------------------------------------------------------------------------------- exact
@@ -536,95 +517,51 @@ def gelu(x: Tensor) -> Tensor:
     return (wide * torch.sigmoid(wide * (wide * wide * (0.044715 * GELU_SCALE) + GELU_SCALE))).to(x.dtype)
 
 
-class Siblings:
-    """Layers with one input, as q, k and v: its tokens are quantized once and multiplied with all of them at a time.
-
-    One product of all rows keeps the tensor cores a little busier than one a layer, with fewer launches. The first
-    layer that is called makes it, the last lets go of it: they are called one after the other.
-    """
-
-    def __init__(self, layers: Sequence[nn.Module]):
-        self.layers = list(layers)
-        self.given = self.products = None
-
-    def on(self, device: torch.device) -> bool:
-        """Whether all of them are there: sequential offloading brings each only when it is called."""
-        return all(layer.weight_codes.device == device for layer in self.layers)
-
-    def product(self, place: int, given: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Number `place` of the layers in fast mode, tokens quantized to `dtype`; x [..., in] is `given` or a cast."""
-        if self.given is not given:
-            self.given, self.products = given, fast_linear(x, dtype, self.layers)
-        product = self.products[place]
-        if place == len(self.layers) - 1:
-            self.given = self.products = None
-        return product
-
-
 def grid_step(w_bits: int) -> float:
     """The step of the grid that `integers` counts in, for α = 1."""
     n, s = code_grid(w_bits)
     return 1 / n if s == 0 else s / n
 
 
-def _launch_fused(q, scale, codes, alpha, bias, dtype: torch.dtype) -> Tensor:
-    tokens, rows = len(q), len(codes)
-    out = torch.empty(tokens, rows, dtype=dtype, device=q.device)
-    _launch(
-        _fused, (-(-tokens // 128), -(-rows // 128)), codes, q, scale, alpha, scale if bias is None else bias, out,
-        tokens, rows, codes.shape[1], int(alpha.numel() > 1), bias is not None, 128, 128, 64, num_warps=8, num_stages=3,
-    )  # fmt: skip
-    return out
-
-
 def fast_linear(x: Tensor, dtype: torch.dtype, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
     """[F.linear(x in 8 bits, dequantized weight, bias) for each of the PackedLinear layers], in x's dtype.
 
-    Tokens x [..., in] are quantized to `dtype`, int8 or e4m3. In e4m3 the products are rounded to bf16.
+    Tokens x [..., in] are quantized to `dtype`, int8 or e4m3, once for all layers, which are multiplied as one if one
+    kernel can unpack them. In e4m3 the products are rounded to bf16.
     """
-    first, rows = layers[0], [layer.out_features for layer in layers]
     q, scale = quantize_tokens(x, dtype)
-    q = q.reshape(-1, first.in_features).contiguous()
-    scale = (scale * grid_step(first.w_bits)).reshape(-1, 1).contiguous()
-    if _can_unpack_together(layers, dtype):
-        out = _product(q, scale, *_unpacked_together(layers, dtype, x.dtype), x.dtype)
-    else:
-        codes = _joined([layer.weight_codes for layer in layers])
-        alpha = _joined([layer.weight_clip_val.expand(n, 1) for layer, n in zip(layers, rows, strict=True)])
-        bias = None if first.bias is None else _joined([layer.bias for layer in layers]).to(x.dtype)
-        out = _fast(q, scale, codes, alpha, bias, first.w_bits, x.dtype)
+    q, scale = q.reshape(-1, x.shape[-1]).contiguous(), scale.reshape(-1, 1)
+    if not _can_unpack_together(layers, dtype):
+        return [_fast(q, scale, layer, x.dtype).view(*x.shape[:-1], layer.out_features) for layer in layers]
+    rows = [layer.out_features for layer in layers]
+    scale = (scale * grid_step(layers[0].w_bits)).contiguous()
+    out = _product(q, scale, *_unpacked_together(layers, dtype, x.dtype), x.dtype)
     return out.view(*x.shape[:-1], sum(rows)).split(rows, -1)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _fast(
-    q: Tensor, scale: Tensor, codes: Tensor, alpha: Tensor, bias: Tensor | None, w_bits: int, dtype: torch.dtype
-) -> Tensor:
-    """q·gᵀ·scale·α + bias -> [tokens, out] in `dtype`, g the `integers` of the codes.
-
-    q [tokens, in] in int8 or e4m3, scale [tokens, 1] (fp32; quantize_tokens' times grid_step), both contiguous, codes
-    [out, row_bytes] (uint8), alpha [out, 1] or [1, 1] (fp32), bias [out] in `dtype`.
-    """
-    in_features, out_features = q.shape[1], len(codes)
-    alpha = alpha.expand(out_features, 1).contiguous()
-    if (out_features, in_features) in FUSED and w_bits == 0 and in_triton(codes, w_bits):
-        return _launch_fused(q, scale, codes, alpha, bias, dtype)
+def _fast(q: Tensor, scale: Tensor, layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """q·scale·Wᵀ + bias -> [tokens, out] in `dtype`; q [tokens, in] (int8 or e4m3, contiguous), scale [tokens, 1]."""
+    codes, w_bits, in_features = layer.weight_codes, layer.w_bits, layer.in_features
+    scale = (scale * grid_step(w_bits)).contiguous()
+    alpha = layer.weight_clip_val.expand(layer.out_features, 1).contiguous()
+    bias = None if layer.bias is None else layer.bias.to(dtype)
     if q.is_cuda or torch.compiler.is_compiling():
         return _product(q, scale, integers(codes, w_bits, in_features, q.dtype), alpha, bias, dtype)
-    out = torch.empty(len(q), out_features, dtype=dtype)
-    for rows in (slice(start, start + _CPU_ROWS) for start in range(0, out_features, _CPU_ROWS)):
-        part, part_bias = integers(codes[rows], w_bits, in_features, torch.int8), None if bias is None else bias[rows]
-        _int8_product(q, scale, part, alpha[rows], part_bias, out[:, rows])
+    out, weight = torch.empty(len(q), layer.out_features, dtype=dtype), kept(layer, torch.int8)
+    for rows in (slice(start, start + _CPU_ROWS) for start in range(0, layer.out_features, _CPU_ROWS)):
+        part = integers(codes[rows], w_bits, in_features, torch.int8) if weight is None else weight[rows]
+        _int8_product(q, scale, part, alpha[rows], None if bias is None else bias[rows], out[:, rows])
     return out
 
 
 def _product(
     q: Tensor, scale: Tensor, weight: Tensor, alpha: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The same from the integers [out, in] and alpha [out, 1]."""
+    """q·gᵀ·scale·α + bias -> [tokens, out] in `dtype`, g the `integers` [out, in] in `weight`.
+
+    q [tokens, in] in int8 or e4m3, scale [tokens, 1] (fp32; quantize_tokens' times grid_step), both contiguous, alpha
+    [out, 1] (fp32), bias [out] in `dtype`.
+    """
     if q.dtype != FP8:
         out = torch.empty(len(q), len(weight), dtype=dtype, device=q.device)
         _int8_product(q, scale, weight, alpha, bias, out)

@@ -7,6 +7,7 @@ the swap needs stands in config.json, so from_pretrained can tell what a folder 
     full precision  (no w_bits in its config, or 16 and no LoRA)  any settings can be asked for; α starts from weights
     quantized       (w_bits < 16, or LoRA)                        loaded as it is; contradicting settings are an error
     packed          (the same, and packed)                        likewise; as small in memory as its codes
+    trained         (the same, and base.json)                     likewise; the rest comes from its base (trained.py)
 
     teacher = FluxTransformer2DModel.from_pretrained(path, subfolder="transformer")  # diffusers' model, bit for bit
     student = FluxTransformer2DModel.from_pretrained(path, subfolder="transformer", w_bits=0)
@@ -17,6 +18,7 @@ the swap needs stands in config.json, so from_pretrained can tell what a folder 
 import contextlib
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import diffusers
@@ -37,10 +39,12 @@ from models.packing import (
     PackedLinear,
     PackedWriter,
     adopt_codes,
+    is_unhooked,
     load_packed,
     read_index,
     stored_tensors,
 )
+from models.trained import BASE, load_trained
 from models.utils_quant import (
     FULL_PRECISION_BITS,
     LoRAQuantizeLinear,
@@ -61,10 +65,7 @@ DEFAULT_SETTINGS = {
     "quantize_modulation": True,
     "packed": 0,
 }
-SIBLINGS = (  # inside a block, layers that are called with the same input, in this order
-    ("proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v"),
-    ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-)
+NOTHING_ODD = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
 MODULATION = ("norm1.linear", "norm1_context.linear", "norm.linear")  # AdaLN, inside a block
 
 
@@ -100,6 +101,7 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
 
     # Read by from_pretrained (which is told a torch_dtype) and by `dtype`; QuantizeLinear sees to `.to(dtype)`.
     _keep_in_fp32_modules = list(LoRAQuantizeLinear._fp32_parameters)
+    inference_mode = "exact"
 
     @register_to_config
     def __init__(
@@ -139,7 +141,12 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
         )
         self._swap_linears()
 
-    def _swap_linears(self) -> None:
+    def quantize_as(self, config: Mapping) -> None:
+        """Make this full-precision model one of the settings in `config`, whose step sizes are yet to be loaded."""
+        self.register_to_config(**{key: config[key] for key in DEFAULT_SETTINGS if key in config})
+        self._swap_linears(clip_init="max")  # found in no time
+
+    def _swap_linears(self, **overrides) -> None:
         """Replace the linears inside the blocks as the config says, each sharing its parameters with the old one."""
         config = self.config
         if not is_quantized(config):
@@ -148,6 +155,7 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
         if config.lora_r:
             layer_class = LoRAQuantizeLinear
             settings |= {"lora_r": config.lora_r, "lora_alpha": config.lora_alpha}
+        settings |= overrides
         for name, module in list(self.named_modules()):
             group, _, path = name.partition(".")  # e.g. transformer_blocks, 0.attn.to_q
             if group not in ("transformer_blocks", "single_transformer_blocks") or not isinstance(module, nn.Linear):
@@ -208,19 +216,21 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
             raise ValueError(f"inference mode {mode!r}: expected one of {', '.join(MODES)}")
         if not self.config.packed:
             raise ValueError(f"inference mode {mode!r}: this model holds weights, not codes; pack() it first")
-        for block in (*self.transformer_blocks, *self.single_transformer_blocks):
-            layers = {n.removesuffix(".base_layer"): m for n, m in block.named_modules() if isinstance(m, PackedLinear)}
-            for layer in layers.values():
-                layer.mode = mode
-            for names in SIBLINGS:
-                if siblings := [layers[name] for name in names if name in layers]:
-                    PackedLinear.join(siblings)
-            for module in block.modules():
-                if isinstance(module, GELU | nn.GELU) and module.approximate == "tanh":
-                    _set_gelu(module, mode)
-                elif isinstance(module, FluxAttention):
-                    _set_processor(module, mode)
+        self.inference_mode = mode
+        for module in self.modules():
+            if isinstance(module, PackedLinear):
+                module.mode = mode
+            elif isinstance(module, GELU | nn.GELU) and module.approximate == "tanh":
+                _set_gelu(module, mode)
+            elif isinstance(module, FluxAttention):
+                _set_processor(module, mode)
         return self
+
+    def set_attn_processor(self, processor) -> None:
+        """As in diffusers; in fast mode its own processor gives way to ours, as when an IP-Adapter is unloaded."""
+        super().set_attn_processor(processor)
+        for attn in (module for module in self.modules() if isinstance(module, FluxAttention)):
+            _set_processor(attn, self.inference_mode)
 
     def train(self, mode: bool = True) -> "FluxTransformer2DModel":
         """As in torch; ValueError on a packed model, whose codes cannot be trained."""
@@ -272,8 +282,13 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
             _check_agreement(path, asked, stored)
             check_settings(settings)
             model = cls._from_packed(path, config, kwargs)
-            nothing = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
-            return (model, nothing) if wants_info else model
+            return (model, NOTHING_ODD) if wants_info else model
+        if (Path(path) / (kwargs.get("subfolder") or "") / BASE).is_file():
+            _check_agreement(path, asked, stored)
+            folder = Path(path) / (kwargs.get("subfolder") or "")
+            dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+            model = load_trained(cls, folder, config, dtype, device_map=kwargs.get("device_map"))
+            return (model, NOTHING_ODD) if wants_info else model
         check_settings(settings)
         if is_quantized(stored):
             _check_agreement(path, asked, stored)
@@ -329,17 +344,35 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
         super().fuse_qkv_projections()
 
 
+class FastGELU(nn.GELU):
+    """torch's tanh GELU, computed by kernels.gelu."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return gelu(input)
+
+
+class FastProjectedGELU(GELU):
+    """diffusers' linear layer with tanh GELU behind it, computed by kernels.gelu."""
+
+    def gelu(self, gate: Tensor) -> Tensor:
+        return gelu(gate)
+
+
 def _set_gelu(module: nn.Module, mode: str) -> None:
-    """Let torch's or diffusers' tanh GELU compute by kernels.gelu in fast mode, and as it was made in exact mode."""
-    method = "forward" if isinstance(module, nn.GELU) else "gelu"
-    if mode == "fast":
-        setattr(module, method, gelu)
-    else:
-        vars(module).pop(method, None)
+    """Make torch's or diffusers' tanh GELU the fast one, or what it was in exact mode; hooks on it stay.
+
+    Its class is changed and not its forward, which is where hooks are.
+    """
+    for stock, fast in ((nn.GELU, FastGELU), (GELU, FastProjectedGELU)):
+        if type(module) in (stock, fast):
+            module.__class__ = fast if mode == "fast" else stock
 
 
 class FusedFluxAttnProcessor(FluxAttnProcessor):
-    """diffusers' attention with queries and keys made by kernels.norm_rotate, where it can."""
+    """diffusers' attention with the projections of an input multiplied as one and queries and keys by norm_rotate.
+
+    Where it cannot or something hooks a norm, it is diffusers' own; a projection that is hooked is called by itself.
+    """
 
     def __call__(
         self,
@@ -352,12 +385,15 @@ class FusedFluxAttnProcessor(FluxAttnProcessor):
         """Tokens [batch, tokens, channels] -> the same; with those of the text given, the pair of image and text."""
         joint = encoder_hidden_states is not None
         norms = [attn.norm_q, attn.norm_k] + ([attn.norm_added_q, attn.norm_added_k] if joint else [])
-        able = all(can_rotate(hidden_states, attn.head_dim, norm) and norm.eps == norms[0].eps for norm in norms)
+        able = all(
+            is_unhooked(norm) and can_rotate(hidden_states, attn.head_dim, norm) and norm.eps == norms[0].eps
+            for norm in norms
+        )
         if image_rotary_emb is None or not able:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
 
         def heads(tokens: Tensor, *layers: nn.Module) -> list[Tensor]:
-            return [layer(tokens).unflatten(-1, (-1, attn.head_dim)) for layer in layers]
+            return [part.unflatten(-1, (-1, attn.head_dim)) for part in PackedLinear.together(layers, tokens)]
 
         query, key, value = heads(hidden_states, attn.to_q, attn.to_k, attn.to_v)
         image, text = [(query, attn.norm_q), (key, attn.norm_k)], None

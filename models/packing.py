@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -127,6 +127,21 @@ def from_disk(stored: Tensor, w_bits: int, in_features: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ layer
 
 
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether a call of the module is one of its class's forward: if not, its parameters may be elsewhere until then.
+
+    Libraries that offload, cast or cache hook a module so, or put another forward into its place.
+    """
+    hooked = module._forward_pre_hooks or module._forward_hooks
+    return not hooked and module.forward == type(module).forward.__get__(module)
+
+
+def _autocast(input: Tensor) -> Tensor:
+    """The input in the autocast dtype, if there is one."""
+    autocast = torch.is_autocast_enabled(input.device.type)
+    return input.to(torch.get_autocast_dtype(input.device.type)) if autocast else input
+
+
 class PackedLinear(Fp32Parameters, nn.Linear):
     """A linear layer that holds codes instead of weights; for inference.
 
@@ -147,7 +162,7 @@ class PackedLinear(Fp32Parameters, nn.Linear):
         nn.Module.__init__(self)  # not Linear's, which would allocate the weight
         self.in_features, self.out_features = in_features, out_features
         self.w_bits, self.weight_layerwise = check_bits(w_bits), weight_layerwise
-        self.siblings, self.place = None, 0  # the layers with the same input, and which of them this is
+        self.kept = None  # see kernels.kept
 
         def parameter(*shape: int, dtype: torch.dtype | None) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
@@ -173,13 +188,6 @@ class PackedLinear(Fp32Parameters, nn.Linear):
             layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return layer.eval()
 
-    @staticmethod
-    def join(layers: list["PackedLinear"]) -> None:
-        """Multiply these layers as one in fast mode; they are called with the same input one after the other."""
-        siblings = kernels.Siblings(layers) if len(layers) > 1 else None
-        for place, layer in enumerate(layers):
-            layer.siblings, layer.place = siblings, place
-
     @classmethod
     @torch.no_grad()
     def from_quantized(cls, layer: QuantizeLinear, name: str = "") -> "PackedLinear":
@@ -194,7 +202,8 @@ class PackedLinear(Fp32Parameters, nn.Linear):
         weight, alpha = layer.effective_weight(), layer.weight_clip_val
         if not (weight.sum().isfinite() or weight.isfinite().all()) or not alpha.isfinite().all():
             raise ValueError(f"{name or cls.__name__}: the weight or its step sizes hold NaN or inf")
-        steps = alpha.expand(len(weight), 1)
+        weight, steps = layer.code_source()
+        steps = steps.expand(len(weight), 1)
         codes = torch.cat([
             quantize_codes(weight[rows], steps[rows], layer.w_bits) for rows in row_chunks(*weight.shape)
         ])  # fmt: skip
@@ -224,17 +233,33 @@ class PackedLinear(Fp32Parameters, nn.Linear):
         state_dict.pop(f"{prefix}weight", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def __getstate__(self) -> dict:
+        return vars(self) | {"kept": None}  # a copy makes its own
+
+    def _token_dtype(self, x: Tensor) -> torch.dtype | None:
+        """What tokens x [..., in] are quantized to; None in exact mode and where it has to serve."""
+        if self.mode != "fast" or kernels.wants_gradient(x, self.bias):
+            return None
+        return kernels.token_dtype(x, self.out_features, self.w_bits)
+
     def forward(self, input: Tensor) -> Tensor:
-        autocast = torch.is_autocast_enabled(input.device.type)
-        x = input.to(torch.get_autocast_dtype(input.device.type)) if autocast else input
-        dtype = kernels.token_dtype(x, self.out_features, self.w_bits) if self.mode == "fast" else None
-        together = self.siblings.layers if self.siblings else [self]
-        if dtype is None or kernels.wants_gradient(x, *(layer.bias for layer in together)):
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            return kernels.exact_linear(x, self.weight_codes, self.weight_clip_val, bias, self.w_bits)
-        if self.siblings is None or not self.siblings.on(x.device):
+        x = _autocast(input)
+        if (dtype := self._token_dtype(x)) is not None:
             return kernels.fast_linear(x, dtype, [self])[0]
-        return self.siblings.product(self.place, input, x, dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if not kernels.wants_gradient(x, bias) and (weight := kernels.kept(self, x.dtype)) is not None:
+            return F.linear(x, weight, bias)
+        return kernels.exact_linear(x, self.weight_codes, self.weight_clip_val, bias, self.w_bits)
+
+    @staticmethod
+    def together(layers: Sequence[nn.Module], input: Tensor) -> Sequence[Tensor]:
+        """[layer(input) for layer in layers]; packed ones in fast mode that nothing hooks are multiplied as one."""
+        if all(type(layer) is PackedLinear and is_unhooked(layer) for layer in layers):
+            x = _autocast(input)
+            dtype = layers[0]._token_dtype(x)
+            if dtype is not None and all(layer._token_dtype(x) == dtype for layer in layers):
+                return kernels.fast_linear(x, dtype, layers)
+        return [layer(input) for layer in layers]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, w_bits={self.w_bits}"

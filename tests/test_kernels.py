@@ -8,19 +8,31 @@ import copy
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxPosEmbed
+from diffusers import FasterCacheConfig, FluxPipeline, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxAttnProcessor,
+    FluxIPAdapterAttnProcessor,
+    FluxPosEmbed,
+)
 from torch.nn import functional as F
 
-from models import kernels
+from models import kernels, modeling_flux_quant
 from models.kernels import FP8
-from models.modeling_flux_quant import FluxTransformer2DModel, FusedFluxAttnProcessor
+from models.modeling_flux_quant import FastGELU, FastProjectedGELU, FluxTransformer2DModel, FusedFluxAttnProcessor
 from models.packing import PackedLinear
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.on_gpu
+
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -103,6 +115,100 @@ def test_exact_mode_is_the_product_with_the_dequantized_weight(w_bits, dtype):
             assert found.dtype == dtype
             expected = F.linear(x.double(), weight, None if layer.bias is None else layer.bias.double())
             assert_close(found, expected, TOLERANCE[dtype])
+
+
+CPU_ONLY = pytest.mark.skipif(GPU, reason="layers stay unpacked on a CPU alone")
+
+
+@CPU_ONLY
+@pytest.mark.parametrize("mode", kernels.MODES)
+@pytest.mark.parametrize("w_bits", BITS)
+def test_a_small_layer_is_unpacked_once(w_bits, mode, monkeypatch):
+    layer, codes = packed_layer(50, 512, w_bits)
+    layer.mode, unpack, calls = mode, kernels.unpack_codes, []
+    monkeypatch.setattr(kernels, "unpack_codes", lambda *args: calls.append(args) or unpack(*args))
+    for count in (1, 40):
+        x = tokens_of(count, 512, torch.float32)
+        for _ in range(2):
+            found = layer(x)
+            if mode == "exact":  # bit for bit
+                assert torch.equal(found, F.linear(x, levels(layer, codes, torch.float32).float(), layer.bias))
+    assert len(calls) == 1
+    half = layer.to(torch.bfloat16)
+    x = tokens_of(40, 512, torch.bfloat16)
+    for _ in range(2):
+        found = half(x)
+        if mode == "exact":
+            weight = levels(half, codes, torch.bfloat16).bfloat16()
+            assert torch.equal(found, F.linear(x, weight, half.bias))
+    assert len(calls) == 1 + (mode == "exact")
+
+
+@CPU_ONLY
+@pytest.mark.parametrize("mode", kernels.MODES)
+def test_a_small_layer_follows_its_codes_and_step_sizes(mode):
+    (layer, _), (other, _) = packed_layer(50, 512, 0), packed_layer(50, 512, 0)
+    with torch.no_grad():
+        other.weight_codes.copy_(other.weight_codes.flip(0))
+        other.weight_clip_val.mul_(torch.rand(50, 1) + 1)
+    x = tokens_of(40, 512, torch.float32)
+
+    def fresh(changed):
+        twin = PackedLinear.from_codes(changed.codes(), changed.weight_clip_val, changed.bias, 0)
+        twin.mode = mode
+        return twin(x)
+
+    def written(changed):
+        with torch.no_grad():
+            changed.weight_codes[3:7] = other.weight_codes[:4]
+
+    def swapped(changed):
+        changed.weight_codes.data = other.weight_codes.data.clone()
+
+    def offloaded(changed):
+        here = changed.weight_codes.data
+        changed.weight_codes.data = torch.zeros_like(here)
+        changed(x)
+        changed.weight_codes.data = here.clone()
+
+    def scaled(changed):
+        with torch.no_grad():
+            changed.weight_clip_val.mul_(2)
+
+    changes = [lambda c: c.load_state_dict(other.state_dict()), written, swapped, offloaded, scaled]
+    changes += [lambda c: setattr(c, "weight_codes", other.weight_codes)]
+    for change in changes:
+        changed = copy.deepcopy(layer)
+        changed.mode = mode
+        changed(x)
+        change(changed)
+        assert torch.equal(changed(x), fresh(changed)), change
+        twin = copy.deepcopy(changed)
+        written(twin)
+        assert torch.equal(twin(x), fresh(twin))
+        assert torch.equal(changed(x), fresh(changed))
+
+
+@CPU_ONLY
+def test_large_layers_stay_packed():
+    layer, _ = packed_layer(1024, 1024, 0)
+    for layer.mode in kernels.MODES:
+        layer(tokens_of(2, 1024, torch.float32))
+    assert layer.kept is None
+
+
+@CPU_ONLY
+def test_a_small_layer_works_in_inference_mode_and_out_of_it():
+    with torch.inference_mode():
+        made_inside, _ = packed_layer(50, 512, 0)
+    made_outside, _ = packed_layer(50, 512, 0)
+    x = tokens_of(40, 512, torch.float32)
+    with torch.inference_mode():
+        inside = [layer(x) for layer in (made_inside, made_outside)]
+    wanting = x.clone().requires_grad_()
+    made_outside(wanting).sum().backward()
+    assert wanting.grad is not None
+    assert torch.equal(inside[0], inside[1]) and torch.equal(made_outside(x), inside[1])
 
 
 @pytest.mark.kernels
@@ -194,28 +300,6 @@ def test_codes_that_cannot_be_unpacked_together():
 
 
 @pytest.mark.kernels
-@DTYPES
-@pytest.mark.parametrize("eight", [torch.int8, FP8], ids=["int8", "e4m3"])
-def test_the_fused_kernel(eight, dtype, monkeypatch):
-    if GPU and eight == FP8 and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("no e4m3")
-    if not kernels.in_triton(torch.empty(0, device=DEVICE), 0):
-        pytest.skip("needs Triton")
-    for shape in [(48, 512), (130, 256)] + [(3072, 3072)] * GPU:
-        monkeypatch.setattr(kernels, "FUSED", {shape})
-        for bias, layerwise in ((True, False), (False, True)):
-            layer, codes = packed_layer(*shape, 0, bias, layerwise, dtype)
-            weight = levels(layer, codes, torch.float32)
-            for count in [7, 150] + [4608] * GPU:
-                q, scale = kernels.quantize_tokens(tokens_of(count, shape[1], dtype), eight)
-                expected = F.linear(q.double() * scale.double(), weight, layer.bias.double() if bias else None)
-                step = scale * kernels.grid_step(0)
-                found = kernels._fast(q, step, layer.weight_codes, layer.weight_clip_val, layer.bias, 0, dtype)
-                assert found.dtype == dtype
-                assert_close(found, expected, max(TOLERANCE[dtype], 2e-3 if GPU and eight == FP8 else 0))
-
-
-@pytest.mark.kernels
 def test_leading_dimensions_strides_and_no_tokens_at_all():
     layer, codes = packed_layer(32, 64, 0)
     for mode in kernels.MODES:
@@ -266,14 +350,12 @@ def test_gradients_reach_tokens_and_bias(mode):
 @pytest.mark.parametrize("wanting", range(3))
 def test_the_bias_of_one_of_the_layers_with_one_input_may_want_a_gradient(wanting):
     layers = [packed_layer(48, 64, 0)[0] for _ in range(3)]
-    PackedLinear.join(layers)
     for layer in layers:
         layer.mode = "fast"
     layers[wanting].bias.requires_grad_()
     x, upstream = tokens_of(40, 64, torch.float32), tokens_of(40, 48, torch.float32)
-    sum((layer(x) * upstream).sum() for layer in layers).backward()
+    sum((y * upstream).sum() for y in PackedLinear.together(layers, x)).backward()
     assert_close(layers[wanting].bias.grad, upstream.double().sum(0), 2e-6)
-    assert layers[0].siblings.given is None and layers[0].siblings.products is None
 
 
 def test_the_ops_keep_the_rules_of_custom_ops():
@@ -373,14 +455,14 @@ def test_what_leads_to_a_kernel_can_be_traced(small, blocks, dtype, monkeypatch)
 
 
 @pytest.mark.parametrize(("blocks", "groups"), [("transformer_blocks", 2), ("single_transformer_blocks", 1)])
-def test_fast_mode_launches_one_kernel_for_all_layers_with_one_input(small, blocks, groups, monkeypatch):
+def test_fast_mode_launches_one_kernel_for_the_projections_of_one_input(small, blocks, groups, monkeypatch):
     pytest.importorskip("triton", reason="Triton is made for Linux only")
     launched = []
     monkeypatch.setattr(kernels, "_triton_works_on", lambda tensor: True)
     monkeypatch.setattr(kernels, "_launch", lambda kernel, *arguments, **options: launched.append(kernel))
     block = getattr(copy.deepcopy(small).set_inference_mode("fast"), blocks)[0]
     packed = [name for name, layer in block.named_modules() if isinstance(layer, PackedLinear)]
-    joined = sum(name.endswith(("_q", "_k", "_v", "_q_proj", "_k_proj", "_v_proj", "proj_mlp")) for name in packed)
+    joined = sum(name.endswith(("_q", "_k", "_v", "_q_proj", "_k_proj", "_v_proj")) for name in packed)
     torch._dynamo.reset()
     with torch.no_grad():
         torch.compile(block, fullgraph=True, backend="eager")(**block_inputs(0))
@@ -390,23 +472,33 @@ def test_fast_mode_launches_one_kernel_for_all_layers_with_one_input(small, bloc
     assert launched.count(kernels._norm_rotate) == 1
 
 
-@pytest.mark.parametrize(("blocks", "inputs"), [("transformer_blocks", 8), ("single_transformer_blocks", 2)])
-def test_layers_with_one_input_are_multiplied_as_one(small, blocks, inputs, monkeypatch):
+@pytest.fixture
+def joining(monkeypatch):
+    """Fast mode's attention as on a GPU, where there is none: what its kernel does, in plain torch."""
+    if GPU or INTERPRETED:
+        return
+
+    def norm_rotate(text, image, rotary):
+        parts = [[norm(x) for x, norm in pair] for pair in (text, image) if pair]
+        return [apply_rotary_emb(torch.cat(part, 1), rotary, sequence_dim=1) for part in zip(*parts, strict=True)]
+
+    monkeypatch.setattr(modeling_flux_quant, "can_rotate", lambda *_: not torch.is_grad_enabled())
+    monkeypatch.setattr(modeling_flux_quant, "norm_rotate", norm_rotate)
+
+
+@pytest.mark.parametrize(("blocks", "inputs"), [("transformer_blocks", 8), ("single_transformer_blocks", 3)])
+def test_projections_of_one_input_are_multiplied_as_one(small, blocks, inputs, joining, monkeypatch):
     if not GPU:  # where modulation is exact
         inputs += 2 if blocks == "transformer_blocks" else 1
     calls = []
     quantize = kernels.quantize_tokens
     monkeypatch.setattr(kernels, "quantize_tokens", lambda *args: calls.append(args) or quantize(*args))
-    model = copy.deepcopy(small).set_inference_mode("fast")
-    block = getattr(model, blocks)[0]
+    block = getattr(copy.deepcopy(small).set_inference_mode("fast"), blocks)[0]
     layers = [module for module in block.modules() if isinstance(module, PackedLinear)]
-    held = [layer.siblings for layer in layers if layer.siblings is not None]
-    assert len(held) == (6 if blocks == "transformer_blocks" else 4)
     with torch.no_grad():
         found = block(**block_inputs(0))
         assert len(calls) == inputs < len(layers)
-        assert all(siblings.given is None and siblings.products is None for siblings in held)
-        with torch.autocast(DEVICE.type, torch.bfloat16):  # every layer casts the same input anew
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             calls.clear()
             block(**block_inputs(0))
             assert len(calls) == inputs
@@ -415,25 +507,190 @@ def test_layers_with_one_input_are_multiplied_as_one(small, blocks, inputs, monk
         torch._dynamo.reset()
         compiled = torch.compile(block, fullgraph=True, backend="eager")(**block_inputs(0))
         assert len(calls) == inputs  # traced
-        assert all(siblings.given is None and siblings.products is None for siblings in held)
-        for layer in layers:
-            PackedLinear.join([layer])
+        block.attn.set_processor(FluxAttnProcessor())
+        calls.clear()
         alone = block(**block_inputs(0))
+        assert len(calls) == inputs + (4 if blocks == "transformer_blocks" else 2)
         for a, b, c in zip(found, compiled, alone, strict=True):
             torch.testing.assert_close(a, b)
             torch.testing.assert_close(a, c)
 
 
-def test_a_layer_whose_siblings_are_offloaded_is_multiplied_alone():
-    layers = [packed_layer(48, 64, 0)[0] for _ in range(3)]
+# Fast mode in the hands of libraries that hook layers
+
+
+def velocity_inputs(seed=0):
+    given = block_inputs(seed)
+    return {
+        "hidden_states": torch.randn(1, 40, 16).to(DEVICE),
+        "encoder_hidden_states": torch.randn(1, 24, 32).to(DEVICE),
+        "pooled_projections": given["temb"][:, :32],
+        "timestep": torch.tensor([0.5], device=DEVICE),
+        "guidance": torch.tensor([3.5], device=DEVICE),
+        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(5.0), torch.arange(8.0)).to(DEVICE),
+        "txt_ids": torch.zeros(24, 3, device=DEVICE),
+    }
+
+
+@torch.no_grad()
+def velocity(model, seed=0):
+    with model.cache_context("cond"):
+        return model(**velocity_inputs(seed)).sample
+
+
+@pytest.fixture
+def fast(small, joining):
+    return copy.deepcopy(small).set_inference_mode("fast")
+
+
+def packed_in(model):
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+
+
+def test_layers_are_cast_to_float8_and_back_by_diffusers(fast, small):
+    rounded = copy.deepcopy(small)
+    for name, module in rounded.named_modules():
+        if isinstance(module, torch.nn.Linear) and not name.startswith("proj_out") and "norm" not in name:
+            for parameter in module.parameters(recurse=False):
+                if parameter.is_floating_point() and "clip_val" not in name and parameter.ndim:
+                    skipped = parameter is getattr(module, "weight_clip_val", None)
+                    parameter.data = parameter if skipped else parameter.to(FP8).to(parameter.dtype)
+    expected = velocity(rounded.set_inference_mode("fast"))
+    fast.enable_layerwise_casting(FP8, torch.float32, skip_modules_pattern=("norm", "^proj_out$"))
+    assert {layer.bias.dtype for name, layer in packed_in(fast).items() if "norm" not in name} == {FP8}
+    torch.testing.assert_close(velocity(fast), expected)
+
+
+def test_leaves_are_offloaded_by_diffusers(fast, tmp_path):
+    expected = velocity(fast)
+    fast.enable_group_offload(DEVICE, torch.device("cpu"), "leaf_level", offload_to_disk_path=str(tmp_path))
+    for _ in range(2):
+        torch.testing.assert_close(velocity(fast), expected)
+
+
+CACHES = {
+    "pyramid attention broadcast": lambda timestep: PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 600),
+        current_timestep_callback=timestep,
+    ),
+    "faster cache": lambda timestep: FasterCacheConfig(
+        spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 600),
+        current_timestep_callback=timestep, is_guidance_distilled=True,
+    ),
+    "taylorseer": lambda timestep: TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_where_attention_is_skipped_nothing_is_held_and_nothing_computed_in_vain(fast, cache, monkeypatch):
+    names = {layer: name for name, layer in packed_in(fast).items()}
+    made, products, multiply = [], [], kernels.fast_linear
+
+    def recorded(x, dtype, layers):
+        found = multiply(x, dtype, layers)
+        made.extend(names[layer] for layer in layers)
+        # What the attention gives out is what these caches keep.
+        products.extend(weakref.ref(part) for part in found if "_out" not in names[layers[0]])
+        return found
+
+    monkeypatch.setattr(kernels, "fast_linear", recorded)
+    first = velocity(fast)
+    projections = {name for name in made if ".attn." in name and "_out" not in name}
+    assert len(projections) == 9
+    now, skipped = [], 0
+    fast.enable_cache(CACHES[cache](lambda: now[-1]))
+    for seed, timestep in enumerate([900, 800, 500, 400, 300, 200]):
+        now.append(timestep)
+        made.clear()
+        products.clear()
+        found = velocity(fast, seed)
+        if seed == 0:
+            torch.testing.assert_close(found, first)
+        assert not any(product() is not None for product in products)
+        assert any("proj_mlp" in name for name in made)
+        computed = projections.intersection(made)
+        assert computed in (set(), projections)
+        skipped += not computed
+    assert 2 <= skipped <= 4
+    fast.disable_cache()
+    torch.testing.assert_close(velocity(fast), first)
+
+
+def test_a_hook_on_one_projection_sees_its_call(fast):
+    seen = []
+    expected = velocity(fast)
+    attn = fast.transformer_blocks[0].attn
+    handles = [
+        attn.to_k.register_forward_hook(lambda layer, given, product: seen.append(product)),
+        attn.add_v_proj.register_forward_pre_hook(lambda layer, given: seen.append(given[0])),
+        attn.norm_q.register_forward_hook(lambda norm, given, product: seen.append(product)),
+    ]
+    torch.testing.assert_close(velocity(fast), expected)
+    assert len(seen) == 3
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(velocity(fast), expected)
+    assert len(seen) == 3
+    layer = fast.single_transformer_blocks[0].attn.to_q
+    layer.forward = lambda x: torch.zeros(*x.shape[:-1], layer.out_features, device=x.device)  # as a library may
+    assert not torch.allclose(velocity(fast), expected)
+    del layer.forward
+    torch.testing.assert_close(velocity(fast), expected)
+
+
+def test_an_adapter_on_a_projection_takes_part(fast):
+    peft = pytest.importorskip("peft")
+    expected = velocity(fast)
+    fast.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "proj_mlp"], init_lora_weights=False))
+    assert (velocity(fast) - expected).norm() > 1e-3 * expected.norm()
+    fast.delete_adapters("default")
+    torch.testing.assert_close(velocity(fast), expected)
+
+
+def test_attention_is_the_fast_one_again_after_an_ip_adapter(fast):
+    expected, width, cross = velocity(fast), 64, fast.config.joint_attention_dim
+    image_proj = {"proj.weight": torch.randn(4 * cross, 8), "proj.bias": torch.zeros(4 * cross)}
+    image_proj |= {"norm.weight": torch.ones(cross), "norm.bias": torch.zeros(cross)}
+    adapter = {f"0.to_{kind}_ip.weight": torch.randn(width, cross) for kind in "kv"}
+    adapter |= {f"0.to_{kind}_ip.bias": torch.zeros(width) for kind in "kv"}
+    fast._load_ip_adapter_weights([{"image_proj": image_proj, "ip_adapter": adapter}])
+    kinds = {type(block.attn.processor) for block in fast.transformer_blocks}
+    assert kinds == {FluxIPAdapterAttnProcessor}
+    with torch.no_grad():
+        images = [torch.randn(1, 1, 8, device=DEVICE)]
+        shown = fast(**velocity_inputs(), joint_attention_kwargs={"ip_adapter_image_embeds": images}).sample
+    assert not torch.allclose(shown, expected)
+    FluxPipeline.unload_ip_adapter(SimpleNamespace(transformer=fast))
+    assert {type(processor) for processor in fast.attn_processors.values()} == {FusedFluxAttnProcessor}
+    torch.testing.assert_close(velocity(fast), expected)
+    fast.set_inference_mode("exact").set_attn_processor(FluxAttnProcessor())
+    assert {type(processor) for processor in fast.attn_processors.values()} == {FluxAttnProcessor}
+
+
+def test_hooks_on_gelu_stay_when_the_mode_changes(fast):
+    called, gelu = [], fast.single_transformer_blocks[0].act_mlp
+
+    class Counting(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            called.append(module)
+            return args, kwargs
+
+    HookRegistry.check_if_exists_or_initialize(gelu).register_hook(Counting(), "counting")
+    for count, mode in enumerate(("exact", "fast", "exact"), 1):
+        velocity(fast.set_inference_mode(mode))
+        assert len(called) == count
+    HookRegistry.check_if_exists_or_initialize(gelu).remove_hook("counting")
+    velocity(fast)
+    assert len(called) == 3
+
+
+def test_layers_that_differ_are_multiplied_each_by_its_own():
+    x = tokens_of(40, 64, torch.float32)
+    layers = [packed_layer(48, 64, 0)[0], packed_layer(16, 64, 2, bias=False)[0], packed_layer(48, 64, 4)[0]]
     for layer in layers:
         layer.mode = "fast"
-    x = tokens_of(40, 64, torch.float32)
-    expected = layers[0](x)
-    PackedLinear.join(layers)
-    layers[2].to("meta")
-    assert torch.equal(layers[0](x), expected)
-    assert layers[0].siblings.given is None
+    for found, layer in zip(PackedLinear.together(layers, x), layers, strict=True):
+        torch.testing.assert_close(found, layer(x))
 
 
 def test_gelu_is_the_same_function_compiled():
@@ -451,8 +708,8 @@ def test_fast_mode_takes_another_gelu_and_exact_mode_gives_it_back(small):
     block, single = model.transformer_blocks[0], model.single_transformer_blocks[0]
 
     def found():
-        places = [block.ff.net[0].gelu, block.ff_context.net[0].gelu, single.act_mlp.forward]
-        return [function is kernels.gelu for function in places]
+        places = [block.ff.net[0], block.ff_context.net[0], single.act_mlp]
+        return [type(module) in (FastGELU, FastProjectedGELU) for module in places]
 
     assert not any(found())
     model.set_inference_mode("fast")
@@ -476,7 +733,7 @@ def test_fast_mode_has_an_attention_processor_of_its_own_unless_there_is_another
         assert first.processor._attention_backend == "native"
 
 
-@pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", kernels.MODES)
 def test_cuda_graphs_replay_both_modes(mode):
     for w_bits in (0, 2, 4, 8):
@@ -604,7 +861,7 @@ def test_attention_with_that_kernel_is_that_of_diffusers(joint, monkeypatch):
         found = attn(image, **given)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         with monkeypatch.context() as patch:
-            patch.setattr(attn.norm_q, "forward", None)  # what diffusers would call
+            patch.setattr(torch.nn.RMSNorm, "forward", lambda *_: pytest.fail("diffusers' own was called"))
             attn(image, **given)
         attn.norm_k.eps = 1.0  # the kernel knows one eps
         found = attn(image, **given)
@@ -652,7 +909,6 @@ TERNARY = TILE | {"COLUMNS": 768, "WORDS": 64, "WIDTH": 1024, "ALPHA_STRIDE": 1}
         ("_few_tokens", LEVELS | OUTPUT | {"x": "*bf16"}, TILE | {"WIDTH": 4}),
         ("_few_tokens_ternary", LEVELS | OUTPUT | {"x": "*bf16"}, TERNARY),
         ("_few_tokens_ternary", LEVELS | OUTPUT | {"x": "*fp16", "out": "*fp16"}, TERNARY),
-        ("_fused", OUTPUT | {"q": "*fp8e4nv"}, TILE | {"ROWS": 128, "TOKENS": 128}),
         ("_norm_rotate", OUTPUT | ROTATION, {"HEADS": 32, "WIDTH": 128}),
     ],
 )

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import send_to_device
 from diffusers import FluxPipeline
-from diffusers.hooks import HookRegistry, apply_group_offloading
+from diffusers.hooks import apply_group_offloading
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from models.kernels import dequantize
 from models.packing import from_disk
-from utils.sampling import initial_noise, record_inputs, sample_latents, text_length
+from utils.sampling import initial_noise, record_inputs, sample_latents, stop_streaming, text_length
 from utils.utils import empty_cache, get_logger
 
 log = get_logger("walk")
@@ -195,12 +195,7 @@ def _placed(
     try:
         yield int(max(1, (room - blocks) // picture))
     finally:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # a block may still be on its way in a stream of its own
-        registry = HookRegistry.check_if_exists_or_initialize(transformer)
-        for name in ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading"):
-            registry.remove_hook(name, recurse=True)
-        transformer.to(CPU)
+        stop_streaming(transformer)
 
 
 def _encode(pipe: FluxPipeline, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -234,6 +229,7 @@ def record_calls(
     decoded. On CUDA no more than `limit` bytes are taken, by default what is free.
     """
     texts, pooled = _encode(pipe, prompts, device)
+    pipe.vae.to(device)  # the pipeline computes where its first component is
     tokens = (size // (2 * pipe.vae_scale_factor)) ** 2 + texts.shape[1]
     calls = []
     with (
@@ -254,6 +250,7 @@ def record_calls(
             for step, call in zip(steps, found, strict=True):
                 calls.append(call | {"weight": lengths[step] * num_inference_steps})
             bar.update(part.stop - part.start)
+    pipe.vae.to(CPU)
     empty_cache(device)
     return calls
 
@@ -451,7 +448,14 @@ def walk(
                 bar.update()
             # Read back even if it was just made: a walk that goes on later sees the same numbers.
             streams.advance(block.module, student_parameters(block, work.block(name), w_bits))
-            block.module.to("meta")
+            _free(block.module)
+
+
+def _free(module: nn.Module) -> None:
+    """Give a module's memory back, whoever else still holds its parameters, and leave it on the meta device."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.new_empty(0)
+    module.to("meta")
 
 
 def stored_tensors(transformer: nn.Module, work: Work) -> Iterator[tuple[str, Tensor]]:
