@@ -60,7 +60,7 @@ def cell(what: tuple[str, int, list[str]], environment: Mapping[str, str], args:
         pipeline = folder / "pipeline"
         flags = ["--model_id", args.model, "--output_path", pipeline.absolute(), "--num_images", 0]
         flags += ["--batch_size", args.batch_size, "--w_bits", w_bits, *own]
-        if not pipeline.exists():
+        if not (pipeline / "metrics.json").exists():  # an interrupted run has left the folder, and goes on there
             run_logged(["run.py", *flags, *args.flags], folder / "log.txt", environment)
         flags = ["--model", args.model, "--num_images", args.num_images, "--batch_size", args.batch_size]
         flags += ["--output_dir", (folder / "test").absolute()]
