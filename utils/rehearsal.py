@@ -6,8 +6,9 @@
     python -m utils.rehearsal --output /data/rehearsal --list
 
 The first step makes the pipeline (utils/make_random_flux.py): 34 GB in the shapes of FLUX.1-dev, or 20 MB with the
-same structure. `--model` puts it elsewhere, in memory for instance. STEPS says what is run and what must hold
-afterwards. Each step's exit status, wall time, peak memory and written bytes are measured from outside; it writes
+same structure. `--model` puts it elsewhere, in memory for instance, or names one that is there already. STEPS says what
+is run and what must hold afterwards. Each step's exit status, wall time, peak memory and written bytes are measured
+from outside; it writes
 
     OUTPUT/rehearsal.json    a row a step, after every step; --only replaces the rows of the steps it names
     OUTPUT/rehearsal.md      the same as a table
@@ -76,6 +77,7 @@ class Step:
     gib: float = 0  # of memory that its GPU must have; on a smaller one it must fail in one line
     peak: float = math.inf  # GiB of a GPU at most, at scale flux
     reads: tuple[str, ...] = ()  # of earlier steps
+    makes: str = ""  # it is left out where this exists
     clears: tuple[str, ...] = ()  # before it starts
     drops: tuple[str, ...] = ()  # once it has ended
     reports: dict[str, tuple[str, ...]] = field(default_factory=dict)  # JSON file -> what to copy from it
@@ -115,7 +117,7 @@ def trained(folder: str, checkpoint: tuple[float, float]) -> dict:
 
 STEPS = (
     Step(
-        "make", "python -m utils.make_random_flux --config {config} --whole --output {model}", clears=("{model}",),
+        "make", "python -m utils.make_random_flux --config {config} --whole --output {model}", makes="{model}",
         holds={"{model}/transformer/*.safetensors": (23.9e9, 17e6), "{model}": (33.9e9, 21e6)}, limit=300,
     ),
     Step(
@@ -353,11 +355,11 @@ class Stage:
     def fill(self, text: str) -> str:
         return text.format(**self.words)
 
-    def path(self, text: str) -> str:
-        return str(self.work / self.fill(text))  # an absolute path stays one
-
     def find(self, text: str) -> list[Path]:
-        return [Path(path) for path in sorted(glob.glob(self.path(text), recursive=True))]
+        """What a path or pattern under {work} stands for."""
+        plain = {name: glob.escape(self.words[name]) for name in ("model", "work")}
+        pattern = os.path.join(plain["work"], text.format(**self.words | plain))  # an absolute path stays one
+        return [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
 
     def remove(self, texts: tuple[str, ...]) -> None:
         for text in texts:
@@ -456,6 +458,8 @@ def play(step: Step, stage: Stage, machine: dict) -> dict:
         return row | {"skipped": f"needs {step.gpus} GPU{'s' * (step.gpus > 1)}"}
     if missing := [stage.fill(text) for text in step.reads if not stage.find(text)]:
         return row | {"skipped": f"needs {missing[0]} of an earlier step"}
+    if step.makes and stage.find(step.makes):
+        return row | {"skipped": f"{stage.fill(step.makes)} is there already"}
     logs = stage.output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     stage.work.mkdir(exist_ok=True)
@@ -500,8 +504,10 @@ def write_whole(file: Path, text: str) -> None:
 
 def rehearse(steps: list[Step], stage: Stage, play: Callable[..., dict] = play) -> list[dict]:
     """Run the steps, keep the rows of those that are not run again, write the records after every step."""
-    stage.output.mkdir(parents=True, exist_ok=True)
     file, machine = stage.output / "rehearsal.json", describe_machine()
+    if stage.work.exists() and not file.exists():
+        raise ValueError(f"{stage.work}: not of a rehearsal (no {file.name} beside it); choose another --output")
+    stage.output.mkdir(parents=True, exist_ok=True)
     rows = {}
     if file.exists():
         found = json.loads(file.read_text())
@@ -509,14 +515,18 @@ def rehearse(steps: list[Step], stage: Stage, play: Callable[..., dict] = play) 
             raise ValueError(f"{file}: of --scale {found['scale']}; choose another --output for {stage.scale}")
         rows = {row["name"]: row for row in found["rows"]}
     played = []
+
+    def record() -> None:
+        ordered = [rows[step.name] for step in STEPS if step.name in rows]
+        found = {"scale": stage.scale, "machine": machine, "rows": ordered}
+        write_whole(file, json.dumps(found, indent=2) + "\n")
+        write_whole(file.with_suffix(".md"), table(ordered))
+
+    record()  # from here on the folders are a rehearsal's, to be cleared by it
     for step in steps:
         log.info("%s: %s", step.name, stage.fill(step.command))
-        row = play(step, stage, machine) | {"commit": machine["commit"]}
-        rows[step.name] = row
-        ordered = [rows[step.name] for step in STEPS if step.name in rows]
-        record = {"scale": stage.scale, "machine": machine, "rows": ordered}
-        write_whole(file, json.dumps(record, indent=2) + "\n")
-        write_whole(file.with_suffix(".md"), table(ordered))
+        row = rows[step.name] = play(step, stage, machine) | {"commit": machine["commit"]}
+        record()
         played.append(row)
         log.info("%s: %s", step.name, row.get("skipped") or row["problem"] or f"{row['seconds']:.0f} s")
     return played
@@ -525,7 +535,7 @@ def rehearse(steps: list[Step], stage: Stage, play: Callable[..., dict] = play) 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the records and of what the steps write")
-    parser.add_argument("--model", type=Path, help="where the pipeline of random weights lies; default: OUTPUT/model")
+    parser.add_argument("--model", type=Path, help="the pipeline, made where there is none; default: OUTPUT/model")
     parser.add_argument("--scale", choices=SCALES, default="flux", help="flux: 12 B parameters and T5-XXL, on a GPU")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps, in their order; default: all")
     parser.add_argument("--list", action="store_true", help="print the steps and their commands, and run nothing")
