@@ -6,20 +6,25 @@
 #   bash 0_sanity_check.sh black-forest-labs/FLUX.1-dev     # a folder or a hub id, on a GPU
 #   bash 0_sanity_check.sh --w_bits 4 3                     # any further flag of sanity.py; the last one counts
 #
-# Paths in further flags are relative to the repository root.
+# Paths are relative to where it is started. It writes to output/sanity in the repository.
 set -euo pipefail
 
 MODEL=assets/tiny-flux
 if [ $# -gt 0 ] && [[ $1 != -* ]]; then
-    MODEL=$1
-    if [ -d "$PWD/$MODEL" ]; then MODEL=$PWD/$MODEL; fi  # relative to where the user is, not to the repository
+    MODEL=${1%/}
     shift
 fi
 
+HERE=$PWD
 source "$(dirname -- "${BASH_SOURCE[0]}")/utils/setup.sh"
+ROOT=$PWD
+cd -- "$HERE"
+if [ . -ef "$ROOT" ]; then ROOT=.; fi
 
+FOLDER=$MODEL
+if [ ! -e "$FOLDER" ]; then FOLDER=$ROOT/$MODEL; fi  # the repository's own are found from anywhere
 TRAINED=()
-if [ "$MODEL" = assets/tiny-flux ]; then TRAINED=(--trained assets/tiny-flux-1.58bit); fi
+if [ "$FOLDER" -ef "$ROOT/assets/tiny-flux" ]; then TRAINED=(--trained "$ROOT/assets/tiny-flux-1.58bit"); fi
 
-exec "$PYTHON" sanity.py --local_dir output/sanity --output_dir output/sanity \
+exec "$PYTHON" "$ROOT/sanity.py" --local_dir "$ROOT/output/sanity" --output_dir "$ROOT/output/sanity" \
     --input_model_filename "$MODEL" --qat True --w_bits 8 4 2 0 ${TRAINED[@]+"${TRAINED[@]}"} "$@"

@@ -4,9 +4,11 @@
 #   bash 1_run_train.sh                               # 1 process, batch 4: the embedded tiny-flux, on a laptop
 #   bash 1_run_train.sh NPROC BATCH ACCUM [FLAGS]     # processes (one a GPU), batch a process, gradient accumulation
 #   bash 1_run_train.sh 1 4 1 --w_bits 2 --max_steps 1000            # any further flag of train.py; the last one counts
-#   MODEL=black-forest-labs/FLUX.1-dev bash 1_run_train.sh 8 1 4     # the real one, on GPUs
+#   MODEL=black-forest-labs/FLUX.1-dev bash 1_run_train.sh 8 1 4     # the real one, on GPUs: what fits them is trained
+#   NNODES=2 HEAD=node0 MODEL=… bash 1_run_train.sh 8 1 1            # on two nodes: the same command on each
 #
-# Paths in further flags are relative to the repository root. Started again, it goes on where it was interrupted.
+# Paths are relative to where it is started; it writes to output/ in the repository. Started again, it goes on where it
+# was interrupted.
 set -euo pipefail
 
 NPROC=${1:-1} BATCH=${2:-4} ACCUM=${3:-1}
@@ -19,13 +21,20 @@ done
 shift $(($# < 3 ? $# : 3))
 
 MODEL=${MODEL:-assets/tiny-flux}
-if [ -d "$PWD/$MODEL" ]; then MODEL=$PWD/$MODEL; fi  # relative to where the user is, not to the repository
+MODEL=${MODEL%/}
 
+HERE=$PWD
 source "$(dirname -- "${BASH_SOURCE[0]}")/utils/setup.sh"
+ROOT=$PWD
+cd -- "$HERE"
+if [ . -ef "$ROOT" ]; then ROOT=.; fi
 
 # The same numbers from MKL in every process: what was killed and goes on ends where it would have ended.
 export MKL_CBWR=${MKL_CBWR:-AUTO}
 
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"  # for the programs in utils/
+
+PLAN=()
 case $MODEL in
     *tiny-flux)  # what a laptop can do in a few minutes
         SIZE=(--num_train_prompts 160 --num_images 12 --max_steps 400 --eval_steps 200 --save_steps 200
@@ -34,13 +43,29 @@ case $MODEL in
     *)
         SIZE=(--num_train_prompts 3000 --num_images 8 --num_train_epochs 1 --eval_steps 500 --save_steps 500
             --per_device_eval_batch_size 1 --gradient_checkpointing True)
+        # What fits the GPUs: a LoRA, or all weights; says which and why.
+        CHOSEN=$("$PYTHON" -m utils.plan "$MODEL" "$NPROC" "$BATCH" "$@")
+        if [ -n "$CHOSEN" ]; then read -ra PLAN <<< "$CHOSEN"; fi
         ;;
 esac
-NAME=$(basename "$MODEL")-1.58bit
+
+BITS=0 LAST=
+for WORD in "$@"; do
+    if [ "$LAST" = --w_bits ]; then BITS=$WORD; fi
+    case $WORD in --w_bits=*) BITS=${WORD#*=} ;; esac
+    LAST=$WORD
+done
+if [ "$BITS" = 0 ]; then BITS=1.58; fi
+NAME=$(basename "$MODEL")-${BITS}bit
 
 LAUNCH=("$PYTHON")
-if [ "$NPROC" -gt 1 ]; then LAUNCH+=(-m torch.distributed.run --standalone --nproc_per_node="$NPROC"); fi
-exec "${LAUNCH[@]}" train.py \
-    --local_dir output --output_dir "output/train/$NAME" --output_model_filename "$NAME" \
-    --input_model_filename "$MODEL" --qat True --w_bits 0 "${SIZE[@]}" \
+if [ "${NNODES:-1}" -gt 1 ]; then  # the same command on every node, HEAD the name of one of them
+    LAUNCH+=(-m utils.launch --nnodes="$NNODES" --nproc_per_node="$NPROC"
+        --rdzv_backend=c10d --rdzv_endpoint="${HEAD:?the name of a node that all of them reach}:${PORT:-29500}")
+elif [ "$NPROC" -gt 1 ]; then
+    LAUNCH+=(-m utils.launch --standalone --nproc_per_node="$NPROC")
+fi
+exec "${LAUNCH[@]}" "$ROOT/train.py" \
+    --local_dir "$ROOT/output" --output_dir "$ROOT/output/train/$NAME" \
+    --input_model_filename "$MODEL" --qat True --w_bits 0 "${SIZE[@]}" ${PLAN[@]+"${PLAN[@]}"} \
     --per_device_train_batch_size "$BATCH" --gradient_accumulation_steps "$ACCUM" "$@"

@@ -19,7 +19,7 @@ steps, which decide the layout, `--loss_power` below 1 makes hard samples count 
 of the steps the codes stay, and what is left is trained for them; `--start_from FOLDER` starts from the codes that
 run.py found. It writes
 
-    TEACHER_CACHE/{train,eval}/                      trajectories, shared by all runs with the same teacher
+    LOCAL_DIR/teacher_cache/MODEL-DIGEST/            trajectories, shared by all runs that ask the same of a teacher
     OUTPUT_DIR/eval/step_N/, step-N.png, steps.png   held-out prompts as the student draws them
     OUTPUT_DIR/metrics.jsonl, curves.png             what was measured on the way; tensorboard reads runs/
     OUTPUT_DIR/checkpoint-N/                         to go on from
@@ -30,30 +30,46 @@ run.py found. It writes
 Started again, it goes on from the last checkpoint in OUTPUT_DIR; another OUTPUT_DIR starts anew.
 """
 
-import gc
 import hashlib
 import importlib.util
-import json
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from diffusers import FluxPipeline
 from transformers.trainer_utils import get_last_checkpoint
 
-from models.modeling_flux_quant import is_quantized
+from models.modeling_flux_quant import FluxTransformer2DModel, is_quantized
+from models.trained import BASE, Shards, describe_base, frozen_names
+from models.utils_quant import FULL_PRECISION_BITS
 from utils.checkpoints import bits_name, check_shapes, load_quantized_model, load_student, transformer_folder
-from utils.datautils import OnlineTeacher, TeacherSettings, Trajectories, fill_cache
-from utils.folders import check_disk, whole_folder
-from utils.process_args import process_args
+from utils.datautils import OnlineTeacher, TeacherCache, Trajectories, default_folder, fill_cache
+from utils.folders import check_disks, check_target, locked, read_json, whole_folder, write_json
+from utils.process_args import LARGE, process_args
 from utils.prompts import pick_prompts
-from utils.sampling import load_pipeline, native_size
-from utils.trainer import ONLINE_WINDOW, FluxQATTrainer, choose_parameters, restore_metrics, save_curves
-from utils.utils import device_name, empty_cache, get_logger, pick_dtype, run_script
+from utils.sampling import native_size
+from utils.teacher import Teacher, TeacherSettings, prompt_seeds
+from utils.trainer import (
+    ONLINE_WINDOW,
+    STATE,
+    FluxQATTrainer,
+    choose_parameters,
+    compile_blocks,
+    memory_named,
+    moment_bytes,
+    restore_metrics,
+    restore_pictures,
+    save_curves,
+)
+from utils.utils import device_name, get_logger, pick_dtype, run_script
 
 log = get_logger("train")
-TRAIN_SEED = 1_000_000  # training noise starts from seeds that no evaluation reaches
 
 
 def find_checkpoint(training_args) -> Path | None:
@@ -71,14 +87,46 @@ def find_checkpoint(training_args) -> Path | None:
         raise ValueError(
             f"--resume_from_checkpoint {asked}: no checkpoint in {folder}; leave the flag out to start anew"
         )
-    if checkpoint is not None and not (Path(checkpoint) / "training_state.safetensors").is_file():
+    if checkpoint is None:
+        return None
+    if not any((Path(checkpoint) / name).is_file() for name in ("settings.json", "trainer_state.json")):
         raise ValueError(f"--resume_from_checkpoint {checkpoint}: no training checkpoint there; check the path")
-    return None if checkpoint is None else Path(checkpoint)
+    check_checkpoint(Path(checkpoint))
+    return Path(checkpoint)
+
+
+def check_checkpoint(checkpoint: Path) -> None:
+    """ValueError, naming the damaged file and another checkpoint that is whole, unless everything is readable."""
+    try:
+        read_checkpoint(checkpoint)
+    except ValueError as error:
+        others = []
+        for folder in sorted(checkpoint.parent.glob("checkpoint-*"), reverse=True):
+            with suppress(ValueError):
+                if folder != checkpoint:
+                    read_checkpoint(folder)
+                    others.append(folder.name)
+        advice = f"{others[0]} is whole: --resume_from_checkpoint {checkpoint.parent / others[0]}" if others else (
+            "no other checkpoint is whole: choose another --output_dir"
+        )  # fmt: skip
+        raise ValueError(f"{error}; {advice}") from None
+
+
+def read_checkpoint(checkpoint: Path) -> dict:
+    """trainer_state.json; ValueError, naming the file, if that or another file of the checkpoint is damaged."""
+    read_json(checkpoint / "settings.json")
+    state = read_json(checkpoint / "trainer_state.json")
+    if not isinstance(state.get("global_step"), int) or not isinstance(state.get("log_history"), list):
+        raise ValueError(f"{checkpoint / 'trainer_state.json'}: lacks global_step or log_history")
+    for name in ("optimizer", "scheduler"):
+        if name not in Shards(checkpoint, STATE).metadata:
+            raise ValueError(f"{checkpoint / STATE}.safetensors: lacks the {name}")
+    return state
 
 
 def check_settings(checkpoint: Path, settings: dict) -> None:
     """ValueError, naming the setting, unless the checkpoint was trained with the same ones."""
-    found = json.loads((checkpoint / "settings.json").read_text())
+    found = read_json(checkpoint / "settings.json")
     for name, wanted in settings.items():
         if found.get(name) != wanted:
             raise ValueError(
@@ -109,12 +157,18 @@ def run_settings(model_args, training_args, teacher: dict) -> dict:
 
 
 def get_teacher(
-    pipe: FluxPipeline, model_args, data_args, training_args, device: torch.device
+    teacher: Teacher, model_args, data_args, training_args, device: torch.device
 ) -> tuple[Trajectories, Trajectories, int | None]:
-    """Training and held-out trajectories, from the cache or made while training, and the window to shuffle within."""
+    """Training and held-out trajectories, of a cache that is still to be filled or made while training, and the window
+    to shuffle within.
+
+    A held-out prompt's noise goes by its number, as in sanity.py and test.py; a training prompt's by the prompt, so
+    that a list may be changed without all that follows being drawn again.
+    """
     count = max(data_args.num_images, data_args.num_final_images or 0)
-    held_out, source = pick_prompts(pipe, count, data_args.prompts)
-    prompts, train_source = pick_prompts(pipe, data_args.num_train_prompts, data_args.train_prompts, split="train")
+    held_out, source = pick_prompts(teacher.pipe, count, data_args.prompts)
+    number = data_args.num_train_prompts
+    prompts, train_source = pick_prompts(teacher.pipe, number, data_args.train_prompts, split="train")
     both = set(prompts) & set(held_out)
     if both:
         if training_args.should_log:
@@ -127,33 +181,29 @@ def get_teacher(
     if training_args.should_log:
         log.info("%d training prompts: %s; %d held out: %s", len(prompts), train_source, len(held_out), source)
 
-    def settings(seed: int) -> TeacherSettings:
-        size = data_args.resolution or native_size(pipe)
-        return TeacherSettings(size, data_args.num_inference_steps, data_args.guidance_scale, seed)
-
-    name, seed = model_args.input_model_filename, training_args.seed
+    size = data_args.resolution or native_size(teacher.pipe)
+    settings = TeacherSettings(size, data_args.num_inference_steps, data_args.guidance_scale)
+    eval_asked = held_out, range(training_args.seed, training_args.seed + len(held_out))
+    train_asked = prompts, prompt_seeds(prompts, training_args.seed)
     if data_args.teacher_cache == "off":
-        pipe.to(device)
-        train_data = OnlineTeacher(pipe, name, prompts, settings(seed + TRAIN_SEED), ONLINE_WINDOW)
-        return train_data, OnlineTeacher(pipe, name, held_out, settings(seed), len(held_out)), ONLINE_WINDOW
-    cache = Path(data_args.teacher_cache or Path(model_args.local_dir) / "teacher_cache")
-    size = training_args.per_device_eval_batch_size
-    eval_data = fill_cache(cache / "eval", pipe, name, held_out, settings(seed), size, device)
-    return fill_cache(cache / "train", pipe, name, prompts, settings(seed + TRAIN_SEED), size, device), eval_data, None
+        train_data = OnlineTeacher(teacher, settings, *train_asked, ONLINE_WINDOW, device)
+        return train_data, OnlineTeacher(teacher, settings, *eval_asked, len(held_out), device), ONLINE_WINDOW
+    manifest = teacher.describe(settings)
+    folder = data_args.teacher_cache or default_folder(Path(model_args.local_dir) / "teacher_cache", manifest)
+    return *(TeacherCache(folder, manifest, *asked) for asked in (train_asked, eval_asked)), None
 
 
-def summarize(trainer: FluxQATTrainer, seconds: float, steps: int) -> dict:
-    """Settings, machine, time and the last evaluation."""
+def summarize(trainer: FluxQATTrainer, seconds: float, steps: int, earlier: dict) -> dict:
+    """Settings, machine, the time of `steps` steps (of none: what `earlier`, the last summary, says), evaluations."""
     device = trainer.args.device
-    final = [line for line in trainer.state.log_history if "eval_nmse" in line][-1]
-    start = [line for line in trainer.state.log_history if "eval_nmse" in line][0]
+    evaluations = [line for line in trainer.state.log_history if "eval_nmse" in line]
     return {
         "settings": trainer.settings,
         "steps": trainer.state.global_step,
-        "seconds_per_step": round(seconds / steps, 4) if steps else None,
+        "seconds_per_step": round(seconds / steps, 4) if steps else earlier.get("seconds_per_step"),
         "trained_parameters": sum(p.numel() for p in trainer.trained()),
-        "start": start,
-        "final": final,
+        "start": evaluations[0] if evaluations[0]["step"] == 0 else None,  # not with --eval_on_start False
+        "final": evaluations[-1],
         "device": device_name(device),
         "world_size": trainer.args.world_size,
         "torch": torch.__version__,
@@ -178,11 +228,85 @@ def print_summary(summary: dict) -> None:
     print(f"\n{'held-out prompts':<18}{'start':>10}{'trained':>10}")
     for name, title in names.items():
         if f"eval_{name}" in summary["final"]:
-            first, last = (f"{summary[when].get(f'eval_{name}', float('nan')):.5g}" for when in ("start", "final"))
+            found = ((summary[when] or {}).get(f"eval_{name}") for when in ("start", "final"))
+            first, last = ("-" if value is None else f"{value:.5g}" for value in found)
             print(f"{title:<18}{first:>10}{last:>10}")
     if "eval_scene_score_teacher" in summary["final"]:
         print(f"{'  teacher':<18}{'':>10}{summary['final']['eval_scene_score_teacher']:>10.5g}")
     print(f"{summary['steps']} steps, {summary['seconds_per_step']} s each, without evaluations and checkpoints\n")
+
+
+def disk_needs(config: dict, model_args, training_args, packed: bool | None) -> tuple[int, int]:
+    """Bytes of a checkpoint and of the trained model, for a pipeline whose transformer has this config."""
+    names = ("lora_r", "lora_alpha", "clip_init", "quantize_modulation")
+    settings = {name: getattr(model_args, name) for name in names}
+    with torch.device("meta"):
+        student = FluxTransformer2DModel.from_config({**config, **settings, "w_bits": model_args.w_bits[0]})
+    choose_parameters(student, model_args, training_args.clip_learning_rate, torch.bfloat16)
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    left = set(frozen_names(student))
+    kept = sum(p.numel() for name, p in student.named_parameters() if name not in left)
+    checkpoint = 4 * kept + moment_bytes(training_args.optim.value) * trained
+    checkpoint += 4 * trained * bool(training_args.ema_decay)
+    if is_packed(student, packed) and model_args.w_bits[0] < FULL_PRECISION_BITS:
+        student.pack()
+        result = sum(p.numel() * p.element_size() for p in student.parameters())
+    else:
+        result = 4 * student.num_parameters()
+    return int(checkpoint), result
+
+
+def is_packed(student: FluxTransformer2DModel, asked: bool | None) -> bool:
+    """Whether the trained model is to be packed: as asked, else if it is large."""
+    return student.num_parameters() >= LARGE if asked is None else asked
+
+
+def check_room(config: dict, cache, output: Path, model_args, training_args) -> None:
+    """ValueError unless cache, checkpoints and trained model can be written and there is room for all of them."""
+    checkpoint, result = disk_needs(config, model_args, training_args, model_args.pack)
+    folder, limit = Path(training_args.output_dir), training_args.save_total_limit
+    there = len(list(folder.glob("checkpoint-*")))
+    count = 0 if training_args.save_strategy == "no" else max(1, (limit or 2) + 1 - there)  # the oldest goes last
+    needs = [(folder, count * checkpoint, "the checkpoints"), (output, result, "the trained model")]
+    if isinstance(cache, TeacherCache):
+        needs.insert(0, (Path(cache.folder), cache.bytes_to_write(), "the teacher cache"))
+    check_disks(needs)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Within the block OUTPUT_DIR is this job's alone: the first rank takes the lock, then the others join."""
+    state, error = PartialState(), None
+    with ExitStack() as stack:
+        if state.is_main_process:
+            try:
+                stack.enter_context(locked(folder))
+            except ValueError as raised:
+                error = raised
+        if any(gather_object([error is not None])):
+            raise error or SystemExit(1)
+        if not state.is_main_process:
+            stack.enter_context(locked(folder, join=True))
+        yield
+
+
+def advice(training_args, model_args) -> str:
+    """Which flag to change where memory does not suffice for training."""
+    if training_args.per_device_train_batch_size > 1:
+        return "try a smaller --per_device_train_batch_size with a larger --gradient_accumulation_steps"
+    if not training_args.checkpointed:
+        return "try --gradient_checkpointing True"
+    if model_args.lora_r == 0 and not training_args.fsdp:
+        return "try --lora_r 32 --lora_alpha 32, or --fsdp full_shard on several GPUs"
+    return "try a smaller --resolution, more GPUs, or run.py --method blockwise"
+
+
+def saved_so_far() -> str:
+    """What Ctrl-C leaves, in words."""
+    words = [part for word in sys.argv for part in word.split("=", 1)]
+    folder = Path(words[words.index("--output_dir") + 1] if "--output_dir" in words[:-1] else "output")
+    last = get_last_checkpoint(folder) if folder.is_dir() else None
+    return f"{last} is saved; the same command goes on from it" if last else "no checkpoint yet; what is cached is kept"
 
 
 def main() -> None:
@@ -192,55 +316,87 @@ def main() -> None:
     if "bnb" in training_args.optim.value and importlib.util.find_spec("bitsandbytes") is None:
         log.info("--optim %s needs bitsandbytes, which is not here: using adamw_torch_fused", training_args.optim.value)
         training_args.optim = transformers.training_args.OptimizerNames.ADAMW_TORCH_FUSED
+    training_args.device  # noqa: B018 (joins the other ranks)
+    if training_args.do_train:
+        with alone(Path(training_args.output_dir)):
+            train(model_args, data_args, training_args)
+    else:
+        source = Teacher(model_args.input_model_filename, pick_dtype(training_args, training_args.device))
+        train_data, eval_data, _ = get_teacher(source, model_args, data_args, training_args, training_args.device)
+        if isinstance(train_data, TeacherCache):
+            fill(eval_data.joined(train_data), source, training_args)
+
+
+def fill(cache: TeacherCache, source: Teacher, training_args) -> None:
+    size, device = training_args.per_device_eval_batch_size, training_args.device
+    with memory_named("the teacher draws", "try a smaller --per_device_eval_batch_size", device):
+        fill_cache(cache, source, size, device, training_args.compile_blocks)
+
+
+def train(model_args, data_args, training_args) -> None:
     checkpoint = find_checkpoint(training_args)
-    device = training_args.device
-    main_process = training_args.should_log
+    device, main_process = training_args.device, training_args.should_log
+    folder, output = Path(training_args.output_dir), Path(model_args.output_model_local_path)
+    owner = str(folder.resolve())
+    check_target(output, owner)
+    first_step = 0 if checkpoint is None else read_checkpoint(checkpoint)["global_step"]
+    if 0 < training_args.max_steps < first_step:
+        raise ValueError(
+            f"{checkpoint}: is beyond --max_steps {training_args.max_steps}; choose another --output_dir to start anew"
+        )
 
     # 1. The teacher: its trajectories, cached or to be made on the way.
-    pipe = load_pipeline(model_args.input_model_filename, pick_dtype(training_args, device))
-    if is_quantized(pipe.transformer.config):
+    source = Teacher(model_args.input_model_filename, pick_dtype(training_args, device))
+    if is_quantized(source.config):
         raise ValueError(f"{model_args.input_model_filename}: already quantized; the teacher must be full precision")
     start = None
     if model_args.start_from is not None and checkpoint is None:
-        folder = transformer_folder(Path(model_args.start_from))
-        start = load_student(folder, torch.float32, w_bits=model_args.w_bits[0])
-        check_shapes(folder, start.config, model_args.input_model_filename, pipe.transformer, "--input_model_filename")
-    train_data, eval_data, window = get_teacher(pipe, model_args, data_args, training_args, device)
-    if not training_args.do_train:
-        return
+        start_folder = transformer_folder(Path(model_args.start_from))
+        start = load_student(start_folder, torch.float32, w_bits=model_args.w_bits[0])
+        check_shapes(start_folder, start.config, model_args.input_model_filename, source, "--input_model_filename")
+    train_data, eval_data, window = get_teacher(source, model_args, data_args, training_args, device)
     settings = run_settings(model_args, training_args, train_data.description) | {"shuffle_window": window}
     if checkpoint is not None:
         check_settings(checkpoint, settings)
-
-    # 2. The student. Only the autoencoder and the scheduler of the pipeline are needed from here on.
-    teacher = pipe.transformer if training_args.feature_loss else None
-    if window is not None:  # the teacher lives in this process and draws for it alone
+    if window is None:
+        cache = eval_data.joined(train_data)
+        check_room(source.config, cache, output, model_args, training_args)
+        fill(cache, source, training_args)
+    else:  # the teacher lives in this process and draws for it alone
+        check_room(source.config, None, output, model_args, training_args)
         training_args.dataloader_num_workers, training_args.dataloader_persistent_workers = 0, False
-    else:
-        pipe = FluxPipeline(
-            scheduler=pipe.scheduler, vae=pipe.vae, text_encoder=None, tokenizer=None, text_encoder_2=None,
-            tokenizer_2=None, transformer=teacher,
-        )  # fmt: skip
-        gc.collect()
-        empty_cache(device)
+
+    # 2. The student. Unless the teacher is needed on the way, nothing of its pipeline is there but the autoencoder.
+    if training_args.feature_loss:
+        source.load("transformer", device=device)
+    pipe, teacher = source.pipe, source.pipe.transformer if training_args.feature_loss else None
     torch.manual_seed(training_args.seed)  # of the LoRA's start
-    # A checkpoint holds what was trained in fp32; the pipeline's own weights are no finer than its dtype.
+    # A whole checkpoint holds what was trained in fp32; the pipeline's own weights are no finer than its dtype.
     dtype = pick_dtype(training_args, device)
-    load_dtype = dtype if checkpoint is None else torch.float32
-    student = load_quantized_model(model_args, training_args, checkpoint, model_args.w_bits[0], load_dtype)
-    choose_parameters(student, model_args, training_args.clip_learning_rate, frozen_dtype=dtype)
-    if start is not None:  # now that what is trained is in fp32
-        student.start_from(start)
+    load_dtype = torch.float32 if checkpoint is not None and not (checkpoint / BASE).is_file() else dtype
+    frozen_dtype = torch.float32 if training_args.fsdp else dtype  # FSDP2 spreads parameters of one dtype
+    training_args.checkpointed = training_args.gradient_checkpointing
+    with memory_named("the student is loaded", advice(training_args, model_args), device):
+        student = load_quantized_model(model_args, training_args, checkpoint, model_args.w_bits[0], load_dtype)
+        choose_parameters(student, model_args, training_args.clip_learning_rate, frozen_dtype)
+        if start is not None:  # now that what is trained is in fp32
+            student.start_from(start)
+        student.to(device)
     del start
+    base = describe_base(student, model_args.input_model_filename, model_args.start_from)
     if training_args.gradient_checkpointing or getattr(training_args, "activation_checkpointing", False):
         student.enable_gradient_checkpointing()  # diffusers' own; Trainer would look for transformers'
         training_args.gradient_checkpointing = training_args.activation_checkpointing = False
-    if training_args.compile_blocks:
-        student.compile_repeated_blocks()
+    compiled = training_args.compile_blocks
+    if compiled is None:
+        compiled = device.type == "cuda" and student.num_parameters() >= LARGE
+    if compiled:
+        compile_blocks(student, spread=bool(training_args.fsdp))
         if teacher is not None:
-            teacher.compile_repeated_blocks()
-    eval_pipe = FluxPipeline(**{**pipe.components, "transformer": student.to(device)})
+            compile_blocks(teacher)
+    eval_pipe = FluxPipeline(**{**pipe.components, "transformer": student})
     eval_pipe.vae.to(device)
+    packed = is_packed(student, model_args.pack)
 
     # 3. Training.
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails for tiny-flux's shapes (torch 2.11, H100)
@@ -248,46 +404,38 @@ def main() -> None:
         student, training_args, train_data, eval_data, eval_pipe, settings,
         num_images=min(data_args.num_images, len(eval_data.prompts)),
         num_final_images=min(data_args.num_final_images or data_args.num_images, len(eval_data.prompts)),
-        window=window, teacher=teacher,
+        window=window, teacher=teacher, base=base,
     )  # fmt: skip
     if main_process:
         trained = sum(p.numel() for p in trainer.trained())
         log.info(
             "%s: training %s of %s parameters", settings_line(settings), f"{trained:,}", f"{student.num_parameters():,}"
         )
-    first_step = 0
-    if checkpoint is not None:
-        first_step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
-        training_args.eval_on_start = False
-        if main_process:
+        if checkpoint is not None:
             log.info("going on from %s (another --output_dir starts anew)", checkpoint)
-    if main_process:
-        restore_metrics(Path(training_args.output_dir), checkpoint)
-    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    seconds = result.metrics["train_runtime"] - trainer.aside
-    if not any(line.get("step") == result.global_step and "eval_nmse" in line for line in trainer.state.log_history):
-        trainer.evaluate()
+        restore_metrics(folder, checkpoint)
+        restore_pictures(folder / "eval", first_step if checkpoint else -1, eval_data.prompts[: data_args.num_images])
+    if checkpoint is not None:
+        training_args.eval_on_start = False
+    with memory_named(trainer.what_is_done, advice(training_args, model_args), device):
+        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        seconds = result.metrics["train_runtime"] - trainer.aside
+        history = trainer.state.log_history
+        if not any(line.get("step") == result.global_step and "eval_nmse" in line for line in history):
+            trainer.evaluate()
 
     # 4. The result.
+    with trainer.averaged_weights(), whole_folder(output, owner) if main_process else nullcontext() as partial:
+        trainer.save_result(partial, packed=packed, dtype=dtype)
     if main_process:
-        output = Path(model_args.output_model_local_path)
-        with trainer.averaged_weights():
-            check_disk(output, sum(p.numel() * p.element_size() for p in student.parameters()), "the trained model")
-            with whole_folder(output) as partial:
-                trainer.save_transformer(partial)
-        if model_args.pack:
-            packed = load_student(output, dtype)
-            with whole_folder(output) as partial:
-                packed.save_pretrained(partial)
-        summary = summarize(trainer, seconds, result.global_step - first_step)
-        (Path(training_args.output_dir) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        save_curves(Path(training_args.output_dir))
+        earlier = read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
+        summary = summarize(trainer, seconds, result.global_step - first_step, earlier)
+        write_json(folder / "summary.json", summary)
+        save_curves(folder)
         print_summary(summary)
-        log.info(
-            "pictures: %s; curves: %s", *(Path(training_args.output_dir) / f for f in ("eval/steps.png", "curves.png"))
-        )
+        log.info("pictures: %s; curves: %s", *(folder / name for name in ("eval/steps.png", "curves.png")))
         log.info("student: %s", output)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, saved_so_far)

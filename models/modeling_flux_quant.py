@@ -7,6 +7,7 @@ the swap needs stands in config.json, so from_pretrained can tell what a folder 
     full precision  (no w_bits in its config, or 16 and no LoRA)  any settings can be asked for; α starts from weights
     quantized       (w_bits < 16, or LoRA)                        loaded as it is; contradicting settings are an error
     packed          (the same, and packed)                        likewise; as small in memory as its codes
+    trained         (the same, and base.json)                     likewise; the rest comes from its base (trained.py)
 
     teacher = FluxTransformer2DModel.from_pretrained(path, subfolder="transformer")  # diffusers' model, bit for bit
     student = FluxTransformer2DModel.from_pretrained(path, subfolder="transformer", w_bits=0)
@@ -17,6 +18,7 @@ the swap needs stands in config.json, so from_pretrained can tell what a folder 
 import contextlib
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import diffusers
@@ -42,6 +44,7 @@ from models.packing import (
     read_index,
     stored_tensors,
 )
+from models.trained import BASE, load_trained
 from models.utils_quant import (
     FULL_PRECISION_BITS,
     LoRAQuantizeLinear,
@@ -62,6 +65,7 @@ DEFAULT_SETTINGS = {
     "quantize_modulation": True,
     "packed": 0,
 }
+NOTHING_ODD = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
 MODULATION = ("norm1.linear", "norm1_context.linear", "norm.linear")  # AdaLN, inside a block
 
 
@@ -137,7 +141,12 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
         )
         self._swap_linears()
 
-    def _swap_linears(self) -> None:
+    def quantize_as(self, config: Mapping) -> None:
+        """Make this full-precision model one of the settings in `config`, whose step sizes are yet to be loaded."""
+        self.register_to_config(**{key: config[key] for key in DEFAULT_SETTINGS if key in config})
+        self._swap_linears(clip_init="max")  # found in no time
+
+    def _swap_linears(self, **overrides) -> None:
         """Replace the linears inside the blocks as the config says, each sharing its parameters with the old one."""
         config = self.config
         if not is_quantized(config):
@@ -146,6 +155,7 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
         if config.lora_r:
             layer_class = LoRAQuantizeLinear
             settings |= {"lora_r": config.lora_r, "lora_alpha": config.lora_alpha}
+        settings |= overrides
         for name, module in list(self.named_modules()):
             group, _, path = name.partition(".")  # e.g. transformer_blocks, 0.attn.to_q
             if group not in ("transformer_blocks", "single_transformer_blocks") or not isinstance(module, nn.Linear):
@@ -272,8 +282,13 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
             _check_agreement(path, asked, stored)
             check_settings(settings)
             model = cls._from_packed(path, config, kwargs)
-            nothing = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
-            return (model, nothing) if wants_info else model
+            return (model, NOTHING_ODD) if wants_info else model
+        if (Path(path) / (kwargs.get("subfolder") or "") / BASE).is_file():
+            _check_agreement(path, asked, stored)
+            folder = Path(path) / (kwargs.get("subfolder") or "")
+            dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+            model = load_trained(cls, folder, config, dtype, device_map=kwargs.get("device_map"))
+            return (model, NOTHING_ODD) if wants_info else model
         check_settings(settings)
         if is_quantized(stored):
             _check_agreement(path, asked, stored)

@@ -202,7 +202,8 @@ class PackedLinear(Fp32Parameters, nn.Linear):
         weight, alpha = layer.effective_weight(), layer.weight_clip_val
         if not (weight.sum().isfinite() or weight.isfinite().all()) or not alpha.isfinite().all():
             raise ValueError(f"{name or cls.__name__}: the weight or its step sizes hold NaN or inf")
-        steps = alpha.expand(len(weight), 1)
+        weight, steps = layer.code_source()
+        steps = steps.expand(len(weight), 1)
         codes = torch.cat([
             quantize_codes(weight[rows], steps[rows], layer.w_bits) for rows in row_chunks(*weight.shape)
         ])  # fmt: skip

@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.lora_kernel import compose, works_on
+
 FULL_PRECISION_BITS = 16  # from here on there is no quantizer
 ALPHA_FLOOR = 1e-5  # keeps w/α finite, as published
 CLIP_INITS = ("mse", "max")
@@ -265,13 +267,14 @@ def init_clip_val(weight: Tensor, num_bits: int, method: str = "mse", layerwise:
 
 
 class Fp32Parameters(nn.Module):
-    """Keeps the parameters named in `_fp32_parameters` in fp32 whatever the module is cast to."""
+    """Keeps the parameters and buffers named in `_fp32_parameters` in fp32 whatever the module is cast to."""
 
     _fp32_parameters: tuple[str, ...] = ()
 
     def _apply(self, fn, recurse=True):
         # .to(), .half() and the like end here. Rounding α to bf16 would move every threshold of its row.
-        kept = [p for name, p in self.named_parameters(recurse=False) if name in self._fp32_parameters]
+        own = (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False))
+        kept = [tensor for name, tensor in own if name in self._fp32_parameters]
         kept += [p.grad for p in kept if p.grad is not None]
 
         def move_only(tensor):
@@ -291,7 +294,7 @@ class QuantizeLinear(Fp32Parameters, nn.Linear):
     to; `w_bits` of 16 and above has none and is nn.Linear. ValueError on unsupported `w_bits` or `clip_init`.
     """
 
-    _fp32_parameters = ("weight_clip_val",)
+    _fp32_parameters = ("weight_clip_val", "frozen_clip_val")
 
     def __init__(
         self,
@@ -326,23 +329,24 @@ class QuantizeLinear(Fp32Parameters, nn.Linear):
 
     def reset_quantizer(self, name: str = "") -> None:
         """Make anew, on the weight's device, the parameters that quantization adds to nn.Linear's."""
-        self.register_buffer("frozen_codes", None, persistent=False)
+        self._buffers.pop("frozen_clip_val", None)
         self.reset_clip_val(name)
 
-    @torch.no_grad()
-    def freeze_codes(self) -> None:
-        """Keep the codes as they are now, whatever becomes of the weight and of the step sizes.
+    @property
+    def frozen(self) -> Tensor | None:
+        """The step sizes [out, 1] at which the codes were frozen, None while they are free."""
+        return self._buffers.get("frozen_clip_val")
 
-        `frozen_codes` [out, in] (int8) then hold them, a byte a weight; the weight's gradient is zero from here on.
+    @torch.no_grad()
+    def freeze_codes(self, alpha: Tensor | None = None) -> None:
+        """Keep the codes as they are now, or as they are at step sizes `alpha`, whatever becomes of the step sizes.
+
+        They are found again from the weight, which gets a gradient of zero from here on and is to stay as it is: kept
+        beside it, FLUX.1-dev's would be another 12 GB.
         """
         if self.w_bits < FULL_PRECISION_BITS:
-            self.frozen_codes = quantize_codes(self.effective_weight(), self.weight_clip_val, self.w_bits)
-
-    @torch.no_grad()
-    def settle(self) -> None:
-        """Make the weight one that quantizes to the frozen codes, if they are frozen: what it quantizes to."""
-        if self.frozen_codes is not None:
-            self.weight.copy_(self.quantized_weight())
+            alpha = self.weight_clip_val.detach().clone() if alpha is None else alpha
+            self.register_buffer("frozen_clip_val", alpha, persistent=False)
 
     @torch.no_grad()
     def reset_clip_val(self, name: str = "") -> None:
@@ -364,18 +368,30 @@ class QuantizeLinear(Fp32Parameters, nn.Linear):
         """What goes into the quantizer, [out, in]."""
         return self.weight
 
-    def quantized_weight(self) -> Tensor:
-        """What comes out of the quantizer and is multiplied with, [out, in]."""
-        if self.frozen_codes is not None:
-            n, s = code_grid(self.w_bits)
-            levels = (self.frozen_codes + s) / n
-            # DDP waits for a gradient of every parameter
-            return levels * self.weight_clip_val.clamp(min=ALPHA_FLOOR) + 0 * self.effective_weight()
+    def code_source(self) -> tuple[Tensor, Tensor]:
+        """A matrix [out, in] and step sizes of which quantize_codes makes the codes of this layer."""
+        return self.effective_weight(), self.weight_clip_val if self.frozen is None else self.frozen
+
+    def quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """What comes out of the quantizer and is multiplied with, [out, in]; fp32 or as the weight, or in `dtype`."""
+        weight = self._quantized_weight()
+        return weight if dtype is None else weight.to(dtype)
+
+    def _quantized_weight(self) -> Tensor:
+        if self.frozen is not None:
+            with torch.no_grad():
+                step = self.frozen.clamp(min=ALPHA_FLOOR)
+                levels = _levels(_widen(self.effective_weight()) / step, self.w_bits, self.w_bits in (0, 2))
+            # DDP waits for a gradient of every parameter.
+            nothing = sum(0 * p[0, 0] for p in self.parameters(recurse=False) if p.ndim == 2 and p.requires_grad)
+            return levels * self.weight_clip_val.clamp(min=ALPHA_FLOOR) + nothing
         return quantize(self.effective_weight(), self.weight_clip_val, self.w_bits, self.weight_layerwise)
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.quantized_weight().to(input.dtype)
-        return F.linear(input, weight, None if self.bias is None else self.bias.to(input.dtype))
+        kind = input.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+        weight = self.quantized_weight(dtype)
+        return F.linear(input.to(dtype), weight, None if self.bias is None else self.bias.to(dtype))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, w_bits={self.w_bits}"
@@ -403,7 +419,7 @@ class LoRAQuantizeLinear(QuantizeLinear):
     ValueError on a negative or fractional rank.
     """
 
-    _fp32_parameters = ("weight_clip_val", "lora_A", "lora_B")
+    _fp32_parameters = ("weight_clip_val", "frozen_clip_val", "lora_A", "lora_B")
 
     def __init__(
         self,
@@ -433,12 +449,6 @@ class LoRAQuantizeLinear(QuantizeLinear):
             self.lora_A = nn.Parameter(0.01 * torch.randn(self.out_features, self.lora_r, **fp32))
             self.lora_B = nn.Parameter(torch.zeros(self.lora_r, self.in_features, **fp32))
 
-    @torch.no_grad()
-    def settle(self) -> None:
-        super().settle()
-        if self.frozen_codes is not None and self.lora_B is not None:
-            self.lora_B.zero_()
-
     def effective_weight(self) -> Tensor:
         if self.lora_A is None:
             return self.weight
@@ -450,6 +460,23 @@ class LoRAQuantizeLinear(QuantizeLinear):
             # hook on the parameters it survives copying, materialising and loading them.
             update = _ScaleGradient.apply(update, self.weight_clip_val.detach().mean())
         return self.weight + update
+
+    def _fused(self) -> bool:
+        return self.lora_A is not None and self.w_bits < FULL_PRECISION_BITS and works_on(self.weight, self.lora_r)
+
+    def code_source(self) -> tuple[Tensor, Tensor]:
+        # What the kernel makes: A @ B of another kernel may put a weight on a threshold's other side.
+        return (self.quantized_weight(), self.weight_clip_val) if self._fused() else super().code_source()
+
+    def quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        if not self._fused():
+            return super().quantized_weight(dtype)
+        low, high, n, s, qp = _grid(self.w_bits, stretched=self.w_bits in (0, 2))
+        return compose(
+            self.weight, self.lora_A, self.lora_B, self.weight_clip_val, self.frozen, self.scaling,
+            [float(low), float(high), n, s], self.w_bits == 1, ALPHA_FLOOR, self.weight.numel() * qp, self.scale_aware,
+            dtype or torch.float32,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, lora_r={self.lora_r}"

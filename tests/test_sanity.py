@@ -223,6 +223,50 @@ def test_another_run_through_the_shell_script(finished, pipeline_folder, tmp_pat
     assert sorted(os.listdir(folder / "cache")) == ["bits_0", "bits_16", "bits_8"]
 
 
+@pytest.fixture
+def shell(tmp_path):
+    """shell("0_sanity_check.sh", "model", cwd=…) gives the folder and the words with which the script starts Python."""
+    fake = tmp_path / "bin" / "python"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/bash\n[ "$1" = - ] && echo "$0" && exit\nprintf "%s\\n" "$PWD" "$@"\n')
+    fake.chmod(0o755)
+
+    def shell(*command, cwd: Path, **environment) -> list[str]:
+        variables = os.environ | {"PATH": f"{fake.parent}{os.pathsep}{os.environ['PATH']}"} | environment
+        variables.pop("VIRTUAL_ENV", None)  # or it would be asked instead, where the tests run in the repository's own
+        words = ["bash", str(ROOT / command[0]), *map(str, command[1:])]
+        result = subprocess.run(words, cwd=cwd, env=variables, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.splitlines()
+
+    return shell
+
+
+def value(words: list[str], flag: str) -> str:
+    return words[words.index(flag) + 1]
+
+
+@pytest.mark.parametrize("name", [None, "assets/tiny-flux", "assets/tiny-flux/", str(ROOT / "assets/tiny-flux")])
+def test_the_shell_script_knows_tiny_flux_by_any_name(name, shell, tmp_path):
+    for cwd in (ROOT, tmp_path):
+        folder, script, *words = shell("0_sanity_check.sh", *[name] * (name is not None), cwd=cwd)
+        assert Path(folder) == cwd and (cwd / script) == ROOT / "sanity.py"
+        assert cwd / value(words, "--trained") == ROOT / "assets/tiny-flux-1.58bit"
+        assert cwd / value(words, "--output_dir") == ROOT / "output/sanity"
+    assert "--trained" not in shell("0_sanity_check.sh", "black-forest-labs/FLUX.1-dev", cwd=tmp_path)
+
+
+def test_paths_of_the_shell_scripts_are_the_callers(shell, tmp_path):
+    (tmp_path / "mine").mkdir()
+    for script in ("0_sanity_check.sh", "1_run_train.sh"):
+        model = {"MODEL": "mine/"} if script == "1_run_train.sh" else {}
+        words = shell(script, *([] if model else ["mine/"]), cwd=tmp_path, **model)
+        assert Path(words[0]) == tmp_path and value(words, "--input_model_filename") == "mine"
+    words = shell("1_run_train.sh", cwd=tmp_path, MODEL="assets/tiny-flux/")
+    assert value(words, "--num_train_prompts") == "160"  # what a laptop can do
+    assert value(words, "--local_dir") == str(ROOT / "output")
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_trained_student_is_the_last_row(packed, finished, call, pipeline_folder, tmp_path):
     """Here the student is what the first run quantized to 1.58 bits: it draws that row's pictures again."""

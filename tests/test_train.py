@@ -20,7 +20,9 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
+import transformers
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from test_process_args import PUBLISHED_TRAIN
 
@@ -29,6 +31,7 @@ import train
 from models.modeling_flux_quant import FluxTransformer2DModel
 from models.utils_quant import QuantizeLinear
 from utils import scenes
+from utils.checkpoints import load_student
 from utils.utils import run_script
 
 ROOT = Path(__file__).parents[1]
@@ -36,9 +39,9 @@ PROMPTS, HELD_OUT, STEPS = 4, 2, 4
 FLAGS = f"""
 --device cpu --resolution 64 --num_train_prompts {PROMPTS} --num_images {HELD_OUT} --num_inference_steps 2
 --per_device_train_batch_size 2 --max_steps {STEPS} --logging_steps 1 --save_steps 2 --report_to none
---disable_tqdm True
+--disable_tqdm True --output_model_filename model
 """
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS, PACKED = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-00001-of-00001.safetensors"
 FINISHED = ["--ema_decay", 0.5, "--save_steps", 1, "--eval_steps", 3]
 CHECKPOINT = ["config.json", WEIGHTS, "settings.json", "trainer_state.json", "training_state.safetensors"]
 
@@ -151,8 +154,9 @@ def test_the_documented_files_and_no_others(finished, cache):
     others = ["curves.png", "eval/steps.png", "metrics.jsonl", "summary.json"]
     assert files(finished.folder / "out") == sorted(checkpoints + pictures + others)
     assert files(finished.folder / "local") == [f"models/model/{file}" for file in ("config.json", WEIGHTS)]
-    for name, count in (("train", PROMPTS), ("eval", HELD_OUT)):
-        assert files(cache / name) == [f"{i:06d}.safetensors" for i in range(count)] + ["manifest.json"]
+    *trajectories, manifest = files(cache)
+    assert manifest == "manifest.json" and len(trajectories) == PROMPTS + HELD_OUT
+    assert all(re.fullmatch("[0-9a-f]{16}.safetensors", name) for name in trajectories)
 
 
 def test_the_student_is_the_last_checkpoint_and_loads(finished):
@@ -181,6 +185,89 @@ def test_the_packed_student_holds_the_codes_that_were_trained(call, tmp_path):
         not torch.equal(rounded.get_submodule(name).quantized_weight() == 0, layer.quantized_weight() == 0)
         for name, layer in layers.items()
     )
+
+
+LORA = ["--lora_r", 2, "--lora_alpha", 2, "--bf16", True, "--learning_rate", 0.02]
+
+
+@pytest.mark.parametrize("freeze", [0, 0.5])
+def test_a_lora_leaves_checkpoints_of_what_was_trained(freeze, call, pipeline_folder, tmp_path, monkeypatch):
+    """Less than the moments together; from_pretrained, load_student and the packed result agree, bit for bit, although
+    weights in bfloat16, LoRA, step sizes and frozen codes come from different places."""
+    flags = [*LORA, "--freeze_codes", freeze, "--teacher_cache", tmp_path / "cache"]
+    assert call(*flags, "--pack", True).returncode == 0
+    folder = tmp_path / "out/checkpoint-4"
+    parameters = dict(FluxTransformer2DModel.from_pretrained(folder).named_parameters())
+    assert not (folder / WEIGHTS).exists()
+    held = load_file(folder / "trained.safetensors")
+    in_blocks = {n for n in parameters if n.endswith(".weight") and parameters[n].ndim == 2 and "_blocks." in n}
+    assert {name for name in held if "frozen" not in name} == set(parameters) - in_blocks
+    assert any("frozen" in name for name in held) == (freeze > 0)
+    assert {tensor.dtype for tensor in held.values()} == {torch.float32}
+
+    def searched(*args, **kwargs):
+        raise AssertionError("the step sizes are in the checkpoint")
+
+    monkeypatch.setattr("models.utils_quant._two_level_optimum", searched)
+    packed = FluxTransformer2DModel.from_pretrained(tmp_path / "local/models/model", dtype=torch.bfloat16)
+    student = load_student(folder, torch.bfloat16)
+    trained = FluxTransformer2DModel.from_pretrained(folder)
+    for name, tensor in packed.state_dict().items():
+        assert torch.equal(student.state_dict()[name], tensor), name
+    for name, layer in trained.named_modules():
+        if isinstance(layer, QuantizeLinear):
+            assert torch.equal(packed.get_submodule(name).dequantize(), layer.quantized_weight())
+    settled = call(*flags, "--pack", False, "--output_model_filename", "whole")
+    assert settled.returncode == 0, settled.stderr
+    whole = FluxTransformer2DModel.from_pretrained(tmp_path / "local/models/whole")
+    for name, layer in whole.named_modules():
+        if isinstance(layer, QuantizeLinear):
+            assert torch.equal(layer.quantized_weight() == 0, packed.get_submodule(name).dequantize() == 0)
+
+
+def test_a_lora_goes_on_from_its_checkpoint(call, tmp_path):
+    """In its free steps and in those with frozen codes."""
+    flags = [*LORA, "--freeze_codes", 0.5, "--max_steps", 8, "--save_steps", 1, "--save_total_limit", 9, "--pack", True]
+    flags += ["--teacher_cache", tmp_path / "cache"]
+    whole = call(*flags, folder=tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    for step in (2, 4, 6):
+        folder = tmp_path / f"from-{step}"
+        shutil.copytree(tmp_path / "whole/out", folder / "out")
+        for later in range(step + 1, 9):
+            shutil.rmtree(folder / f"out/checkpoint-{later}")
+        again = call(*flags, folder=folder)
+        assert again.returncode == 0, again.stderr
+        first, second = (load_file(run / "local/models/model" / PACKED) for run in (folder, tmp_path / "whole"))
+        assert all(torch.equal(first[name], second[name]) for name in first | second)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda c: (c / "base.json").write_text("{"), "base.json: cannot be read .*; go on from another checkpoint"),
+        (lambda c: edit(c / "base.json", model="/no/where"), "base.json: the base /no/where cannot be read"),
+        (lambda c: edit(c / "base.json", sha256="0"), "base.json: .* holds other weights than it was trained on"),
+        (lambda c: (c / "trained.safetensors").write_bytes(b"0"), "trained.safetensors: cannot be read"),
+    ],
+)
+def test_a_checkpoint_without_its_base_is_named(damage, message, lora_run, tmp_path):
+    shutil.copytree(lora_run, tmp_path / "checkpoint")
+    damage(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=message):
+        FluxTransformer2DModel.from_pretrained(tmp_path / "checkpoint")
+
+
+def edit(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.fixture(scope="module")
+def lora_run(command, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("lora")
+    flags = ["--lora_r", 2, "--max_steps", 1, "--save_steps", 1, "--eval_strategy", "no", "--eval_on_start", False]
+    assert start(command(folder, *flags)).returncode == 0
+    return folder / "out/checkpoint-1"
 
 
 def test_training_starts_from_the_codes_of_a_one_shot(call, start, pipeline_folder, tmp_path):
@@ -263,8 +350,16 @@ def test_held_out_prompts_are_never_trained_on(call, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "1 training prompts are held-out prompts too and left out" in result.messages
-    for name, prompts in (("train", ["a red star", "a blue ring"]), ("eval", ["a green cross", "two moons"])):
-        assert json.loads((tmp_path / "cache" / name / "manifest.json").read_text())["prompts"] == prompts
+    assert sorted(cached_prompts(tmp_path / "cache")) == ["a blue ring", "a green cross", "a red star", "two moons"]
+
+
+def cached_prompts(cache: Path) -> list[str]:
+    """For which prompts there are trajectories, as their files say."""
+    prompts = []
+    for path in cache.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            prompts.append(json.loads(file.metadata()["trajectory"])["prompt"])
+    return prompts
 
 
 def test_without_training_only_the_teacher_cache_is_filled(call, cache, tmp_path):
@@ -301,7 +396,7 @@ def test_published_command_line(command, monkeypatch, tmp_path):
     settings = json.loads((tmp_path / "out/summary.json").read_text())["settings"]
     expected = {"optim": "adamw_torch_fused", "learning_rate": 2e-5, "weight_decay": 0, "bf16": True, "w_bits": 0}
     assert {name: settings[name] for name in expected} == expected
-    assert json.loads((tmp_path / "cache/train/manifest.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "cache/manifest.json").read_text())["dtype"] == "bfloat16"
     weights = student(tmp_path, "flux-dev")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}  # what is trained is no coarser
     assert list(losses(tmp_path)) == [1, 2, 3, 4]
@@ -390,8 +485,56 @@ def test_two_ranks_do_what_one_does_with_the_double_batch(call, command, cache, 
     assert second == pytest.approx(first, rel=1e-4, nan_ok=True)
     assert json.loads((folder / "out/summary.json").read_text())["world_size"] == 2
     assert two.stdout.count("held-out prompts ") == 1  # one table, not one a rank
-    for file in files(cache):  # the ranks have filled theirs together
+    for file in files(two_cache):  # the ranks have filled theirs together
         assert (two_cache / file).read_bytes() == (cache / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--ema_decay", 0.5, "--bf16", True],
+        ["--freeze_codes", 0.5, "--optim", "adamw_torch_8bit", "--gradient_accumulation_steps", 2],
+    ],
+    ids=["average in bf16", "frozen codes in 8 bits"],
+)
+def test_weights_spread_over_two_ranks_are_trained_as_on_one(flags, call, command, cache, run, tmp_path):
+    """And either goes on from a checkpoint of the other, with codes that are frozen by then."""
+    if "adamw_torch_8bit" in flags:
+        pytest.importorskip("torchao")
+    flags = [*flags, "--adam_epsilon", 1e-4, "--save_steps", 1, "--save_total_limit", 9, "--pack", True]
+    flags += ["--num_images", 3, "--per_device_eval_batch_size", 1, "--teacher_cache", tmp_path / "cache"]
+    whole = [*flags, "--per_device_train_batch_size", 4]
+
+    def two(folder: Path):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        result = run(*launch, *command(folder, *flags, "--fsdp", "full_shard"))
+        assert result.returncode == 0, result.stderr
+
+    one = call(*whole, folder=tmp_path / "one")
+    assert one.returncode == 0, one.stderr
+    two(tmp_path / "two")
+    for resume, other in (("one", "two"), ("two", "one")):
+        folder = tmp_path / f"{resume} after {other}"
+        shutil.copytree(tmp_path / other / "out", folder / "out")
+        for step in (4, 3):
+            shutil.rmtree(folder / f"out/checkpoint-{step}")
+        if resume == "one":
+            assert call(*whole, folder=folder).returncode == 0
+        else:
+            two(folder)
+    expected = [line for line in metrics(tmp_path / "one") if "eval_nmse" in line]
+    held = load_file(tmp_path / "one/local/models/model" / PACKED)
+    for name in ("two", "one after two", "two after one"):
+        folder = tmp_path / name
+        assert losses(folder) == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+        found = [line for line in metrics(folder) if "eval_nmse" in line]
+        for line, wanted in zip(found, expected, strict=True):
+            assert line["eval_nmse"] == pytest.approx(wanted["eval_nmse"], rel=1e-3)
+            assert line["eval_psnr"] == pytest.approx(wanted["eval_psnr"], abs=0.05)
+        tensors = load_file(folder / "local/models/model" / PACKED)
+        assert tensors.keys() == held.keys()
+        for key, tensor in tensors.items():
+            assert (tensor.float() - held[key].float()).norm() <= 0.05 * held[key].float().norm(), key
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
@@ -423,6 +566,48 @@ def test_a_run_of_other_settings_is_not_resumed(flags, message, finished, call):
     assert before == {name: (finished.folder / name).stat().st_mtime_ns for name in files(finished.folder)}
 
 
+def test_settings_that_contradict_the_checkpoint_are_noticed_before_the_cache_is_filled(finished, call, tmp_path):
+    for flags, name in ((["--seed", 1], "seed"), (["--guidance_scale", 2], "teacher_guidance_scale")):
+        result = call(*FINISHED, *flags, "--teacher_cache", tmp_path / "new", folder=finished.folder)
+        refusal(result, f"checkpoint-4: trained with {name}=")
+    assert not (tmp_path / "new").exists()
+
+
+def test_two_models_in_a_row_have_a_cache_each(command, variant_folder, tmp_path, capsys):
+    """With what the README's commands give, and nothing about caches; the first one's is used again."""
+    flags = ["--do_train", False, "--teacher_cache", ""]
+    for _ in range(2):
+        assert start(command(tmp_path, *flags)).returncode == 0
+        assert start(command(tmp_path, *flags, "--input_model_filename", variant_folder)).returncode == 0
+    names = sorted(os.listdir(tmp_path / "local/teacher_cache"))
+    assert [name.rpartition("-")[0] for name in names] == ["other-flux", "random-flux"]
+
+
+@pytest.fixture
+def variant_folder(pipeline_folder, tmp_path) -> Path:
+    """A pipeline of other weights."""
+    folder = Path(shutil.copytree(pipeline_folder, tmp_path / "other-flux"))
+    model = diffusers.FluxTransformer2DModel.from_pretrained(folder / "transformer")
+    model.proj_out.bias.data += 0.1
+    model.save_pretrained(folder / "transformer")
+    return folder
+
+
+def test_a_complete_cache_is_trained_from_without_loading_a_text_encoder(call, finished, cache, monkeypatch, tmp_path):
+    """And the transformer once, as the student."""
+    loaded = []
+    for kind in (diffusers.FluxTransformer2DModel, transformers.CLIPTextModel, transformers.T5EncoderModel):
+
+        def load(cls, *args, inner=kind.from_pretrained.__func__, **more):
+            loaded.append(cls)
+            return inner(cls, *args, **more)
+
+        monkeypatch.setattr(kind, "from_pretrained", classmethod(load))
+    result = call("--max_steps", 1, "--save_strategy", "no")
+    assert result.returncode == 0, result.stderr
+    assert loaded and all(issubclass(cls, FluxTransformer2DModel) for cls in loaded)
+
+
 def test_a_run_with_a_cache_is_not_resumed_in_the_order_of_one_without(call, tmp_path):
     """Without a cache, prompts are shuffled sixteen at a time: from seventeen on that is another order."""
     flags = ["--num_train_prompts", 17, "--save_steps", 1, "--eval_strategy", "no"]
@@ -439,10 +624,8 @@ def test_a_run_with_a_cache_is_not_resumed_in_the_order_of_one_without(call, tmp
         (["--resume_from_checkpoint", True], "--resume_from_checkpoint True: no checkpoint in .*out; leave", 1),
         (["--train_prompts", "EMPTY"], "--train_prompts .*empty.txt: no prompts in it; write one a line", 1),
         (["--prompts", "EMPTY"], "--prompts .*empty.txt: no prompts in it; write one a line", 1),
-        (["--teacher_cache", "EMPTY/cache"], "empty.txt/cache/eval: the teacher cache cannot be written .Not a dir", 1),
+        (["--teacher_cache", "EMPTY/cache"], "empty.txt/cache: the teacher cache cannot be written .Not a dir", 1),
         (["--guidance_scale", 2], "made with another guidance_scale: found 3.5, asked for 2.0; delete", 1),
-        (["--seed", 1], "made with another seed: found 42, asked for 1", 1),
-        (["--num_train_prompts", 3], "made with another prompts: found 4 prompts, asked for 3", 1),
         (["--start_from", "EMPTY"], "empty.txt: neither a transformer nor a pipeline", 1),
         (["--start_from", "assets/tiny-flux"], "w_bits=16 is not quantized, asked for w_bits=0; give what", 1),
         (["--start_from", "assets/tiny-flux-1.58bit", "--w_bits", 2], "asked for w_bits=2 but .* w_bits=0", 1),
@@ -473,7 +656,7 @@ def test_more_ranks_than_prompts_are_refused(call, monkeypatch, tmp_path):
     assert files(tmp_path) == []
 
 
-@pytest.mark.parametrize(("cached", "what"), [(False, "cache/eval: the teacher cache"), (True, "-2: the checkpoint")])
+@pytest.mark.parametrize(("cached", "what"), [(False, "cache: the teacher cache"), (True, "-2: the checkpoint")])
 def test_a_full_disk_is_noticed_beforehand(cached, what, finished, call, cache, monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     result = call("--teacher_cache", cache if cached else tmp_path / "cache")
@@ -534,6 +717,7 @@ def test_the_shell_script_leaves_the_documented_outputs(pipeline_folder, tmp_pat
     summary = json.loads((out / "summary.json").read_text())
     assert 0 <= summary["final"]["eval_scene_score"] <= 1 and "eval_scene_score_teacher" in summary["final"]
     assert FluxTransformer2DModel.from_pretrained(tmp_path / "local/models" / name).config.w_bits == 0
-    assert sorted(os.listdir(tmp_path / "local/teacher_cache")) == ["eval", "train"]
+    [cache] = os.listdir(tmp_path / "local/teacher_cache")
+    assert re.fullmatch(rf"{pipeline_folder.name}-[0-9a-f]{{8}}", cache)
     assert "1.58 bit, clip_init mse, learning rate 0.0005: training " in result.stdout
     assert re.search(r"^velocity NMSE +[\d.e-]+ +[\d.e-]+$", result.stdout, re.MULTILINE)

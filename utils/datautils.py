@@ -5,26 +5,37 @@ z_{t+1} = z_t + (σ_{t+1} − σ_t)·v_t. Only the noise, the velocities, σ and
 FLUX.1-dev at 1024 pixels and 28 steps in bfloat16; every z_t is rebuilt from them bit for bit. A sample of the
 training set is one step of one trajectory: z_t, its conditions and v_t.
 
-    folder/manifest.json           what was asked of the teacher, and the prompts
-    folder/000000.safetensors      one trajectory: noise [L, C], velocities [T, L, C], sigmas [T + 1], timesteps [T],
-                                   prompt_embeds [S, D], pooled_prompt_embeds [P]; metadata: a SHA-256 of all of it
+    folder/manifest.json       the teacher and what was asked of it: all that its trajectories have in common
+    folder/KEY.safetensors     one trajectory: noise [L, C], velocities [T, L, C], sigmas [T + 1], timesteps [T],
+                               prompt_embeds [S, D], pooled_prompt_embeds [P]; metadata: prompt, seed of the noise, and
+                               a SHA-256 of all of it and the manifest
 
-Files are written beside and renamed, so whatever carries its final name is whole. Prompts are run in fixed batches,
-whoever runs them, so that a cache interrupted and resumed with the same batch size is the same to the last byte as an
-undisturbed one.
+Given the manifest, a trajectory is identified by its prompt and the seed of its noise, from which KEY follows. Which
+prompts a run wants, and in which order, is the run's affair: what is there is used, what is missing is made and added,
+by several ranks and by several runs at once. Files are written beside and renamed, so whatever carries its final name
+is whole.
+
+What holds for the numbers: noise and σ are always the same. Text and velocities are computed in full batches, the last
+one filled up, so that the same kernels see the same shapes whatever else is missing; where a row of a matrix product
+does not depend on the others, as on CPUs and in cuBLAS's usual kernels, a cache that was interrupted, resumed, extended
+or shared out is the same to the last byte as one made at once. Another batch size, another device or compiled blocks
+change last bits.
 """
 
+import errno
+import fcntl
 import functools
 import hashlib
 import json
 import math
 import os
+import re
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,81 +49,24 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from utils.folders import check_disk
-from utils.sampling import initial_noise, record_velocities, sample_latents, text_length
-from utils.utils import get_logger
+from utils.teacher import (
+    PARTS,
+    TEXT_ENCODERS,
+    Drawn,
+    Teacher,
+    TeacherSettings,
+    Trajectory,
+    full_batches,
+    rebuild_latents,
+)
+from utils.utils import empty_cache, get_logger
 
 log = get_logger("cache")
-FORMAT = 1
+FORMAT = 2
 THREADS = 8  # that check and write files: most of it is hashing, for which Python lets others run
-Trajectory = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class TeacherSettings:
-    """What is asked of the teacher. `seed`: prompt i starts from the noise of seed + i."""
-
-    resolution: int
-    num_inference_steps: int
-    guidance_scale: float
-    seed: int
-
-
-# ------------------------------------------------------------------------------------------- recording, rebuilding
-
-
-def rebuild_latents(noise: Tensor, velocities: Sequence[Tensor], sigmas: Tensor) -> Iterator[Tensor]:
-    """z_0, z_1 …: the noise [..., L, C], then one more for each of `velocities`; sigmas [T + 1] belong to the z_t.
-
-    The arithmetic of FlowMatchEulerDiscreteScheduler to the bit: the product is rounded to the velocity's dtype, the
-    sum of two such numbers is taken in float32 and rounded once.
-    """
-    latents = noise
-    yield latents
-    for velocity, change in zip(velocities, sigmas.diff(), strict=False):
-        latents = latents + change * velocity
-        yield latents
-
-
-@torch.no_grad()
-def record_trajectories(pipe: FluxPipeline, prompts: Sequence[str], seed: int, settings: TeacherSettings) -> list[dict]:
-    """The teacher's trajectories for `prompts`, on the CPU; prompt i starts from the noise of seed + i.
-
-    Raises ValueError if the scheduler does more than the deterministic Euler step, so that z_t cannot be rebuilt.
-    """
-    noise = initial_noise(pipe, range(seed, seed + len(prompts)), settings.resolution, pipe.transformer.dtype)
-    with record_velocities(pipe.transformer) as calls:
-        final = sample_latents(
-            pipe,
-            noise,
-            prompt=list(prompts),
-            size=settings.resolution,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-        ).cpu()
-    velocities = torch.stack([velocity for _, velocity in calls]).cpu()
-    if not velocities.isfinite().all():
-        raise ValueError(f"the teacher's velocities hold NaN or inf in {velocities.dtype}; use another dtype")
-    sigmas, timesteps = pipe.scheduler.sigmas.cpu(), pipe.scheduler.timesteps.cpu()
-    states = [inputs["hidden_states"].cpu() for inputs, _ in calls] + [final]
-    for state, rebuilt in zip(states, rebuild_latents(noise, velocities, sigmas), strict=True):
-        if not torch.equal(state, rebuilt):
-            kind = type(pipe.scheduler).__name__
-            raise ValueError(
-                f"the {kind} of this pipeline takes other steps than z + (σ' − σ)·v (stochastic_sampling?), which the "
-                "teacher cache cannot rebuild; use FlowMatchEulerDiscreteScheduler without stochastic_sampling"
-            )
-    embeds, pooled = (calls[0][0][name].cpu() for name in ("encoder_hidden_states", "pooled_projections"))
-    return [
-        {
-            "noise": noise[i].clone(),
-            "velocities": velocities[:, i].clone(),
-            "sigmas": sigmas,
-            "timesteps": timesteps,
-            "prompt_embeds": embeds[i].clone(),
-            "pooled_prompt_embeds": pooled[i].clone(),
-        }
-        for i in range(len(prompts))
-    ]
+ROUND = 1024  # prompts whose text is encoded at a time: 4 GiB of host memory for FLUX.1-dev
+POLL = 0.5  # seconds between looks at what other processes have made
+COMPILE_FROM = 64  # trajectories a rank: compiled blocks save a second each at 1024 pixels, and cost a minute
 
 
 @functools.cache
@@ -218,83 +172,76 @@ class ShuffledSamples(Sampler[int]):
             yield from (group.view(-1, 1) * self.steps + steps).flatten()[order].tolist()
 
 
-# --------------------------------------------------------------------------------------------------- description
+# --------------------------------------------------------------------------------------------------------- cache
 
 
-def fingerprint(pipe: FluxPipeline) -> str:
-    """SHA-256 over names, shapes and eight values of every tensor of the transformer and the text encoders."""
-    digest = hashlib.sha256()
-    for part in ("transformer", "text_encoder", "text_encoder_2"):
-        for name, tensor in sorted(getattr(pipe, part).state_dict().items()):
-            flat = tensor.detach().flatten()
-            picked = flat[:: max(1, len(flat) // 8)][:8].cpu().double()
-            digest.update(f"{part}.{name} {list(tensor.shape)}".encode() + picked.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def describe_cache(pipe: FluxPipeline, model: str, prompts: list[str], settings: TeacherSettings) -> dict:
-    """What a manifest holds: all that the trajectories depend on."""
-    return {
-        "format": FORMAT,
-        "model": model,
-        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),  # before the weights, which it changes too
-        "weights": fingerprint(pipe),
-        "guidance_embeds": pipe.transformer.config.guidance_embeds,
-        "text_length": text_length(pipe),
-        # Names that open with an underscore say where the scheduler came from, not what it does.
-        "scheduler": {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")},
-        **vars(settings),
-        "prompts": prompts,
-    }
-
-
-def check_manifest(folder: Path, description: dict) -> None:
-    """ValueError, naming the field, unless the cache in `folder` was made with the same settings and prompts.
+def check_manifest(folder: Path, manifest: dict) -> None:
+    """ValueError, naming the field, unless the cache in `folder` has the same manifest.
 
     The model may have another name, as long as its weights are the same.
     """
-    file = folder / "manifest.json"
+    file, advice = folder / "manifest.json", "delete the folder or choose another --teacher_cache"
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("not a manifest")
     except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); {advice}") from None
+    if found.get("format") != FORMAT:
         raise ValueError(
-            f"{file}: cannot be read ({error}); delete the folder or choose another --teacher_cache"
-        ) from None
-    for field, wanted in description.items():
+            f"{folder}: a teacher cache of format {found.get('format')}, which this version (format {FORMAT}) cannot "
+            f"use; {advice}"
+        )
+    for field, wanted in manifest.items():
         have = found.get(field)
         if field == "model" or have == wanted:
             continue
         if field == "weights":
-            have, wanted = f"those of {found.get('model')}", f"those of {description['model']}, which are others"
-        if field == "prompts":
-            have, wanted = _first_difference(have or [], wanted)
+            have, wanted = f"those of {found.get('model')}", f"those of {manifest['model']}, which are others"
         raise ValueError(
-            f"{folder}: the teacher cache was made with another {field}: found {have}, asked for {wanted}; "
-            "delete the folder or choose another --teacher_cache"
+            f"{folder}: the teacher cache was made with another {field}: found {have}, asked for {wanted}; {advice}"
         )
 
 
-def _first_difference(have: list[str], wanted: list[str]) -> tuple[str, str]:
-    for i, (first, second) in enumerate(zip(have, wanted, strict=False)):
-        if first != second:
-            return f"{first[:60]!r} as number {i}", f"{second[:60]!r}"
-    return f"{len(have)} prompts", f"{len(wanted)}"
+def default_folder(root: Path, manifest: dict) -> Path:
+    """Where in `root` a cache belongs: the model's name and a digest of the rest of the manifest. A cache that has the
+    digest under another model's name is taken, for its weights are the same."""
+    rest = {field: value for field, value in manifest.items() if field != "model"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:8]
+    name = re.sub(r"[^\w.-]+", "_", Path(manifest["model"]).resolve().name)
+    return next(iter(sorted(root.glob(f"*-{digest}"))), root / f"{name}-{digest}")
 
 
-# --------------------------------------------------------------------------------------------------------- cache
+def trajectory_bytes(manifest: dict) -> int:
+    """The size of a trajectory's file, from the shapes and the dtype in the manifest; a KiB of it is for the header."""
+    steps, latents = manifest["num_inference_steps"], math.prod(manifest["latents_shape"])
+    numbers = (steps + 1) * latents + math.prod(manifest["text_shape"]) + math.prod(manifest["pooled_shape"])
+    return numbers * getattr(torch, manifest["dtype"]).itemsize + 4 * (2 * steps + 1) + 1024
 
 
 class TeacherCache(Trajectories):
-    """The trajectories in a folder that `fill_cache` has filled; each access opens, reads and closes one file."""
+    """The trajectories of `prompts` from the noise of `seeds`, in a folder that fill_caches fills; each access opens,
+    reads and closes one file.
 
-    def __init__(self, folder: Path):
-        super().__init__(json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
-        self.folder = folder
+    manifest: what Teacher.describe returns.
+    """
+
+    def __init__(self, folder: Path, manifest: dict, prompts: Sequence[str], seeds: Sequence[int]):
+        self.folder, self.seeds = Path(folder), list(seeds)
+        self.manifest = {"format": FORMAT} | manifest
+        super().__init__(describe(manifest, prompts, seeds))
 
     def file(self, index: int) -> Path:
-        return self.folder / f"{index:06d}.safetensors"
+        key = hashlib.sha256(json.dumps([self.prompts[index], self.seeds[index]]).encode()).hexdigest()[:16]
+        return self.folder / f"{key}.safetensors"
+
+    def joined(self, other: "TeacherCache") -> "TeacherCache":
+        """The trajectories of both, which lie in the same folder."""
+        return TeacherCache(self.folder, self.manifest, self.prompts + other.prompts, self.seeds + other.seeds)
+
+    def bytes_to_write(self) -> int:
+        """How much room the trajectories will take that are not there yet."""
+        return trajectory_bytes(self.manifest) * sum(not self.file(i).exists() for i in range(len(self.prompts)))
 
     def trajectory(self, index: int) -> Trajectory:
         return self.until(index, self.steps - 1)
@@ -304,21 +251,22 @@ class TeacherCache(Trajectories):
             kept = {name: file.get_tensor(name) for name in file.keys() if name != "velocities"}  # noqa: SIM118
             return kept | {"velocities": file.get_slice("velocities")[: step + 1]}
 
-    def digest(self, index: int, tensors: Trajectory) -> str:
-        """SHA-256 of the settings, the prompt and every tensor."""
-        settings = self.description | {"prompts": self.prompts[index], "model": None}
-        digest = hashlib.sha256(json.dumps([index, settings], sort_keys=True).encode())
+    def metadata(self, index: int, tensors: Trajectory) -> dict[str, str]:
+        """What the file says of itself: prompt, seed, and a SHA-256 of these, the manifest and every tensor."""
+        settings = [self.prompts[index], self.seeds[index], self.manifest | {"model": None}]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for name, tensor in sorted(tensors.items()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             digest.update(tensor.contiguous().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        said = {"prompt": self.prompts[index], "seed": self.seeds[index], "sha256": digest.hexdigest()}
+        return {"trajectory": json.dumps(said)}  # in one entry: safetensors writes several in any order
 
     def holds(self, index: int) -> bool:
         """Whether the file of this trajectory is there and unaltered."""
         try:
             with safe_open(self.file(index), framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return (file.metadata() or {}).get("sha256") == self.digest(index, tensors)
+                return file.metadata() == self.metadata(index, tensors)
         except (OSError, SafetensorError):
             return False
 
@@ -326,7 +274,7 @@ class TeacherCache(Trajectories):
         """Write the file of one trajectory, whole or not at all."""
         partial = self.file(index).with_suffix(f".{os.getpid()}.tmp")  # another run may fill the same cache
         try:
-            partial.write_bytes(save(tensors, metadata={"sha256": self.digest(index, tensors)}))
+            partial.write_bytes(save(tensors, metadata=self.metadata(index, tensors)))
             os.replace(partial, self.file(index))
         except OSError as error:
             partial.unlink(missing_ok=True)
@@ -335,128 +283,314 @@ class TeacherCache(Trajectories):
             ) from None
 
 
-def fill_cache(
-    folder: Path, pipe: FluxPipeline, model: str, prompts: list[str], settings: TeacherSettings, batch_size: int,
-    device: torch.device,
-) -> TeacherCache:  # fmt: skip
-    """The teacher cache of `prompts` in `folder`; what is missing in it or damaged is made now, shared by all ranks.
+def describe(manifest: dict, prompts: Sequence[str], seeds: Sequence[int]) -> dict:
+    """What Trajectories are made from: the manifest, the prompts and a digest of the seeds."""
+    noise = hashlib.sha256(json.dumps(list(seeds)).encode()).hexdigest()
+    return manifest | {"prompts": list(prompts), "noise": noise}
 
-    pipe, called `model` in messages, moves to `device` if there is anything to do. Raises ValueError if the folder
-    holds a cache of other settings, cannot be written to, or the disk is too small.
+
+class OnlineTeacher(Trajectories):
+    """Trajectories made when they are first asked for, of which the last `keep` stay in memory; no files.
+
+    The teacher is loaded onto `device` and stays there. For --teacher_cache off, with `keep` no smaller than the window
+    of ShuffledSamples.
     """
-    state = PartialState()
-    description = describe_cache(pipe, model, prompts, settings)
+
+    def __init__(
+        self, teacher: Teacher, settings: TeacherSettings, prompts: Sequence[str], seeds: Sequence[int], keep: int,
+        device: torch.device,
+    ):  # fmt: skip
+        super().__init__(describe(teacher.describe(settings), prompts, seeds))
+        self.teacher, self.settings, self.seeds, self.keep, self.device = teacher, settings, seeds, keep, device
+        self.made: OrderedDict[int, Trajectory] = OrderedDict()
+        teacher.load(*PARTS, device=device)
+
+    def trajectory(self, index: int) -> Trajectory:
+        if index not in self.made:
+            text = self.teacher.encode([self.prompts[index]], 1, self.device)
+            self.made[index] = self.teacher.draw(*text, [self.seeds[index]], self.settings).trajectory(0)
+            while len(self.made) > self.keep:
+                self.made.popitem(last=False)
+        return self.made[index]
+
+
+# ------------------------------------------------------------------------------------------------------- filling it
+
+
+def fill_cache(
+    cache: TeacherCache, teacher: Teacher, batch_size: int, device: torch.device, compile_blocks: bool | None = None
+) -> None:
+    """Make what is missing in the cache or damaged, `batch_size` trajectories at a time, shared by all ranks.
+
+    The teacher's models are loaded, onto `device`, only if there is something to make, and dropped afterwards. Its
+    blocks are compiled with `compile_blocks`; by default on CUDA, where there is enough to do. Other processes may fill
+    the same folder meanwhile: nothing is made twice. Raises ValueError if the folder holds a cache with another
+    manifest, cannot be written to, or the disk is too small.
+    """
+    state, folder = PartialState(), cache.folder
     with _one_for_all(state) as first:
         if first:
-            _open_folder(folder, description)
-    cache = TeacherCache(folder)
-
-    mine = range(state.process_index, len(prompts), state.num_processes)
-    with ThreadPoolExecutor(THREADS) as pool:
-        whole = tqdm(pool.map(cache.holds, mine), "check", len(mine), leave=False, disable=not state.is_main_process)
-        bad = [i for i, holds in zip(mine, whole, strict=True) if not holds]
-    missing = set(gather_object(bad))
-    if missing:
-        if not os.access(folder, os.W_OK):  # a complete cache may well be read-only
-            raise ValueError(f"{folder}: no permission to add what is missing; choose another --teacher_cache")
-        pipe.to(device)
-        batches = sorted({i // batch_size for i in missing})
-        _announce(cache, pipe, settings, len(missing), batch_size, state)
-        started = time.time()
-        share = batches[state.process_index :: state.num_processes]
-        bar = tqdm(total=len(share) * batch_size, desc=f"teacher, rank {state.process_index}", unit="prompt")
-        with bar, ThreadPoolExecutor(THREADS) as pool:
-            for batch in share:
-                numbers = range(batch * batch_size, min((batch + 1) * batch_size, len(prompts)))
-                made = record_trajectories(pipe, [prompts[i] for i in numbers], settings.seed + numbers[0], settings)
-                wanted = [(i, trajectory) for i, trajectory in zip(numbers, made, strict=True) if i in missing]
-                list(pool.map(lambda pair: cache.store(*pair), wanted))
-                bar.update(batch_size)
-        state.wait_for_everyone()
+            _open_folder(cache)
+    missing = _find_missing(cache, state)
+    if not missing:
         if state.is_main_process:
-            size = sum(cache.file(i).stat().st_size for i in range(len(prompts)))
-            log.info("%s: %d prompts, %.2f GB, made in %.0f s", folder, len(prompts), size / 1e9, time.time() - started)
-    elif state.is_main_process:
-        log.info("%s: complete, %d prompts", folder, len(prompts))
-    return cache
+            log.info("%s: complete, %d prompts", folder, len(cache.prompts))
+        return
+    size = trajectory_bytes(cache.manifest)
+    with _one_for_all(state) as first:
+        if first:
+            if not os.access(folder, os.W_OK):  # a complete cache may well be read-only
+                raise ValueError(f"{folder}: no permission to add what is missing; choose another --teacher_cache")
+            check_disk(folder, len(missing) * size, "the teacher cache")
+    if state.is_main_process:
+        whole = len(missing) * size / 2**30
+        log.info(
+            "%s: %d of %d prompts to do, %.2f MiB each: %.2f GiB", folder, len(missing), len(cache.prompts),
+            size / 2**20, whole,
+        )  # fmt: skip
+    if compile_blocks is None:
+        compile_blocks = device.type == "cuda" and len(missing) >= COMPILE_FROM * state.num_processes
+    started = time.time()
+    with _Filling(cache, teacher, batch_size, device, compile_blocks, missing) as filling:
+        filling.run()
+    if state.is_main_process:
+        log.info("%s: %d prompts made in %.0f s", folder, len(missing), time.time() - started)
 
 
 @contextmanager
 def _one_for_all(state: PartialState) -> Iterator[bool]:
-    """Whether this rank is the first; a ValueError that it raises in the block ends the other ranks too, silently."""
+    """Whether this rank is the first of its machine; a ValueError that it raises in the block ends the other ranks too,
+    silently."""
     error = None
     try:
-        yield state.is_main_process
+        yield state.is_local_main_process
     except ValueError as raised:
         error = raised
     if any(gather_object([error is not None])):
         raise error or SystemExit(1)
 
 
-def _open_folder(folder: Path, description: dict) -> None:
-    """Make the folder and its manifest, or check the manifest that is there."""
+def _open_folder(cache: TeacherCache) -> None:
+    """Make the folder and its manifest, or check the manifest that is there; remove what killed runs left."""
+    folder, file = cache.folder, cache.folder / "manifest.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "manifest.json").exists():
+        if not file.exists():
             if any(folder.glob("*.safetensors")):
                 raise ValueError(
                     f"{folder}: holds safetensors files but no manifest.json; choose another --teacher_cache"
                 )
             partial = folder / f"manifest.{os.getpid()}.tmp"
-            partial.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, folder / "manifest.json")
+            partial.write_text(json.dumps(cache.manifest, indent=1) + "\n", encoding="utf-8")
+            with suppress(FileNotFoundError):  # another run has made the manifest and cleaned up
+                os.replace(partial, file)
     except OSError as error:
         raise ValueError(
             f"{folder}: the teacher cache cannot be written ({error.strerror}); choose another --teacher_cache"
         ) from None
-    check_manifest(folder, description)
+    check_manifest(folder, cache.manifest)
+    _remove_leftovers(folder)
+    for older in (where / name for where in (folder, folder.parent) for name in ("train", "eval")):
+        with suppress(OSError, ValueError, AttributeError):
+            if json.loads((older / "manifest.json").read_text(encoding="utf-8")).get("format") == 1:
+                log.info("%s: made by an earlier version and not used any more; delete it to have its room", older)
 
 
-@torch.no_grad()
-def _announce(
-    cache: TeacherCache,
-    pipe: FluxPipeline,
-    settings: TeacherSettings,
-    missing: int,
-    batch_size: int,
-    state: PartialState,
-) -> None:
-    """Say what the missing trajectories will cost, and stop if the disk cannot hold them."""
-    quick = TeacherSettings(settings.resolution, 2, settings.guidance_scale, settings.seed)
-    probe = cache.prompts[:1] * batch_size
-    for _ in range(2):  # the first call warms up
-        started = time.time()
-        one = record_trajectories(pipe, probe, 0, quick)[0]
-        seconds = (time.time() - started) * settings.num_inference_steps / 2 / batch_size
-    size = sum(t.numel() * t.element_size() for t in one.values()) + 1024  # and the header
-    size += (settings.num_inference_steps - 2) * (one["velocities"][0].numel() * one["velocities"].element_size() + 8)
-    if state.is_main_process:
-        log.info(
-            "%s: %d of %d prompts to do, %.2f MiB and about %.2f s each: %.2f GB, %.0f min on %d ranks",
-            cache.folder, missing, len(cache.prompts), size / 2**20, seconds, missing * size / 1e9,
-            missing * seconds / 60 / state.num_processes, state.num_processes,
-        )  # fmt: skip
-    with _one_for_all(state) as first:
-        if first:
-            check_disk(cache.folder, missing * size, "the teacher cache")
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the unfinished files of processes that are no more: nobody holds the claims that they had."""
+    names = [file for file in folder.glob("*.tmp") if re.fullmatch(r"(manifest|[0-9a-f]{16})\.\d+\.tmp", file.name)]
+    if not names or not os.access(folder, os.W_OK):
+        return
+    with _Claims(folder) as claims:
+        for name in names:
+            key = name.name.partition(".")[0]
+            if key == "manifest" or (claims.take(key) and claims.kept):
+                name.unlink(missing_ok=True)
 
 
-class OnlineTeacher(Trajectories):
-    """Trajectories made when they are first asked for, of which the last `keep` stay in memory; no files.
+class _Claims:
+    """Who makes which trajectory: the process that holds the lock on a byte of manifest.json that follows from its KEY.
 
-    The teacher `pipe` stays on its device. For --teacher_cache off, with `keep` no smaller than the window of
-    ShuffledSamples.
+    All processes that see the file see its locks, on other machines too, and a lock goes with the process that held it.
+    Where the file system has no locks everything is granted (`kept` is False then): work may be done twice.
     """
 
-    def __init__(self, pipe: FluxPipeline, model: str, prompts: list[str], settings: TeacherSettings, keep: int):
-        super().__init__(describe_cache(pipe, model, prompts, settings))
-        self.pipe, self.settings, self.keep = pipe, settings, keep
-        self.made: OrderedDict[int, Trajectory] = OrderedDict()
+    def __init__(self, folder: Path):
+        self.file, self.kept = (folder / "manifest.json").open("rb+", buffering=0), True
 
-    def trajectory(self, index: int) -> Trajectory:
-        if index not in self.made:
-            seed = self.settings.seed + index
-            self.made[index] = record_trajectories(self.pipe, [self.prompts[index]], seed, self.settings)[0]
-            while len(self.made) > self.keep:
-                self.made.popitem(last=False)
-        return self.made[index]
+    def __enter__(self) -> "_Claims":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.file.close()
+
+    def take(self, key: str) -> bool:
+        """Whether this process is to make the trajectory; False if another one does."""
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(key[:7], 16))
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            self.kept = False
+        return True
+
+    def release(self, key: str) -> None:
+        if self.kept:
+            fcntl.lockf(self.file, fcntl.LOCK_UN, 1, int(key[:7], 16))
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    """What changes when a file is replaced; None without one."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _find_missing(cache: TeacherCache, state: PartialState) -> dict[int, tuple[int, int] | None]:
+    """The trajectories to make and, where a damaged file is in their place, its stamp. The ranks of a machine share the
+    looking, those of other machines look too: they need not see the same disk."""
+    ranks = min(state.num_processes, int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)))
+    mine = range(state.local_process_index, len(cache.prompts), ranks)
+    stamps = [_stamp(cache.file(i)) for i in mine]
+    with ThreadPoolExecutor(THREADS) as pool:
+        whole = tqdm(pool.map(cache.holds, mine), "check", len(mine), leave=False, disable=not state.is_main_process)
+        bad = [(i, stamp) for i, stamp, holds in zip(mine, stamps, whole, strict=True) if not holds]
+    return dict(sorted(gather_object(bad)))
+
+
+class _Filling:
+    """One rank's part in making the `missing` trajectories, without a word to the other ranks: it begins at a place of
+    its own and makes whatever nobody else has made or is making, until all are there.
+
+    No collective stands in the way, so a slow rank keeps nobody from working, and one that fails can be ended by its
+    launcher at once.
+    """
+
+    def __init__(
+        self, cache: TeacherCache, teacher: Teacher, batch_size: int, device: torch.device, compile_blocks: bool,
+        missing: dict[int, tuple[int, int] | None],
+    ):  # fmt: skip
+        self.cache, self.teacher, self.missing = cache, teacher, missing
+        self.batch_size, self.device, self.compile_blocks = batch_size, device, compile_blocks
+        asked = cache.manifest
+        self.settings = TeacherSettings(asked["resolution"], asked["num_inference_steps"], asked["guidance_scale"])
+        self.state = PartialState()
+        self.claims, self.pool = _Claims(cache.folder), ThreadPoolExecutor(THREADS)
+        self.pending: deque[Future] = deque()
+        self.bar: tqdm | None = None  # once the models are loaded, which has bars of its own
+
+    def __enter__(self) -> "_Filling":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.pool.shutdown(cancel_futures=True)
+        self.claims.__exit__()
+        if self.bar is not None:
+            self.bar.close()
+        self.teacher.drop(*PARTS)
+        if self.compile_blocks:
+            torch.compiler.reset()  # what was compiled holds on to the weights
+
+    def run(self) -> None:
+        numbers = list(self.missing)
+        first = len(numbers) * self.state.process_index // self.state.num_processes
+        numbers = numbers[first:] + numbers[:first]
+        while numbers:
+            busy = []
+            for start in range(0, len(numbers), ROUND):
+                busy += self.round(numbers[start : start + ROUND])
+            self.finish(0)
+            numbers = self.given_up(busy)
+
+    def round(self, numbers: list[int]) -> list[int]:
+        """Make what is to be made of these; returns those that others are making."""
+        numbers = [i for i in numbers if not self.there(i)]
+        if not numbers:
+            return []
+        text = self.encode(numbers)
+        busy, batch = [], []
+        for i in numbers:
+            if not self.claims.take(self.key(i)):
+                busy.append(i)
+            elif self.there(i):
+                self.claims.release(self.key(i))
+            else:
+                batch.append(i)
+            if len(batch) == self.batch_size:
+                self.draw(batch, text)
+                batch = []
+        if batch:
+            self.draw(batch, text)
+        return busy
+
+    def key(self, i: int) -> str:
+        return self.cache.file(i).stem
+
+    def there(self, i: int) -> bool:
+        """Whether somebody has made this one by now."""
+        return _stamp(self.cache.file(i)) not in (None, self.missing[i])
+
+    def encode(self, numbers: list[int]) -> dict[int, tuple[Tensor, Tensor]]:
+        """The text of these prompts; afterwards the transformer is on the device, and the encoders are gone."""
+        if self.teacher.pipe.transformer is not None:
+            self.teacher.pipe.transformer.to("cpu")
+            empty_cache(self.device)
+        self.teacher.load(*TEXT_ENCODERS, device=self.device)
+        prompts = [self.cache.prompts[i] for i in numbers]
+        rows = zip(*self.teacher.encode(prompts, self.batch_size, self.device), strict=True)
+        text = dict(zip(numbers, rows, strict=True))
+        self.teacher.drop(*TEXT_ENCODERS)
+        self.teacher.load("transformer", device=self.device)
+        if self.bar is None:
+            if self.compile_blocks:
+                self.teacher.pipe.transformer.compile_repeated_blocks()
+            self.announce(text[numbers[0]])
+            share = math.ceil(len(self.missing) / self.state.num_processes)
+            self.bar = tqdm(total=share, desc="teacher", unit="prompt", disable=not self.state.is_main_process)
+        return text
+
+    def announce(self, text: tuple[Tensor, Tensor]) -> None:
+        """Say how long it will take, from two short runs, of which the first warms up."""
+        quick = replace(self.settings, num_inference_steps=2)
+        batch = [torch.stack([tensor] * self.batch_size) for tensor in text]
+        for _ in range(2):
+            started = time.time()
+            self.teacher.draw(*batch, [0] * self.batch_size, quick).trajectory(0)
+            seconds = (time.time() - started) / 2 * self.settings.num_inference_steps / self.batch_size
+        if self.state.is_main_process:
+            ranks = self.state.num_processes
+            minutes = len(self.missing) * seconds / 60 / ranks
+            log.info("%s: about %.2f s a prompt, %.0f min on %d ranks", self.cache.folder, seconds, minutes, ranks)
+
+    def draw(self, batch: list[int], text: dict[int, tuple[Tensor, Tensor]]) -> None:
+        """Have a batch drawn; its trajectories are checked and written while the device goes on with the next."""
+        [rows] = full_batches(batch, self.batch_size)
+        embeds, pooled = (torch.stack(tensors) for tensors in zip(*(text[i] for i in rows), strict=True))
+        drawn = self.teacher.draw(embeds, pooled, [self.cache.seeds[i] for i in rows], self.settings)
+        self.pending += [self.pool.submit(self.keep, i, drawn, row) for row, i in enumerate(batch)]
+        self.finish(2 * self.batch_size)
+        self.bar.update(len(batch))
+
+    def keep(self, i: int, drawn: Drawn, row: int) -> None:
+        self.cache.store(i, drawn.trajectory(row))
+        self.claims.release(self.key(i))
+
+    def finish(self, most: int) -> None:
+        """Wait until no more than `most` trajectories are to be written; raises what went wrong with one."""
+        while len(self.pending) > most:
+            self.pending.popleft().result()
+
+    def given_up(self, numbers: list[int]) -> list[int]:
+        """Wait for what others are making; returns what they left undone when they ended."""
+        said = False
+        while numbers := [i for i in numbers if not self.there(i)]:
+            free = [i for i in numbers if self.claims.take(self.key(i))]
+            if free:
+                return free
+            if not said:
+                log.info("%s: waiting for %d prompts that other processes draw", self.cache.folder, len(numbers))
+                said = True
+            time.sleep(POLL)
+        return []

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import transformers
@@ -29,6 +30,8 @@ from utils.utils import (
     pick_device,
 )
 
+LARGE = 10**9  # parameters from which on blocks are compiled on a GPU and the trained model is kept packed
+
 
 @dataclass
 class ModelArguments:
@@ -37,7 +40,9 @@ class ModelArguments:
         default="assets/tiny-flux",
         metadata={"aliases": ["--model"], "help": "the FLUX pipeline to start from: a folder or a hub id"},
     )
-    output_model_filename: str = field(default="model", metadata={"help": "name of the trained model"})
+    output_model_filename: str | None = field(
+        default=None, metadata={"help": "name of the trained model; default: of the model, bits and OUTPUT_DIR"}
+    )
     w_bits: list[int] = field(
         default_factory=lambda: [0],
         metadata={"help": "bits a weight: 0 (1.58 bit, ternary), 1 to 8, 16 (full precision); sanity.py takes several"},
@@ -69,8 +74,12 @@ class ModelArguments:
     trained: str | None = field(
         default=None, metadata={"help": "sanity.py: a trained student's folder, drawn as the last row"}
     )
-    pack: bool = field(
-        default=False, metadata={"help": "save codes instead of weights: a tenth of the size, for inference only"}
+    pack: bool | None = field(
+        default=None,
+        metadata={
+            "help": "save codes instead of weights: a tenth of the size, for inference only; train.py's default: for "
+            "models of a billion parameters and more"
+        },
     )
 
     @property
@@ -121,6 +130,10 @@ class DataArguments:
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     output_dir: str = field(default="output", metadata={"help": "samples, checkpoints and caches go here"})
+    torch_compile: bool | None = field(
+        default=None,
+        metadata={"help": "compile the blocks; default: on CUDA for models of a billion parameters and more"},
+    )
     bf16: bool | None = field(
         default=None, metadata={"help": "compute in bfloat16; default: on CUDA, unless --fp16 True"}
     )
@@ -171,6 +184,7 @@ class TrainingArguments(transformers.TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep"})
     report_to: str | None = field(default="tensorboard", metadata={"help": "where curves go, besides metrics.jsonl"})
     seed: int = field(default=42, metadata={"help": "of noise and data order"})
+    disable_tqdm: bool = field(default=False, metadata={"help": "no progress bars"})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "every trained parameter gets a gradient, so DDP need not look for others"}
     )
@@ -212,8 +226,18 @@ class TrainingArguments(transformers.TrainingArguments):
             self.dataloader_num_workers = 0 if cpu else min(8, (os.cpu_count() or 1) // ranks)
         self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         super().__post_init__()
+        if self.fsdp:  # accelerate's wrapping by blocks needs their names, which diffusers' models tell it
+            self.fsdp_config.setdefault("version", 2)
         if self.n_gpu > 1:  # started without torchrun on a machine of several GPUs: one of them, not DataParallel
             self._n_gpu = 1
+
+
+def trained_name(model_args: ModelArguments, training_args: TrainingArguments) -> str:
+    """What a trained model is called by default: model, bits and, unless it says just that, the run's OUTPUT_DIR."""
+    bits = model_args.w_bits[0]
+    name = f"{Path(model_args.input_model_filename).resolve().name}-{'1.58' if bits == 0 else bits}bit"
+    run = Path(training_args.output_dir).resolve().name
+    return name if run in (name, "") else f"{name}-{run}"
 
 
 class _Parser(ArgumentParser, transformers.HfArgumentParser):
@@ -264,6 +288,8 @@ def process_args(
         check_clip_init(model_args.clip_init)
         check_offload(model_args.offload, pick_device(model_args.device))
         check_lora_r(model_args.lora_r)
+        if model_args.output_model_filename is None:
+            model_args.output_model_filename = trained_name(model_args, training_args)
         check_name("--output_model_filename", model_args.output_model_filename)
         check_counts(data_args, "num_images", "num_final_images", "num_train_prompts", "num_inference_steps")
         check_resolution(data_args.resolution)
@@ -273,6 +299,8 @@ def process_args(
         if missing and used is None:
             name = min(missing)
             raise ValueError(f"--report_to {name}: no such package here; install {name}, or use --report_to none")
+        if training_args.max_steps == 0:
+            raise ValueError("--max_steps must be at least 1; leave it out to train for --num_train_epochs")
         if not 0 <= training_args.ema_decay < 1:
             raise ValueError(f"--ema_decay must be at least 0 and below 1, got {training_args.ema_decay}")
         if not 0 < training_args.early_share < 1:

@@ -27,12 +27,14 @@ from tqdm import tqdm
 
 from utils.utils import empty_cache
 
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, HTTPError)
 OFFLOADS = ("model", "sequential")
 
 
-def load_pipeline(name: str, dtype: torch.dtype) -> FluxPipeline:
+def load_pipeline(name: str, dtype: torch.dtype, **parts: object) -> FluxPipeline:
     """The FLUX pipeline `name`, a folder or a hub id, on the CPU.
 
+    parts: components that take the place of its own, whose files are neither read nor downloaded; None for without.
     Raises ValueError, in one line that says what to do, if there is none, access is missing, it is not FLUX or its
     files are incomplete.
     """
@@ -43,12 +45,28 @@ def load_pipeline(name: str, dtype: torch.dtype) -> FluxPipeline:
         kind = FluxPipeline.load_config(name).get("_class_name")
         if kind == "FluxPipeline":
             _check_tokenizers(folder)
-            return FluxPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError, HTTPError) as error:
-        advice = None if folder.is_dir() else _hub_advice(name, error)
-        broken = f"cannot be loaded ({error}); if files are missing or cut short, save or download it again"
-        raise ValueError(f"{name}: {advice or broken}") from error
+            return FluxPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True, **parts)
+    except LOADING_ERRORS as error:
+        raise _in_one_line(name, error) from error
     raise ValueError(f"{name}: expected a FluxPipeline, found a {kind}; give a FLUX text-to-image pipeline")
+
+
+def pipeline_folder(name: str) -> Path:
+    """Where the files of the pipeline `name` lie: the folder itself, or the hub's snapshot, downloaded as far as it is
+    not. Raises ValueError as load_pipeline does."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(FluxPipeline.download(name, use_safetensors=True))
+    except LOADING_ERRORS as error:
+        raise _in_one_line(name, error) from error
+
+
+def _in_one_line(name: str, error: Exception) -> ValueError:
+    """What to do about an error that loading the pipeline `name` ended in."""
+    advice = None if Path(name).is_dir() else _hub_advice(name, error)
+    broken = f"cannot be loaded ({error}); if files are missing or cut short, save or download it again"
+    return ValueError(f"{name}: {advice or broken}")
 
 
 def _is_hub_id(name: str) -> bool:
@@ -138,6 +156,7 @@ def stop_streaming(part: nn.Module) -> None:
         registry = HookRegistry.check_if_exists_or_initialize(part)
         for name in ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading"):
             registry.remove_hook(name, recurse=True)
+        gc.collect()  # hooks and what they hold refer to each other
     part.to("cpu")
 
 

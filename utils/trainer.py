@@ -6,36 +6,42 @@ Trainer keeps the loop, DDP, gradient accumulation, schedules and logging; here 
 the codes that stay for the last `freeze_codes` of the steps, evaluation against the teacher, and checkpoints that hold
 safetensors and JSON only:
 
-    checkpoint-N/config.json, *.safetensors    the transformer, for FluxTransformer2DModel.from_pretrained
-    checkpoint-N/training_state.safetensors    the optimizer's moments; with --ema_decay also the weights not averaged
+    checkpoint-N/config.json, *.safetensors    the transformer, or of a frozen one what was trained (models/trained.py),
+                                               for FluxTransformer2DModel.from_pretrained
+    checkpoint-N/training_state*.safetensors   the optimizer's moments; with --ema_decay also the weights not averaged
     checkpoint-N/trainer_state.json            Trainer's log and counters
     checkpoint-N/settings.json                 what a resumed run must agree with
 
 No random number is drawn while training (data order follows from seed and epoch), so there is no generator to save.
 """
 
+import importlib
 import json
+import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import matplotlib
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate.utils import broadcast_object_list
 from diffusers import FluxPipeline
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tqdm import tqdm
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint
 
 from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
+from models.trained import Shards, full, save_packed, save_shards, save_trained, save_whole
 from utils import scenes
 from utils.datautils import ShuffledSamples, Trajectories, collate, rebuild_latents, split_batch
-from utils.folders import check_disk, whole_folder
+from utils.folders import read_json, remove_folder, whole_folder, write_json
 from utils.metrics import psnr, scene_score
 from utils.pictures import save_images, save_strip
 from utils.sampling import decode_latents, sample_latents
@@ -47,6 +53,8 @@ from matplotlib import pyplot  # noqa: E402 (the backend is to be chosen first)
 log = get_logger("train")
 THIRDS = ("early", "middle", "late")  # of the denoising steps: noise first, details last
 ERROR_FLOOR = 1e-12  # of a sample; the gradient of a power below 1 has a pole at zero
+STATE = "training_state"
+FSDP_OPTIMIZERS = ("adamw_torch_8bit", "adamw_torch_fused", "adamw_torch", "sgd")
 ONLINE_WINDOW = 16  # trajectories kept at a time when there is no teacher cache
 
 
@@ -81,6 +89,14 @@ def choose_parameters(
         )
 
 
+def compile_blocks(transformer: FluxTransformer2DModel, spread: bool = False) -> None:
+    """Compile the blocks, equal ones once; of those that FSDP2 will spread the forward alone, without its hooks."""
+    if not spread:
+        return transformer.compile_repeated_blocks()
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        block.forward = torch.compile(block.forward)
+
+
 def parameter_groups(model: nn.Module, weight_decay: float, clip_learning_rate: float | None) -> list[dict]:
     """The trained parameters for an optimizer: matrices with weight decay, the rest without, step sizes at their own
     learning rate."""
@@ -105,6 +121,7 @@ class FluxQATTrainer(transformers.Trainer):
     eval_data   held-out prompts; the first num_images are used, in the last evaluation the first num_final_images
     settings    what a resumed run must agree with, JSON-able
     teacher     the full-precision transformer, for feature_loss
+    base        where frozen parameters come from (see trained.describe_base); checkpoints leave them out then
     """
 
     def __init__(
@@ -119,10 +136,11 @@ class FluxQATTrainer(transformers.Trainer):
         num_final_images: int,
         window: int | None = None,
         teacher: nn.Module | None = None,
+        base: dict | None = None,
     ):
         if args.feature_loss and teacher is None:
             raise ValueError("feature_loss needs the teacher")
-        self.eval_pipe, self.settings, self.teacher = eval_pipe, settings, teacher
+        self.eval_pipe, self.settings, self.teacher, self.base = eval_pipe, settings, teacher, base
         self.num_images, self.num_final_images = num_images, num_final_images
         self.sampler = ShuffledSamples(len(train_data.prompts), train_data.steps, args.seed, window, args.early_share)
         self.folder = Path(args.output_dir)
@@ -140,16 +158,24 @@ class FluxQATTrainer(transformers.Trainer):
         self.loss_is_scaled_for_ga = False  # a mean over the batch
         if self.accelerator.ddp_handler is not None:  # no copies of the gradients into DDP's buckets and back
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
+        self.doing = "training starts"
         self.aside = 0.0  # seconds spent on evaluation and checkpoints
-        self.average = None
-        if args.ema_decay:
-            self.average = [p.detach().clone() for p in self.trained()]
+        self.averages: list[Tensor] | None = None
+        if self.is_fsdp_enabled:
+            check_fsdp(self.accelerator, args, model)
         if teacher is not None:
             teacher.to(args.device).requires_grad_(False)
             self.features, self.teacher_features = record_features(model), record_features(teacher)
 
     def trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    @property
+    def average(self) -> list[Tensor] | None:
+        """The averages of the trained parameters, made when they are first asked for: FSDP2 has spread them by then."""
+        if self.averages is None and self.args.ema_decay:
+            self.averages = [p.detach().clone() for p in self.trained()]
+        return self.averages
 
     # ----------------------------------------------------------------------------------------------------- training
 
@@ -215,20 +241,28 @@ class FluxQATTrainer(transformers.Trainer):
         """On the device and in float32, as the trained parameters are; autocast takes it from there."""
         return {name: tensor.float() for name, tensor in super()._prepare_inputs(inputs).items()}
 
+    def what_is_done(self) -> str:
+        return self.doing
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        self.doing = f"step {self.state.global_step + 1} is trained, {self.args.per_device_train_batch_size} a batch"
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not loss.isfinite():
-            self._stop(f"the loss is {loss.item()}", first_non_finite(self.model, self._prepare_inputs(inputs)))
+            alone = None if self.is_fsdp_enabled else self.model  # a rank cannot run what is spread
+            where = first_non_finite(alone, self._prepare_inputs(inputs))
+            self._stop(f"the loss is {loss.item()}", where)
         return loss
 
     def _clip_grad_norm(self, model) -> Tensor:
         self.accelerator.unscale_gradients()
-        gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        gradients = {n: local(p.grad) for n, p in self.model.named_parameters() if p.grad is not None}
         norm = torch.nn.utils.get_total_norm(gradients.values())
+        if self.is_fsdp_enabled:  # each rank has its share of every gradient
+            norm = self.accelerator.reduce(norm.square(), "sum").sqrt()
         if not norm.isfinite():  # before clipping, which would spread it to all of them
             bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-            self._stop(f"the gradient's norm is {norm.item()}", bad[0] if bad else None)
-        torch.nn.utils.clip_grads_with_norm_(self.trained(), self.args.max_grad_norm, norm)
+            self._stop(f"the gradient's norm is {norm.item()}", bad[0] if bad else "another rank's share")
+        torch._foreach_mul_(list(gradients.values()), (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1))
         return norm
 
     def _run_epoch(self, **kwargs) -> None:
@@ -250,7 +284,7 @@ class FluxQATTrainer(transformers.Trainer):
         if self.average is not None:
             step = self.state.global_step
             fresh = max(1 - self.args.ema_decay, 9 / (10 + step))
-            torch._foreach_lerp_(self.average, [p.detach() for p in self.trained()], fresh)
+            torch._foreach_lerp_([local(a) for a in self.average], [local(p.detach()) for p in self.trained()], fresh)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -266,7 +300,7 @@ class FluxQATTrainer(transformers.Trainer):
 
     @torch.no_grad()
     def _swap_average(self) -> None:
-        for parameter, average in zip(self.trained(), self.average, strict=True):
+        for parameter, average in zip(map(local, self.trained()), map(local, self.average), strict=True):
             kept = parameter.detach().clone()
             parameter.copy_(average)
             average.copy_(kept)
@@ -283,14 +317,16 @@ class FluxQATTrainer(transformers.Trainer):
         last = self.state.global_step >= self.state.max_steps > 0
         count = self.num_final_images if last else self.num_images
         started = time.time()
+        self.doing = f"step {self.state.global_step} is evaluated, {self.args.per_device_eval_batch_size} a batch"
         training = self.model.training
         self.model.eval()
         with self.averaged_weights(), torch.compiler.set_stance("force_eager"):
             metrics = self._velocity_error(count)
-            if self.is_world_process_zero():
-                metrics |= self._draw(count)
+            images = self._draw(count)
         self.model.train(training)
-        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            metrics |= self._judge(*images)
+        metrics = broadcast_object_list([metrics])[0]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         metrics[f"{metric_key_prefix}_runtime"] = round(time.time() - started, 1)
         self.aside += time.time() - started
@@ -298,20 +334,31 @@ class FluxQATTrainer(transformers.Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _rounds(self, count: int) -> Iterator[tuple[list[int], int]]:
+        """`count` numbers in batches shared by all ranks: this rank's batch and how much of it counts.
+
+        Every rank gets as many batches, of the same size, since FSDP2 and gathering wait for all of them: what is
+        missing is filled with the last number.
+        """
+        size = self.args.per_device_eval_batch_size
+        for start in range(0, count, size * self.args.world_size):
+            first = start + size * self.args.process_index
+            numbers = [min(number, count - 1) for number in range(first, first + size)]
+            yield numbers, max(0, min(size, count - first))
+
     def _velocity_error(self, count: int) -> dict[str, float]:
         """Over every step of `count` trajectories, shared by all ranks."""
-        data, size = self.eval_dataset, self.args.per_device_eval_batch_size
-        mine = list(range(count * data.steps))[self.args.process_index :: self.args.world_size]
+        data = self.eval_dataset
         sums = torch.zeros(3, data.steps, dtype=torch.float64)  # squared error, squared target, elements
-        for start in tqdm(range(0, len(mine), size), desc="velocity", leave=False, disable=self.args.disable_tqdm):
-            numbers = mine[start : start + size]
+        rounds = list(self._rounds(count * data.steps))
+        for numbers, own in tqdm(rounds, desc="velocity", leave=False, disable=self._silent()):
             inputs, target = split_batch(self._prepare_inputs(collate([data[number] for number in numbers])))
             with self.accelerator.autocast():
                 velocity = self.model(**inputs, return_dict=False)[0].float()
             rows = [(velocity - target).square().flatten(1).sum(1), target.square().flatten(1).sum(1)]
             rows.append(torch.full_like(rows[0], target[0].numel()))
-            steps = torch.tensor([number % data.steps for number in numbers])
-            sums.index_add_(1, steps, torch.stack(rows).double().cpu())
+            steps = torch.tensor([number % data.steps for number in numbers[:own]], dtype=torch.long)
+            sums.index_add_(1, steps, torch.stack(rows)[:, :own].double().cpu())
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums.float().to(self.args.device), "sum").double().cpu()
         error, energy, elements = sums
@@ -321,14 +368,16 @@ class FluxQATTrainer(transformers.Trainer):
                 metrics[f"nmse_{third}"] = part.sum() / whole.sum()
         return {name: value.item() for name, value in metrics.items()}
 
-    def _draw(self, count: int) -> dict[str, float]:
-        """Draw `count` held-out prompts; keep the first num_images of them as OUTPUT_DIR/eval/step_N/sample_….png."""
+    def _silent(self) -> bool:
+        return self.args.disable_tqdm or not self.is_world_process_zero()
+
+    def _draw(self, count: int) -> tuple[Tensor, Tensor] | None:
+        """`count` held-out prompts as the student and as the teacher draws them, drawn by all ranks, on the first."""
         asked = self.eval_dataset.description
         size = asked["resolution"]
-        teacher_images, images = [], []
-        starts = range(0, count, self.args.per_device_eval_batch_size)
-        for start in tqdm(starts, desc="pictures", leave=False, disable=self.args.disable_tqdm):
-            numbers = range(start, min(start + self.args.per_device_eval_batch_size, count))
+        images, teacher_images = [], []
+        rounds = list(self._rounds(count))
+        for numbers, _ in tqdm(rounds, desc="pictures", leave=False, disable=self._silent()):
             kept = [self.eval_dataset.trajectory(number) for number in numbers]
             noise, embeds, pooled = (
                 torch.stack([t[name] for t in kept]).to(self.args.device).float()
@@ -344,11 +393,21 @@ class FluxQATTrainer(transformers.Trainer):
                     prompt_embeds=embeds,
                     pooled_prompt_embeds=pooled,
                 )
-            images.append(decode_latents(self.eval_pipe, latents, size))
             final = torch.stack([last_latents(trajectory) for trajectory in kept])
-            teacher_images.append(decode_latents(self.eval_pipe, final, size))
-        images, teacher_images = torch.cat(images), torch.cat(teacher_images)
-        prompts = self.eval_dataset.prompts[:count]
+            for drawn, pictures in ((latents, images), (final, teacher_images)):
+                pictures.append(self._gather(decode_latents(self.eval_pipe, drawn, size)))
+        if self.is_world_process_zero():  # what filled up the last round is at its end
+            return torch.cat(images)[:count], torch.cat(teacher_images)[:count]
+
+    def _gather(self, images: Tensor) -> Tensor:
+        """The images of all ranks in the order of ranks, on the CPU."""
+        if self.args.world_size == 1:
+            return images.cpu()
+        return self.accelerator.gather(images.to(self.args.device).contiguous()).cpu()
+
+    def _judge(self, images: Tensor, teacher_images: Tensor) -> dict[str, float]:
+        """Keep the first num_images pictures as OUTPUT_DIR/eval/step_N/sample_….png; how all of them compare."""
+        size, prompts = self.eval_dataset.description["resolution"], self.eval_dataset.prompts[: len(images)]
         save_images(teacher_images[: self.num_images], self.folder / "eval" / "teacher")
         save_images(images[: self.num_images], self.folder / "eval" / f"step_{self.state.global_step}")
         save_strip(self.folder / "eval", prompts[: min(self.num_images, 8)])
@@ -370,44 +429,63 @@ class FluxQATTrainer(transformers.Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         folder, started = self.folder / f"checkpoint-{self.state.global_step}", time.time()
-        if self.args.should_save:
-            tensors, others = optimizer_state(getattr(self.optimizer, "optimizer", self.optimizer))
-            if self.average is not None:
-                tensors |= {f"weights.{i}": p.detach().clone() for i, p in enumerate(self.trained())}
-            schedule = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
-            size = sum(t.numel() * t.element_size() for t in [*self.model.state_dict().values(), *tensors.values()])
-            check_disk(folder, size, "the checkpoint")
-            with whole_folder(folder) as partial, self.averaged_weights():
+        self.doing = f"checkpoint-{self.state.global_step} is written"
+        reshard(self.model)
+        tensors, others = optimizer_state(getattr(self.optimizer, "optimizer", self.optimizer))
+        schedule = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
+        metadata = {"optimizer": json.dumps(others), "scheduler": json.dumps(schedule, default=Tensor.item)}
+        # All ranks gather what is spread, one of them writes.
+        with whole_folder(folder) if self.args.should_save else nullcontext() as partial:
+            save_shards(self._training_state(tensors), partial, STATE, metadata)
+            with self.averaged_weights():
                 self.save_transformer(partial)
-                metadata = {"optimizer": json.dumps(others), "scheduler": json.dumps(schedule)}
-                save_file(tensors, partial / "training_state.safetensors", metadata)
+            if partial is not None:
                 (partial / "settings.json").write_text(json.dumps(self.settings, indent=2) + "\n")
                 self.state.save_to_json(str(partial / "trainer_state.json"))
-            rotate_checkpoints(str(self.folder), self.args.save_total_limit, use_mtime=True)
+        if self.args.should_save:
+            rotate(self.folder, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
         self.aside += time.time() - started
 
-    def save_transformer(self, folder: Path) -> None:
+    def _training_state(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors.items():
+            yield name, full(tensor)
+        if self.average is not None:
+            for i, parameter in enumerate(self.trained()):
+                yield f"weights.{i}", full(parameter.detach())
+
+    def save_transformer(self, folder: Path | None) -> None:
         """The transformer as it stands, for from_pretrained."""
-        for layer in quantized_layers(self.model):
-            layer.settle()
-        self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(folder)
+        if self.base is None:
+            save_whole(self.model, folder)
+        else:
+            save_trained(self.model, folder, self.base)
+
+    def save_result(self, folder: Path | None, packed: bool, dtype: torch.dtype) -> None:
+        """The trained model, whole and to go on with, or packed with the rest of it in `dtype`.
+
+        All ranks call it; `folder` is None on those that do not write.
+        """
+        reshard(self.model)
+        if packed:
+            save_packed(self.model, folder, dtype)
+        else:
+            save_whole(self.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         """The transformer was made from the checkpoint already; here come its parameters before averaging."""
         if self.average is not None:
-            with safe_open(Path(resume_from_checkpoint) / "training_state.safetensors", "pt") as file, torch.no_grad():
+            state = Shards(Path(resume_from_checkpoint), STATE)
+            with torch.no_grad():
                 for i, (parameter, average) in enumerate(zip(self.trained(), self.average, strict=True)):
-                    average.copy_(parameter)
-                    parameter.copy_(file.get_tensor(f"weights.{i}"))
+                    local(average).copy_(local(parameter))
+                    local(parameter).copy_(local(share(state[f"weights.{i}"], parameter)))
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        with safe_open(Path(checkpoint) / "training_state.safetensors", "pt") as file:
-            metadata = file.metadata()
-            names = [name for name in file.keys() if name.startswith("optimizer.")]  # noqa: SIM118
-            load_optimizer(optimizer, {n: file.get_tensor(n) for n in names}, json.loads(metadata["optimizer"]))
-        schedule = json.loads(metadata["scheduler"])
+        state = Shards(Path(checkpoint), STATE)
+        load_optimizer(optimizer, state, json.loads(state.metadata["optimizer"]))
+        schedule = json.loads(state.metadata["scheduler"])
         if "lr_lambdas" in self.lr_scheduler.state_dict():
             schedule["lr_lambdas"] = [None] * len(optimizer.param_groups)
         self.lr_scheduler.load_state_dict(schedule)
@@ -435,8 +513,16 @@ class _Freeze(transformers.TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if args.freeze_codes and state.global_step >= self.trainer.freeze_at(state.max_steps):
             for layer in quantized_layers(self.trainer.model):
-                if layer.frozen_codes is None:
-                    layer.freeze_codes()
+                if layer.frozen is None:
+                    layer.freeze_codes(full(layer.weight_clip_val.detach()).clone())
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """What the frozen codes are found from has to stay where it is: momentum and decay would move it on."""
+        for layer in quantized_layers(self.trainer.model):
+            if layer.frozen is not None:
+                for name in ("weight", "lora_A", "lora_B"):
+                    if getattr(layer, name, None) is not None:
+                        getattr(layer, name).grad = None
 
 
 class _TensorBoard(TensorBoardCallback):
@@ -478,11 +564,13 @@ def feature_error(student: dict[int, Tensor], teacher: dict[int, Tensor]) -> Ten
 
 
 @torch.no_grad()
-def first_non_finite(model: nn.Module, inputs: dict[str, Tensor]) -> str | None:
+def first_non_finite(model: nn.Module | None, inputs: dict[str, Tensor]) -> str | None:
     """The first input, parameter or module output, in the order of computation, that holds NaN or inf."""
     for name, tensor in inputs.items():
         if not tensor.isfinite().all():
             return f"the input {name}"
+    if model is None:
+        return None
     found: list[str] = []
 
     def look(name: str) -> Callable:
@@ -504,31 +592,197 @@ def first_non_finite(model: nn.Module, inputs: dict[str, Tensor]) -> str | None:
     return found[0] if found else None
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
-    """Its state as tensors "optimizer.INDEX.NAME" and the rest, JSON-able."""
-    state = optimizer.state_dict()
-    tensors, numbers = {}, {}
-    for index, entries in state["state"].items():
-        for name, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value.contiguous()
-            else:
-                numbers[f"{index}.{name}"] = value
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
-    return tensors, {"numbers": numbers, "groups": groups}
+def check_fsdp(accelerator, args, model: nn.Module) -> None:
+    """Set what FSDP2 needs here; ValueError on what it cannot do."""
+    if args.fsdp_config.get("version", 2) != 2:
+        raise ValueError("--fsdp: version 1 keeps flat copies of the weights; use version 2, the default")
+    if args.optim.value not in FSDP_OPTIMIZERS:
+        raise ValueError(f"--optim {args.optim.value} cannot be spread by --fsdp: use {' or '.join(FSDP_OPTIMIZERS)}")
+    if len({p.dtype for p in model.parameters()}) > 1:
+        raise ValueError("--fsdp spreads parameters of one dtype: leave out --lora_r, or leave out --fsdp")
+    # Weights travel in fp32, and autocast computes in bf16: rounded before, they would get other codes than the saved.
+    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    # Else every GPU would hold whole gradients until the last micro-batch.
+    accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], others: dict) -> None:
-    """Put back what optimizer_state took out."""
-    state: dict[int, dict] = {}
-    entries = {name.removeprefix("optimizer."): tensor for name, tensor in tensors.items()} | others["numbers"]
-    for key, value in entries.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": [new | old for new, old in zip(groups, others["groups"], strict=True)]}
+def reshard(model: nn.Module) -> None:
+    """Let every rank hold its share alone, as it does between steps, after an evaluation too."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's share of a tensor that FSDP2 has spread, else the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def share(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, or whole moments in 8 bits, spread over the ranks as `like` is, if that is."""
+    if not isinstance(like, DTensor):
+        return value
+    if not is_traceable_wrapper_subclass(value):
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    parts, context = value.__tensor_flatten__()
+    codes, scale, *rest = (getattr(value, name).to(like.device) for name in parts)
+    if codes.ndim != 2 or scale.numel() % len(codes):  # blocks go on from row to row
+        return share(value.dequantize(), like)
+    codes, scale = (
+        distribute_tensor(part, like.device_mesh, like.placements, src_data_rank=None).to_local()
+        for part in (codes, scale.view(len(codes), -1))
     )
+    if codes.numel():
+        own = type(value).__tensor_unflatten__(dict(zip(parts, (codes, scale.flatten(), *rest), strict=True)), context)
+    else:
+        own = torch.zeros_like(local(like))
+    return _spread(own, like)
+
+
+def _spread(own: Tensor, like: DTensor, shape: Sequence[int] | None = None) -> DTensor:
+    """The shares of all ranks as one tensor, spread as `like` is."""
+    shape = like.shape if shape is None else shape
+    return DTensor.from_local(
+        own, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape),
+        stride=torch.empty(shape, device="meta").stride(),
+    )  # fmt: skip
+
+
+def spread_moments(value: DTensor) -> DTensor | dict[str, Tensor]:
+    """Moments that FSDP2 has spread, gathered when they are written: torchao's in 8 bits as codes and scales [rows,
+    blocks a row] where all blocks lie within rows, else in full precision."""
+    own = value.to_local()
+    in_bits = is_traceable_wrapper_subclass(own)
+    fits = not own.numel() or (in_bits and value.ndim == 2 and value.shape[1] % own.block_size == 0)
+    facts = torch.tensor([int(fits), -int(in_bits), -own.block_size if in_bits else 0], device=value.device)
+    torch.distributed.all_reduce(facts, torch.distributed.ReduceOp.MIN, value.device_mesh.get_group())
+    all_fit, nobody, block = bool(facts[0]), not facts[1], -int(facts[2])
+    if nobody:
+        return value
+    if not all_fit:
+        return _spread(own.dequantize() if in_bits else own, value)
+    blocks = value.shape[1] // block
+    codes, scale = (own.codes, own.scale.view(-1, blocks)) if in_bits else (own.byte(), own.new_empty(0, blocks))
+    parts = {"codes": _spread(codes, value), "scale": _spread(scale, value, (len(value), blocks))}
+    return parts | {"qmap": own.qmap} if in_bits else parts
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
+    """Its state as tensors "optimizer.INDEX.NAME" and the rest, JSON-able.
+
+    Quantized moments are tensors made of tensors (torchao) or dicts of tensors (bitsandbytes): their parts are kept,
+    and of the former what puts them together.
+    """
+    tensors, others = {}, {"numbers": {}, "wrapped": {}}
+
+    def keep(key: str, value) -> None:
+        own = local(value) if isinstance(value, Tensor) else value
+        if isinstance(own, Tensor) and is_traceable_wrapper_subclass(own):
+            parts, context = own.__tensor_flatten__()
+            others["wrapped"][key] = [type(own).__name__, *map(_plain, context)]
+            value = {name: getattr(own, name) for name in parts} if own is value else spread_moments(value)
+            if isinstance(value, Tensor):
+                del others["wrapped"][key]
+        elif isinstance(value, DTensor):
+            value = spread_moments(value)
+        if isinstance(value, dict):
+            for name, part in value.items():
+                keep(f"{key}.{name}", part)
+        elif isinstance(value, Tensor):
+            tensors[f"optimizer.{key}"] = value
+        else:
+            others["numbers"][key] = value
+
+    state = optimizer.state_dict()
+    for index, entries in state["state"].items():
+        keep(str(index), entries)
+    others["groups"] = [
+        {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
+        for group in state["param_groups"]
+    ]
+    return tensors, others
+
+
+def _plain(value):
+    """A dtype by its name, a size as a list, anything else as it is."""
+    if isinstance(value, torch.dtype):
+        return str(value)
+    return list(value) if isinstance(value, torch.Size | tuple) else value
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Shards, others: dict) -> None:
+    """Put back what optimizer_state took out."""
+    nested: dict = {}
+    entries = {name.removeprefix("optimizer."): tensors[name] for name in tensors if name.startswith("optimizer.")}
+    for key, value in (entries | others["numbers"]).items():
+        *path, last = key.split(".")
+        place = nested
+        for name in path:
+            place = place.setdefault(name, {})
+        place[last] = value
+    for key, (kind, *context) in others["wrapped"].items():
+        *path, last = key.split(".")
+        place = nested
+        for name in path:
+            place = place[name]
+        context = [getattr(torch, c[6:]) if str(c).startswith("torch.") else c for c in context]
+        place[last]["scale"] = place[last]["scale"].flatten()
+        place[last] = _quantized_state(kind).__tensor_unflatten__(place[last], context)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, entries in nested.items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and value.shape == parameters[int(index)].shape:
+                entries[name] = share(value, parameters[int(index)])
+    fresh = optimizer.state_dict()["param_groups"]
+    groups = [new | old for new, old in zip(fresh, others["groups"], strict=True)]
+    for group, new in zip(groups, fresh, strict=True):
+        for name, value in new.items():
+            if isinstance(value, Tensor):  # torchao keeps the learning rate as one
+                group[name] = torch.full_like(value, group[name])
+    optimizer.load_state_dict({"state": {int(i): entries for i, entries in nested.items()}, "param_groups": groups})
+
+
+def _quantized_state(kind: str) -> type:
+    """torchao's class of quantized moments of that name; ValueError if there is none."""
+    try:
+        for module in ("subclass_8bit", "subclass_4bit", "subclass_fp8"):
+            found = getattr(importlib.import_module(f"torchao.optim.{module}"), kind, None)
+            if found is not None:
+                return found
+    except ImportError as error:
+        raise ValueError(f"the checkpoint's optimizer is torchao's, which cannot be imported ({error})") from None
+    raise ValueError(f"the checkpoint's optimizer keeps {kind}, which this torchao does not have; install another")
+
+
+def moment_bytes(optim: str) -> float:
+    """Bytes of moments a trained parameter, of the optimizer that Trainer calls `optim`; Adam's, if it is another."""
+    for name, size in (("adafactor", 0.1), ("sgd", 4), ("4bit", 1.2), ("8bit", 2.1), ("lion", 4)):
+        if name in optim:
+            return size
+    return 8
+
+
+def rotate(folder: Path, limit: int | None) -> None:
+    """Remove the checkpoints of the lowest steps, all but the last `limit`; what this program did not write stays."""
+    steps = sorted((int(p.name.rpartition("-")[2]), p) for p in folder.glob("checkpoint-*") if p.name[11:].isdigit())
+    for _, checkpoint in steps[: -limit if limit and limit > 0 else 0]:
+        try:
+            remove_folder(checkpoint)
+        except ValueError as error:
+            log.info("not removed: %s", error)
+
+
+@contextmanager
+def memory_named(what: str | Callable[[], str], advice: str, device: torch.device) -> Iterator[None]:
+    """Out of memory within the block is a ValueError that says while `what` it was, the peak, and `advice`."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        peak = ""
+        if device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory
+            peak = f" (peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} of {total / 2**30:.1f} GiB)"
+        raise ValueError(f"out of memory while {what() if callable(what) else what}{peak}: {advice}") from None
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
@@ -538,6 +792,20 @@ def read_metrics(folder: Path) -> list[dict]:
     """The lines of folder/metrics.jsonl."""
     file = folder / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def restore_pictures(folder: Path, step: int, prompts: list[str]) -> None:
+    """Remove what an earlier run left in OUTPUT_DIR/eval: pictures of steps after `step`, all of them if they are of
+    other prompts."""
+    file = folder / "prompts.json"
+    with suppress(ValueError):
+        if read_json(file) != {"prompts": prompts}:
+            step = -1
+    for path in folder.glob("step[_-]*"):
+        number = path.stem[5:]
+        if number.isdigit() and int(number) > step:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_json(file, {"prompts": prompts})
 
 
 def restore_metrics(folder: Path, checkpoint: Path | None) -> None:

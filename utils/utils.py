@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 ROOT = Path(__file__).parents[1]
 DTYPES = ("float32", "bfloat16", "float16")
 LARGEST_SEED = 2**32 - 1  # numpy, which Trainer seeds too, takes no larger ones
+GRACE = 3  # seconds in which the first rank may say what the others would say too; then torchrun ends them
 LARGEST_PICTURE = 8192  # pixels a side: 262,144 tokens
 
 
@@ -60,7 +62,11 @@ def run_script(
     except (ValueError, OSError, SafetensorError) as error:
         if os.environ.get("TRACEBACK"):
             raise
-        print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if not is_first_rank():
+            time.sleep(GRACE)
+        print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            os._exit(1)  # a collective that waits for others may keep the interpreter from ending
         sys.exit(1)
     except KeyboardInterrupt:
         if os.environ.get("TRACEBACK"):

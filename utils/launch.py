@@ -1,0 +1,27 @@
+"""torchrun, whose own reports do not hide what a rank has said: python -m utils.launch [torchrun's flags] train.py …
+
+A rank that fails says why in a line, and torchrun ends the others; then this ends with that rank's status. It speaks
+only where the rank could not: when it was killed.
+"""
+
+import os
+import signal
+import sys
+
+os.environ.setdefault("LOGLEVEL", "CRITICAL")  # torchrun's logger, read when it is imported
+
+from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: E402
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
+from torch.distributed.run import main  # noqa: E402
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            print(f"rank {rank} was killed ({name}); the others were ended", file=sys.stderr)
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+    except (KeyboardInterrupt, SignalException):
+        sys.exit(130)

@@ -1,0 +1,119 @@
+"""Which way of training fits a model on this machine: from its size and the GPUs' memory, before anything is loaded.
+
+    python -m utils.plan MODEL NPROC BATCH [FLAGS of train.py]
+
+prints the flags that 1_run_train.sh puts before yours, and on stderr what they are for. Bytes a parameter: LoRA 2 of
+the frozen bf16 base and, for each of its own, 16 of weight, gradient and moments in fp32; all weights 10, of which
+weight and gradient in fp32 are 8 and moments in 8 bits 2, shared by the GPUs under FSDP2. On top a picture's
+checkpointed activations and what one block needs; figures in GiB at 1024 pixels, measured on an H100.
+"""
+
+import importlib.util
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import diffusers
+import torch
+
+from utils.process_args import LARGE
+from utils.utils import run_script
+
+GIB = 2**30
+PICTURE, BLOCK, SPARE = 2.0, 4.0, 0.95  # GiB a picture, GiB for one block; what may be used of a GPU's memory
+RANK = 32
+LORA = ("--lora_r", str(RANK), "--lora_alpha", str(RANK), "--learning_rate", "2e-4")
+WEIGHTS = ("--optim", "adamw_torch_8bit", "--learning_rate", "2e-5", "--clip_learning_rate", "1e-4")
+FSDP = ("--fsdp", "full_shard")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters of a transformer: all, and those of a LoRA of rank RANK with what else is trained beside it."""
+
+    parameters: int
+    lora: int
+
+
+def size_of(model: str) -> Size:
+    """The size of the pipeline's transformer, from its config.json alone."""
+    config = diffusers.FluxTransformer2DModel.load_config(model, subfolder="transformer")
+    with torch.device("meta"):
+        transformer = diffusers.FluxTransformer2DModel.from_config(config)
+    lora = 0
+    for name, parameter in transformer.named_parameters():
+        quantized = "transformer_blocks." in name and parameter.ndim == 2
+        lora += RANK * sum(parameter.shape) + parameter.shape[0] if quantized else parameter.numel()
+    return Size(transformer.num_parameters(), lora)
+
+
+def needs(size: Size, gpus: int, batch: int) -> dict[str, float]:
+    """GiB on each GPU by way of training: a LoRA on every GPU, or all weights shared by them."""
+    rest = PICTURE * batch
+    return {
+        "lora": (2 * size.parameters + 16 * size.lora) / GIB + rest,
+        "weights": 10 * size.parameters / gpus / GIB + BLOCK + rest,
+    }
+
+
+def asked(flags: Sequence[str]) -> str | None:
+    """The way that the user's flags ask for, if they do."""
+    words = [part for flag in flags for part in flag.split("=", 1)]
+    given = dict(zip(words, [*words[1:], ""], strict=False))
+    if given.get("--lora_r", "0") != "0":
+        return "lora"
+    return "weights" if {"--lora_r", "--fsdp", "--optim"} & given.keys() else None
+
+
+def choose(size: Size, memory: Sequence[int], batch: int, flags: Sequence[str] = ()) -> tuple[list[str], str]:
+    """Flags, and in a line what they are for; `memory`: bytes of each GPU, none on a machine without.
+
+    ValueError if no way fits or the one asked for does not, naming what does.
+    """
+    if size.parameters < LARGE:
+        return [], "all weights: the model is small"
+    billions = f"{size.parameters / 1e9:.1f} B parameters"
+    if not memory:
+        raise ValueError(f"{billions} cannot be trained without a GPU; run.py --method blockwise needs one of 24 GB")
+    gpus, smallest = len(memory), min(memory) / GIB
+    need, where = needs(size, gpus, batch), f"{gpus} × {smallest:.0f} GiB"
+    way = asked(flags) or ("weights" if need["weights"] <= SPARE * smallest else "lora")
+    if need[way] > SPARE * smallest:
+        raise ValueError(
+            f"{billions} on {where}: training {'a LoRA' if way == 'lora' else 'all weights'} takes {need[way]:.0f} GiB "
+            f"a GPU at batch {batch}; {_instead(need, way, smallest, batch)}"
+        )
+    name = {"lora": "a LoRA inside the quantizers", "weights": "all weights, moments in 8 bits"}[way]
+    if gpus > 1:
+        name += ", DDP" if way == "lora" else ", spread by FSDP2"
+    reason = f"{billions} on {where}: {name}; takes {need[way]:.0f} GiB a GPU"
+    if way == "lora":
+        reason += f", all weights would take {need['weights']:.0f}"
+        return list(LORA), reason
+    if "--optim" not in flags and importlib.util.find_spec("torchao") is None:
+        raise ValueError(f"{reason}, but moments in 8 bits need torchao, which is not installed: pip install torchao")
+    return [*WEIGHTS, *(FSDP if gpus > 1 else ())], reason
+
+
+def _instead(need: dict[str, float], way: str, smallest: float, batch: int) -> str:
+    """What to do where the way does not fit."""
+    if batch > 1 and need[way] - PICTURE * (batch - 1) <= SPARE * smallest:
+        return "choose a smaller BATCH and a larger ACCUM"
+    if way == "weights" and need["lora"] <= SPARE * smallest:
+        return f"a LoRA takes {need['lora']:.0f}: --lora_r 32 --lora_alpha 32"
+    return "run.py --method blockwise trains one block after the other, on a GPU of 24 GB"
+
+
+def main() -> None:
+    model, processes, batch, *flags = sys.argv[1:]
+    size = size_of(model)
+    gpus = range(min(int(processes), torch.cuda.device_count()))
+    memory = [torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus]
+    chosen, reason = choose(size, memory, int(batch), flags)
+    print(f"[plan] {reason}", file=sys.stderr)
+    print(shlex.join(chosen))
+
+
+if __name__ == "__main__":
+    run_script(main)
