@@ -51,12 +51,13 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton")
 SCALES = {
     "flux": {
         "config": "flux-dev", "images": 2, "steps": 28, "prompts": 4, "max_steps": 10, "save_steps": 5, "rank": 32,
+        "all": "--optim adamw_torch_8bit --learning_rate 2e-5 --clip_learning_rate 1e-4",
         "compile": "--torch_compile True", "calibration": 2, "stride": 7, "block_steps": 2,
         "bench": "--resolution 1024 --cpp_wrapper --rounds 5",
     },
     "small": {
         "config": "small", "images": 2, "steps": 4, "prompts": 4, "max_steps": 40, "save_steps": 5, "rank": 4,
-        "compile": "", "calibration": 2, "stride": 2, "block_steps": 2, "bench": "--rounds 1",
+        "all": "", "compile": "", "calibration": 2, "stride": 2, "block_steps": 2, "bench": "--rounds 1",
     },
 }  # fmt: skip
 
@@ -76,6 +77,7 @@ class Step:
     gpus: int = 0  # that it needs, at least
     gib: float = 0  # of memory that its GPU must have; on a smaller one it must fail in one line
     peak: float = math.inf  # GiB of a GPU at most, at scale flux
+    disk_gb: float = 0  # that must be free, at scale flux
     reads: tuple[str, ...] = ()  # of earlier steps
     makes: str = ""  # it is left out where this exists
     clears: tuple[str, ...] = ()  # before it starts
@@ -90,29 +92,32 @@ TRAIN = (
     f"{CACHE} --max_steps {{max_steps}} --save_steps {{save_steps}} --eval_steps {{max_steps}} --logging_steps 1 "
     "--output_model_filename student --pack True {compile} "
 )
-LORA = "MODEL={model} bash 1_run_train.sh 1 1 1 --local_dir {work}/lora --output_dir {work}/lora/train " + TRAIN
-LORA += "--lora_r {rank} --lora_alpha {rank}"
-ALL = "MODEL={model} bash 1_run_train.sh 1 1 1 --local_dir {work}/all --output_dir {work}/all/train " + TRAIN
-FSDP = "MODEL={model} bash 1_run_train.sh 2 1 1 --local_dir {work}/fsdp --output_dir {work}/fsdp/train " + TRAIN
-FSDP += "--fsdp full_shard"
-DDP = "MODEL={model} bash 1_run_train.sh 2 1 1 --local_dir {work}/ddp --output_dir {work}/ddp/train " + TRAIN
-DDP += "--lora_r {rank} --lora_alpha {rank}"
+
+
+def training(processes: int, name: str, flags: str) -> str:
+    """1_run_train.sh, writing to the folder `name`."""
+    folders = f"--local_dir {{work}}/{name} --output_dir {{work}}/{name}/train"
+    return f"MODEL={{model}} bash 1_run_train.sh {processes} 1 1 {folders} {TRAIN} {flags}"
+
+
 RUN = "python run.py --model_id {model} --num_images 0 --output_path {work}/"
 CALIBRATION = " --calibration_prompts {calibration} --calibration_stride {stride} --steps {steps} --batch_size 1"
 CALIBRATED = RUN + "calibrated --method calibrated" + CALIBRATION
 TEST = "python test.py {work}/mse 0 --num_images {images} --steps {steps} --batch_size 1 --output_dir {work}/"
 PACKED = (2.6e9, 5e6)
+LORA = "--lora_r {rank} --lora_alpha {rank}"
+FSDP = "{all} --fsdp full_shard"
+NOT_KEPT = " --save_strategy no"  # a checkpoint of all weights has 71 GB
 
 
-def trained(folder: str, checkpoint: tuple[float, float]) -> dict:
-    """What a training must leave in `folder`, and what of its summary is worth a row."""
-    return {
-        "holds": {
-            f"{folder}/models/student": PACKED, f"{folder}/train/summary.json": None,
-            f"{folder}/train/eval/steps.png": None, f"{folder}/train/checkpoint-*[05]": checkpoint,
-        },
-        "reports": {f"{folder}/train/summary.json": ("seconds_per_step", "trained_parameters")},
-    }  # fmt: skip
+def trained(folder: str, checkpoints: tuple[float, float] | None = None) -> dict:
+    """What a training must leave in `folder`, `checkpoints` being the bytes of those kept, and what of its summary is
+    worth a row."""
+    holds = {f"{folder}/models/student": PACKED, f"{folder}/train/summary.json": None}
+    holds |= {f"{folder}/train/eval/steps.png": None}
+    if checkpoints:
+        holds |= {f"{folder}/train/checkpoint-*[05]": checkpoints}
+    return {"holds": holds, "reports": {f"{folder}/train/summary.json": ("seconds_per_step", "trained_parameters")}}
 
 
 STEPS = (
@@ -131,23 +136,41 @@ STEPS = (
         + CACHE, clears=("cache", "cache_run"), holds={"cache/**/*.safetensors": (0.2e9, 1e6)},
     ),
     Step(
-        "lora_killed", LORA, clears=("lora",), reads=("cache",), kill="lora/train/checkpoint-{save_steps}", peak=32,
+        "lora_killed", training(1, "lora", LORA), clears=("lora",), reads=("cache",),
+        kill="lora/train/checkpoint-{save_steps}", peak=32,
     ),
     Step(
-        "lora_resumed", LORA, reads=("lora/train/checkpoint-{save_steps}",), says="going on from", drops=("lora",),
-        peak=32, **trained("lora", (8e9, 30e6)),
+        "lora_resumed", training(1, "lora", LORA), reads=("lora/train/checkpoint-{save_steps}",), drops=("lora",),
+        says="going on from", peak=32, **trained("lora", (8e9, 30e6)),
     ),
-    Step("all_killed", ALL, clears=("all",), reads=("cache",), kill="all/train/checkpoint-{save_steps}", gib=130),
     Step(
-        "all_resumed", ALL, reads=("all/train/checkpoint-{save_steps}",), says="going on from", drops=("all",), gib=130,
-        **trained("all", (150e9, 250e6)),
+        "all", training(1, "all", "{all}" + NOT_KEPT), clears=("all",), reads=("cache",), drops=("all",), gib=124,
+        scales=("flux",), **trained("all"),
     ),
-    Step("fsdp_killed", FSDP, clears=("fsdp",), reads=("cache",), kill="fsdp/train/checkpoint-{save_steps}", gpus=2),
     Step(
-        "fsdp_resumed", FSDP, reads=("fsdp/train/checkpoint-{save_steps}",), says="going on from", drops=("fsdp",),
-        gpus=2, **trained("fsdp", (150e9, 250e6)),
+        "all_killed", training(1, "all", "{all}"), clears=("all",), reads=("cache",),
+        kill="all/train/checkpoint-{save_steps}", gib=124, disk_gb=150,
     ),
-    Step("ddp", DDP, clears=("ddp",), reads=("cache",), drops=("ddp",), gpus=2, **trained("ddp", (8e9, 30e6))),
+    Step(
+        "all_resumed", training(1, "all", "{all}"), reads=("all/train/checkpoint-{save_steps}",), drops=("all",),
+        says="going on from", gib=124, **trained("all", (150e9, 250e6)),
+    ),
+    Step(
+        "fsdp", training(2, "fsdp", FSDP + NOT_KEPT), clears=("fsdp",), reads=("cache",), drops=("fsdp",), gpus=2,
+        peak=76, **trained("fsdp"),
+    ),
+    Step(
+        "fsdp_killed", training(2, "fsdp", FSDP), clears=("fsdp",), reads=("cache",),
+        kill="fsdp/train/checkpoint-{save_steps}", gpus=2, disk_gb=150,
+    ),
+    Step(
+        "fsdp_resumed", training(2, "fsdp", FSDP), reads=("fsdp/train/checkpoint-{save_steps}",), drops=("fsdp",),
+        says="going on from", gpus=2, **trained("fsdp", (150e9, 250e6)),
+    ),
+    Step(
+        "ddp", training(2, "ddp", LORA), clears=("ddp",), reads=("cache",), drops=("ddp",), gpus=2,
+        **trained("ddp", (8e9, 30e6)),
+    ),
     Step(
         "threshold", RUN + "threshold --method threshold", clears=("threshold",), drops=("threshold",),
         holds={"threshold/transformer": PACKED, "threshold/metrics.json": None},
@@ -464,6 +487,9 @@ def play(step: Step, stage: Stage, machine: dict) -> dict:
     logs.mkdir(parents=True, exist_ok=True)
     stage.work.mkdir(exist_ok=True)
     stage.remove(step.clears)
+    free = shutil.disk_usage(stage.work).free / 1e9
+    if stage.scale == "flux" and free < step.disk_gb:
+        return row | {"skipped": f"needs {step.disk_gb} GB of disk, {free:.0f} are free"}
     row |= run_command(step, stage, logs)
     must_fail = bool(stage.scale == "flux" and gpus and gpus[0]["gib"] < step.gib)
     output = (logs / f"{step.name}.log").read_text(errors="replace")
