@@ -34,7 +34,6 @@ from models.packing import PackedLinear, disk_row_bytes
 from utils import scenes
 from utils.checkpoints import bits_name, check_shapes, load_student, transformer_folder
 from utils.cuda_graph import compile_steps
-from utils.datautils import fingerprint
 from utils.folders import check_target, locked, read_json, whole_folder, write_json, write_text
 from utils.metrics import learned_scores, psnr, scene_score, ssim, velocity_nmse
 from utils.pictures import save_grid, save_images, save_png, to_pil
@@ -62,6 +61,7 @@ from utils.utils import (
     pick_device,
     run_script,
 )
+from utils.walk import fingerprint
 
 log = get_logger("test")
 OWNER = "test.py"
@@ -159,7 +159,9 @@ def check_benchmark(folder: Path, wanted: dict) -> None:
 def write_benchmark(pipe: FluxPipeline, args: argparse.Namespace, items: list[dict], folder: Path) -> None:
     """GenEval's layout: folder/00000/metadata.jsonl and samples/00000.png …; what is there already is left alone."""
     names = ("dtype", "mode", "seed", "steps", "guidance_scale", "resolution", "samples_per_prompt")
-    settings = {"checkpoint_and_text_encoders": fingerprint(pipe), **{name: getattr(args, name) for name in names}}
+    settings = {name: getattr(args, name) for name in names}
+    settings["weights"] = fingerprint(pipe.transformer)
+    settings["text_encoders"] = [fingerprint(encoder) for encoder in (pipe.text_encoder, pipe.text_encoder_2)]
     check_benchmark(folder, settings | {"items": items})
     write_json(folder / "manifest.json", {"checkpoint": str(args.checkpoint), **settings, "items": items})
     prepare(pipe, args)

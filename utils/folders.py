@@ -385,13 +385,17 @@ def check_disks(needs: Sequence[tuple[Path, int, str]]) -> None:
         verb = "takes"
         if len(on_disk) > 1:
             needed, verb = sum(size for _, size, _ in on_disk), "take"
-            what = " and ".join(f"{what} ({size / 1e9:.1f} GB)" for _, size, what in on_disk)
+            what = " and ".join(f"{what} ({_gigabytes(size)})" for _, size, what in on_disk)
         free = shutil.disk_usage(_nearest(folder)).free
         if free < needed:
             raise ValueError(
-                f"{folder}: {what} {verb} {needed / 1e9:.1f} GB but only {free / 1e9:.1f} GB are free; "
+                f"{folder}: {what} {verb} {_gigabytes(needed)} but only {_gigabytes(free)} are free; "
                 "make room or choose another folder"
             )
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.{1 if size >= 1e8 else 4}f} GB"
 
 
 def check_disk(folder: Path, needed: int, what: str) -> None:
