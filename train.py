@@ -212,8 +212,7 @@ def main() -> None:
     if checkpoint is not None and training_args.do_train:
         check_settings(checkpoint, settings)
     if window is None:
-        size = training_args.per_device_eval_batch_size
-        fill_cache(eval_data.joined(train_data), source, size, device, training_args.compile_blocks or None)
+        fill_cache(eval_data.joined(train_data), source, training_args.per_device_eval_batch_size, device)
     else:  # the teacher lives in this process and draws for it alone
         training_args.dataloader_num_workers, training_args.dataloader_persistent_workers = 0, False
     if not training_args.do_train:
