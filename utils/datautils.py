@@ -207,7 +207,7 @@ def check_manifest(folder: Path, manifest: dict) -> None:
 def default_folder(root: Path, manifest: dict) -> Path:
     """Where in `root` a cache belongs: the model's name and a digest of the rest of the manifest. A cache that has the
     digest under another model's name is taken, for its weights are the same."""
-    rest = {field: value for field, value in manifest.items() if field != "model"}
+    rest = {"format": FORMAT} | {field: value for field, value in manifest.items() if field != "model"}
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:8]
     name = re.sub(r"[^\w.-]+", "_", Path(manifest["model"]).resolve().name)
     return next(iter(sorted(root.glob(f"*-{digest}"))), root / f"{name}-{digest}")
@@ -221,7 +221,7 @@ def trajectory_bytes(manifest: dict) -> int:
 
 
 class TeacherCache(Trajectories):
-    """The trajectories of `prompts` from the noise of `seeds`, in a folder that fill_caches fills; each access opens,
+    """The trajectories of `prompts` from the noise of `seeds`, in a folder that fill_cache fills; each access opens,
     reads and closes one file.
 
     manifest: what Teacher.describe returns.
