@@ -45,7 +45,7 @@ from torch import Tensor, nn
 
 from models.kernels import MODES
 from models.modeling_flux_quant import DEFAULT_SETTINGS, MODULATION, FluxTransformer2DModel
-from models.packing import PackedLinear, row_chunks, store_codes, unpack_trits
+from models.packing import PackedLinear, decode, store_codes
 from utils.cuda_graph import captured
 from utils.folders import check_disk
 from utils.make_random_flux import CONFIGS
@@ -256,8 +256,7 @@ def bench_layers(args: argparse.Namespace, whole: nn.Module, packed: FluxTransfo
     held = dict(packed.named_modules())  # on a CPU a block of each kind, of all that `whole` has
     rows = []
     for (modulation, n, k), names in layer_shapes(whole).items():
-        # q, k and v may share what is made of their input; an attention's output layer has its own.
-        chosen = [max(names, key=lambda name: "to_out" in name)]
+        chosen = names[:1]
         if modulation:  # so short that a launch would count, were it not for the next ones behind it
             chosen = [name for name in names if name in held][:IN_A_ROW]
         counts = {1} if modulation else tokens
@@ -338,8 +337,8 @@ def bench_load(args: argparse.Namespace, packed: FluxTransformer2DModel) -> dict
 
 
 def bench_decoding(args: argparse.Namespace, packed: FluxTransformer2DModel) -> dict[str, float]:
-    """Ternary codes a second, 1e9 of them (GB, at a byte each), that come out of their form on disk, five a byte: of
-    the largest layer, by one thread of the CPU and by the device."""
+    """Ternary codes a second, 1e9 of them (GB, at a byte each), that go from their form on disk, five a byte, to four a
+    byte in memory: of the largest layer, by one thread of the CPU and by the device."""
     layer = max((m for m in packed.modules() if isinstance(m, PackedLinear)), key=lambda m: m.weight_codes.numel())
     codes, k = layer.codes().cpu(), layer.in_features
     stored, threads, rates = store_codes(codes, 0), torch.get_num_threads(), {}
@@ -347,12 +346,11 @@ def bench_decoding(args: argparse.Namespace, packed: FluxTransformer2DModel) -> 
     for device in dict.fromkeys([torch.device("cpu"), args.device]):
         given = stored.to(device)
 
-        def decode(given=given) -> None:
-            for rows in row_chunks(*codes.shape):  # as from_pretrained does
-                unpack_trits(given[rows], k)
+        def call(given=given) -> None:
+            decode(given, 0, k)
 
-        decode()
-        rates[device.type] = codes.numel() / 1e9 / statistics.median(seconds(decode, device) for _ in range(5 * RUNS))
+        call()
+        rates[device.type] = codes.numel() / 1e9 / statistics.median(seconds(call, device) for _ in range(5 * RUNS))
     torch.set_num_threads(threads)
     return rates
 

@@ -47,11 +47,16 @@ FP8_BITS = 4  # codes up to so many bits are exact in e4m3: integers to 16
 GELU_SCALE = 2 * math.sqrt(2 / math.pi)
 _CPU_ROWS = 1024  # of a product on a CPU: a few MB of cache
 _CHUNK = 2**20  # codes worked on at a time: bounds the memory of packing and unpacking, and fits a cache
+_CHUNK_ON_GPU = 2**26  # where a few launches are to be enough for a layer
 
 
-def row_chunks(rows: int, in_features: int) -> Iterator[slice]:
-    """Slices of the rows of a matrix, some million elements each; all rows for torch.compile, which fuses the steps."""
-    size = max(1, rows if torch.compiler.is_compiling() else _CHUNK // in_features)
+def row_chunks(rows: int, in_features: int, device: torch.device | None = None) -> Iterator[slice]:
+    """Slices of the rows of a matrix, as many elements as fit a CPU's cache each, or more where `device` is no CPU.
+
+    All rows for torch.compile, which fuses the steps.
+    """
+    elements = _CHUNK if device is None or device.type == "cpu" else _CHUNK_ON_GPU
+    size = max(1, rows if torch.compiler.is_compiling() else elements // in_features)
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
 
