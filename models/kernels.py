@@ -395,15 +395,17 @@ def kept(layer: nn.Module, dtype: torch.dtype) -> Tensor | None:
     sizes are written to or lie elsewhere; writing through their `.data` goes unnoticed, as it does in autograd.
     """
     codes, alpha = layer.weight_codes, layer.weight_clip_val
-    small = codes.device.type == "cpu" and layer.out_features * layer.in_features <= KEPT
-    if not small or torch.compiler.is_compiling() or in_triton(codes, layer.w_bits) or torch.is_inference(codes):
+    if torch.compiler.is_compiling() or codes.is_inference() or layer.out_features * layer.in_features > KEPT:
         return None
     state = dtype, codes.data_ptr(), codes._version, alpha.data_ptr(), alpha._version
-    if layer.kept is None or layer.kept[0] != state:
-        unpack = integers if dtype == torch.int8 else partial(_dequantize, alpha=alpha)
-        weight = unpack(codes, w_bits=layer.w_bits, in_features=layer.in_features, dtype=dtype)
-        layer.kept = state, weight, codes.detach(), alpha.detach()  # no other tensor gets their addresses
-    return layer.kept[1]
+    if layer.kept is not None and layer.kept[0] == state:
+        return layer.kept[1]
+    if codes.device.type != "cpu" or in_triton(codes, layer.w_bits):
+        return None
+    unpack = integers if dtype == torch.int8 else partial(_dequantize, alpha=alpha)
+    weight = unpack(codes, w_bits=layer.w_bits, in_features=layer.in_features, dtype=dtype)
+    layer.kept = state, weight, codes.detach(), alpha.detach()  # no other tensor gets their addresses
+    return weight
 
 
 # -------------------------------------------------------------------------------------------------------------- exact

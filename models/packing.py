@@ -273,7 +273,9 @@ class PackedLinear(Fp32Parameters, nn.Linear):
         x = _autocast(input)
         if (dtype := self._token_dtype(x)) is not None:
             return kernels.fast_linear(x, dtype, [self])[0]
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        bias = self.bias
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
         if not kernels.wants_gradient(x, bias) and (weight := kernels.kept(self, x.dtype)) is not None:
             return F.linear(x, weight, bias)
         return kernels.exact_linear(x, self.weight_codes, self.weight_clip_val, bias, self.w_bits)
