@@ -64,6 +64,7 @@ from utils.rivals import (
     twin,
     why_not,
 )
+from utils.sampling import set_attention
 from utils.utils import ROOT, device_name, empty_cache, get_logger, pick_device, run_script
 
 matplotlib.use("Agg")
@@ -450,6 +451,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--load", action="store_true", help="also time loading a packed checkpoint from a warm disk, and decoding codes"
     )
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help="of ours; default: both")
+    parser.add_argument("--attention", metavar="NAME", help="of ours, one of diffusers' backends, such as sage, flash "
+                        "or _flash_3; default: torch's own, as all rivals have")  # fmt: skip
     parser.add_argument("--no_steps", action="store_true", help="leave the denoising steps out")
     parser.add_argument("--device", help="default: cuda if there, else mps, else cpu")
     parser.add_argument("--dtype", dest="dtype_name", choices=["float32", "float16", "bfloat16"],
@@ -463,6 +466,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     try:
         args.device = pick_device(args.device)
+        if args.attention:
+            set_attention(args.attention)
         args.architecture, text_tokens, sizes = read_config(args.config)
         args.text_tokens = text_tokens if args.text_tokens is None else args.text_tokens
         args.resolution = args.resolution or sizes
@@ -499,10 +504,13 @@ def main(argv: list[str] | None = None) -> None:
         note = f"one block of each kind: all of the {weights / 1e9:.1f} B block weights are too many for {args.device}"
         log.info(note)
     packed = random_packed(config, args.dtype, args.device, args.seed)
+    if args.attention:
+        set_attention(args.attention, packed)
     figures = {
         "command": shlex.join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)]),
         "config": args.config, "architecture": config, "note": note, "block_weights": weights,
         "resolution": args.resolution, "text_tokens": args.text_tokens, "dtype": args.dtype_name, "batch_size": 1,
+        "attention": args.attention,
         "compile": args.compile, "cpp_wrapper": args.cpp_wrapper, "rounds": args.rounds, "runs_a_round": RUNS,
         "seed": args.seed, "device": device_name(args.device),
         "host": f"{os.cpu_count()} CPU cores, {platform.platform()}", "threads": torch.get_num_threads(),

@@ -43,7 +43,7 @@ from utils.folders import check_disk, whole_folder
 from utils.oneshot import INGREDIENTS, METHODS, calibrate, round_weight
 from utils.pictures import save_grid, save_images
 from utils.prompts import pick_prompts
-from utils.sampling import generate_images, load_pipeline, native_size, record_inputs
+from utils.sampling import generate_images, load_pipeline, native_size, record_inputs, set_attention
 from utils.utils import device_name, empty_cache, get_logger, pick_device, run_script
 
 log = get_logger("run")
@@ -259,12 +259,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resolution", type=int, help="pixels a side; default: what the autoencoder was made for")
     parser.add_argument("--batch_size", type=int, default=8, help="pictures drawn at a time")
     parser.add_argument("--mode", choices=MODES, default="exact", help="to draw in; fast: 8-bit activations")
+    parser.add_argument("--attention", metavar="NAME", help="of the quantized model, one of diffusers' backends, "
+                        "such as sage, flash or _flash_3; default: torch's own")  # fmt: skip
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA")
     parser.add_argument("--device", help="default: cuda if there, else mps, else cpu")
     parser.add_argument("--seed", type=int, default=42, help="picture i starts from the noise of seed + i")
     args = parser.parse_args(argv)
     try:
         args.device = pick_device(args.device)
+        if args.attention:
+            set_attention(args.attention)
         if check_bits(args.w_bits) >= 16:
             raise ValueError(f"--w_bits {args.w_bits}: nothing to quantize; use 0 to 8")
         if args.method == "threshold" and args.w_bits:
@@ -326,7 +330,7 @@ def main() -> None:
         copy_rest(source, folder)
         metrics = {
             "model": args.model_id, "method": args.method, "w_bits": args.w_bits, "without": args.without,
-            "mode": args.mode,
+            "mode": args.mode, "attention": args.attention,
             "bytes_before": folder_bytes(source / "transformer"),
             "bytes_after": folder_bytes(folder / "transformer"),
             "layers": errors.table(), "seconds": round(quantizing, 1),
@@ -337,6 +341,8 @@ def main() -> None:
         if args.num_images:
             student = FluxTransformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)
             pipe.register_modules(transformer=student.set_inference_mode(args.mode))
+            if args.attention:
+                set_attention(args.attention, student)
             images = draw(pipe, prompts, args, name)
             save_images(teacher_images, folder / "samples" / "full")
             save_images(images, folder / "samples" / f"bits_{args.w_bits}")

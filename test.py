@@ -36,7 +36,7 @@ from utils.cuda_graph import compile_steps
 from utils.metrics import learned_scores, nmse, psnr, scene_score, ssim
 from utils.pictures import save_grid, save_images, to_pil
 from utils.prompts import pick_prompts
-from utils.sampling import generate_images, load_pipeline, native_size, record_velocities
+from utils.sampling import generate_images, load_pipeline, native_size, record_velocities, set_attention
 from utils.utils import device_name, empty_cache, get_logger, pick_device, run_script
 
 log = get_logger("test")
@@ -154,6 +154,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no_teacher", action="store_true", help="draw with the checkpoint only")
     parser.add_argument("--offload", action="store_true", help="keep on the device only the part that computes")
     parser.add_argument("--mode", choices=MODES, default="exact", help="to compute in; fast: 8-bit activations")
+    parser.add_argument("--attention", metavar="NAME", help="of the quantized model, one of diffusers' backends, "
+                        "such as sage, flash or _flash_3; default: torch's own")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="compile the transformer, on CUDA into CUDA graphs: "
                         "a minute or two at the start, then faster")  # fmt: skip
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA")
@@ -166,6 +168,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     try:
         args.device = pick_device(args.device)
+        if args.attention:
+            set_attention(args.attention)
         for name in ("num_images", "samples_per_prompt", "batch_size", "steps", "resolution"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
@@ -192,6 +196,8 @@ def main() -> None:
     student = load_student(folder, dtype, w_bits=args.w_bits)
     if args.mode != "exact":
         student.set_inference_mode(args.mode)
+    if args.attention:
+        set_attention(args.attention, student)
     model = args.model or find_teacher(args.checkpoint)
     pipe = load_pipeline(model, dtype)
     check_shapes(args.checkpoint, student.config, model, pipe.transformer, "--model")
@@ -238,7 +244,8 @@ def main() -> None:
     metrics = {
         "checkpoint": str(args.checkpoint), "w_bits": args.w_bits, "model": model, "prompts": len(prompts),
         "prompt_source": source, "seed": args.seed, "steps": args.steps, "guidance_scale": args.guidance_scale,
-        "resolution": args.resolution, "dtype": str(dtype), "mode": args.mode, "compile": args.compile,
+        "resolution": args.resolution, "dtype": str(dtype), "mode": args.mode, "attention": args.attention,
+        "compile": args.compile,
         "batch_size": args.batch_size, "device": device_name(device), "torch": torch.__version__,
     }  # fmt: skip
     if args.compile:  # what is timed next finds the compiled code

@@ -1,5 +1,6 @@
 """Loading a pipeline and its errors, drawing, recording."""
 
+import copy
 import math
 import shutil
 import threading
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from diffusers.models import attention_dispatch
 
-from utils.sampling import generate_images, load_pipeline, record_velocities
+from utils.sampling import generate_images, load_pipeline, record_velocities, set_attention
 
 PROMPTS = ["a red star and a blue ring", "three hearts on grey paper", "a cross above a moon"]
 SETTINGS = {"num_inference_steps": 3, "guidance_scale": 2.0}
@@ -246,3 +248,32 @@ def test_recording_ends_with_the_block(pipe):
         raise KeyError
     generate_images(pipe, PROMPTS[:1], **SETTINGS)
     assert calls == []
+
+
+def test_one_model_computes_attention_by_another_backend(pipe, monkeypatch):
+    def backend(*_, **__):
+        raise ZeroDivisionError
+
+    name = attention_dispatch.AttentionBackendName._NATIVE_MATH
+    expected = generate_images(pipe, PROMPTS[:1], **SETTINGS)
+    other = copy.deepcopy(pipe.transformer)
+    set_attention("_native_math", other)
+    teacher = pipe.transformer
+    try:
+        pipe.transformer = other
+        torch.testing.assert_close(generate_images(pipe, PROMPTS[:1], **SETTINGS), expected, rtol=1e-3, atol=1e-3)
+        monkeypatch.setitem(attention_dispatch._AttentionBackendRegistry._backends, name, backend)
+        with pytest.raises(ZeroDivisionError):
+            generate_images(pipe, PROMPTS[:1], **SETTINGS)
+    finally:
+        pipe.transformer = teacher
+    assert torch.equal(generate_images(pipe, PROMPTS[:1], **SETTINGS), expected)
+
+
+@pytest.mark.parametrize(("name", "advice"), [("_native_npu", "install `torch_npu`"), ("fastest", "must be one of")])
+def test_a_backend_of_attention_that_is_not_there_is_one_line(name, advice, pipe, capfd):
+    for model in (None, copy.deepcopy(pipe.transformer)):
+        with pytest.raises(ValueError, match=f"--attention {name}: .*{advice}") as info:
+            set_attention(name, model)
+        assert "\n" not in str(info.value)
+    assert "experimental" not in capfd.readouterr().err
