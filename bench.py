@@ -48,8 +48,8 @@ from models.modeling_flux_quant import DEFAULT_SETTINGS, MODULATION, FluxTransfo
 from models.packing import PackedLinear, decode, store_codes
 from utils.cuda_graph import captured
 from utils.folders import check_disk
-from utils.make_random_flux import CONFIGS
 from utils.metrics import nmse
+from utils.random_flux import CONFIGS
 from utils.rivals import (
     MAKERS,
     RUNS,

@@ -7,16 +7,17 @@
     --method calibrated   codes that keep the outputs on the teacher's own trajectories (see utils/oneshot.py)
     --method mse          each row at its error-minimal step size; tensor by tensor, within a few GB of memory
     --method threshold    the published rule: |w| below THRESHOLD_RATIO·max of its row → 0; likewise
+    --method blockwise    all weights of a block trained through the quantizer, block after block (utils/blockwise.py)
 
 It writes
 
     OUTPUT_PATH/                       the whole pipeline, for FluxPipeline.from_pretrained and test.py
     OUTPUT_PATH/samples/               teacher and quantized pictures of a few prompts, and grid.png
     OUTPUT_PATH/metrics.json           layers, bytes, weight errors, seconds, memory
+    OUTPUT_PATH.partial/               while it calibrates or trains: what the same command goes on from after a kill
 """
 
 import argparse
-import gc
 import json
 import math
 import resource
@@ -24,6 +25,8 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -36,21 +39,44 @@ from tqdm import tqdm
 
 from models.kernels import MODES
 from models.modeling_flux_quant import FluxTransformer2DModel, is_quantized
-from models.packing import FORMAT, PackedLinear, PackedWriter, disk_row_bytes, row_chunks, store_codes, to_disk
+from models.packing import FORMAT, PackedLinear, PackedWriter, disk_row_bytes, row_chunks, store_codes
 from models.utils_quant import check_bits, code_grid
+from utils.blockwise import STARTS, Settings, train_block, used_steps
 from utils.checkpoints import bits_name
 from utils.folders import check_disk, whole_folder
 from utils.oneshot import INGREDIENTS, METHODS, calibrate, round_weight
 from utils.pictures import save_grid, save_images
 from utils.prompts import pick_prompts
-from utils.sampling import generate_images, load_pipeline, native_size, record_inputs, set_attention
+from utils.sampling import (
+    OFFLOADS,
+    check_offload,
+    drop_transformer,
+    generate_images,
+    load_pipeline,
+    native_size,
+    place,
+    set_attention,
+    unplace,
+)
 from utils.utils import device_name, empty_cache, get_logger, pick_device, run_script
+from utils.walk import Work, block_names, fingerprint, record_calls, split_calls, stored_tensors, walk
 
 log = get_logger("run")
 CALIBRATION_SEED = 2_000_000  # neither training nor evaluation starts from these
 # Calibration prompts, by the pixels a side: one picture of 1024 pixels has 4,096 tokens, so that 16 at 7 steps give
 # half a million samples of the inputs of a layer, of which there are at most 15,360.
 MANY_PROMPTS, MANY_PIXELS, FEW_PROMPTS = 64, 512, 16
+# Block-wise training, likewise: prompts, stride, batch and micro-batch, blocks to look ahead (tiny-flux: all).
+MANY_BLOCKWISE = {
+    "calibration_prompts": 4096, "calibration_stride": 1, "block_steps": 1000, "block_batch_size": 256,
+    "block_micro_batch_size": 256, "block_checkpointing": False, "lookahead": 8, "batch_size": 256,
+}  # fmt: skip
+FEW_BLOCKWISE = {
+    "calibration_prompts": 256, "calibration_stride": 4, "block_steps": 500, "block_batch_size": 16,
+    "block_micro_batch_size": 4, "block_checkpointing": True, "lookahead": 2, "batch_size": 8,
+}  # fmt: skip
+WITH_CALLS = ("calibrated", "blockwise")  # methods that look at the teacher's trajectories
+CALL_TOKENS = 8192  # that go through a block at a time: one picture of 1024 pixels, or many small ones
 KINDS = ("norm", "attn", "ff", "proj")  # of layers, by a part of their name
 
 
@@ -76,7 +102,7 @@ def local_pipeline(model_id: str) -> Path:
     return folder
 
 
-def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def folder_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a folder of safetensors, one at a time.
 
     Each is read from a mapping of its own: what was read of one shard would count as memory until it is closed.
@@ -106,9 +132,10 @@ def packed_bytes(source: Path, w_bits: int) -> int:
 
 
 class Errors:
-    """Squared errors and energies of the weights, by kind of layer."""
+    """Squared errors and energies of the weights, by kind of layer; why which layers fell back to mse."""
 
     def __init__(self):
+        self.fell_back: dict[str, str] = {}
         self.sums = {kind: [0.0, 0.0, 0] for kind in KINDS}
 
     def add(self, name: str, error: float, energy: float) -> None:
@@ -148,7 +175,7 @@ def stream(source: Path, target: Path, args: argparse.Namespace, errors: Errors)
     layers = {name: m for name, m in skeleton.named_modules() if isinstance(m, PackedLinear)}
     shapes |= {f"{name}.weight": (layer.out_features, layer.in_features) for name, layer in layers.items()}
     with tqdm(total=total, desc=args.method, unit="B", unit_scale=True) as bar:
-        for name, tensor in stored_tensors(source):
+        for name, tensor in folder_tensors(source):
             path, _, kind = name.rpartition(".")
             if shapes.get(name) != tensor.shape:
                 expected = f"expected {list(shapes[name])}" if name in shapes else "not expected by its config.json"
@@ -172,44 +199,90 @@ def stream(source: Path, target: Path, args: argparse.Namespace, errors: Errors)
     writer.close(dict(skeleton.config))
 
 
-def calibrated(pipe: FluxPipeline, target: Path, args: argparse.Namespace, errors: Errors) -> None:
-    """Record the teacher on the calibration prompts, round layer after layer, write the packed transformer."""
-    transformer, dtype = pipe.transformer, pipe.transformer.dtype
-    count = args.calibration_prompts or (FEW_PROMPTS if args.resolution > MANY_PIXELS else MANY_PROMPTS)
-    prompts, source = pick_prompts(pipe, count, split="train")
+def work_folder(args: argparse.Namespace) -> Path:
+    """Where finished blocks are kept until the pipeline is written."""
+    return args.output_path.with_name(args.output_path.name + ".partial")
+
+
+def block_settings(args: argparse.Namespace) -> Settings:
+    """The flags of block-wise training."""
+    compile = args.device.type == "cuda" if args.block_compile is None else args.block_compile
+    return Settings(
+        w_bits=args.w_bits, start=args.block_start, steps=args.block_steps, batch_size=args.block_batch_size,
+        micro_batch_size=args.block_micro_batch_size, learning_rate=args.block_learning_rate,
+        lookahead=args.lookahead, loss_power=args.block_loss_power, local_loss=args.block_local_loss,
+        freeze_codes=args.block_freeze_codes, checkpointing=args.block_checkpointing, compile=compile, seed=args.seed,
+    )  # fmt: skip
+
+
+def along_calls(pipe: FluxPipeline, target: Path, args: argparse.Namespace, errors: Errors) -> None:
+    """Record the teacher on the calibration prompts, quantize block after block, write the packed transformer.
+
+    Recorded calls and finished blocks lie in work_folder(args): the same command goes on from there.
+    """
+    prompts, source = pick_prompts(pipe, args.calibration_prompts, split="train")
     log.info("calibration: %d prompts, every %d. step: %s", len(prompts), args.calibration_stride, source)
-    pipe.to(args.device)
-    used = range(0, args.steps, args.calibration_stride)
-    with record_inputs(transformer, lambda number: number % args.steps in used) as calls:
-        generate_images(
-            pipe, prompts, CALIBRATION_SEED, num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
-            size=args.resolution, batch_size=args.batch_size, desc="teacher",
-        )  # fmt: skip
-    pipe.to("cpu")
+    unplace(pipe)
     empty_cache(args.device)
-    # An error of the velocity enters the picture times the step that is taken with it.
-    lengths = (pipe.scheduler.sigmas[:-1] - pipe.scheduler.sigmas[1:]).abs().tolist()
-    weights = [lengths[step] * args.steps for step in used] * (len(calls) // len(used))
+    limit = args.memory_gib and args.memory_gib * 2**30
+    if limit and args.device.type == "cuda":
+        total = torch.cuda.get_device_properties(args.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), args.device.index)
+    transformer = pipe.transformer
+    names = ("method", "w_bits", "steps", "calibration_stride", "guidance_scale", "resolution")
+    settings = {name: getattr(args, name) for name in names} | {"dtype": str(transformer.dtype), "prompts": prompts}
+    if args.method == "calibrated":
+        settings["without"] = args.without
+    else:
+        settings |= asdict(block_settings(args)) | {"early_share": args.block_early_share}
+    settings["weights"] = fingerprint(transformer)
+    work = Work(work_folder(args), settings)
+    calls = work.calls()
+    if calls is None:
+        used = range(0, args.steps, args.calibration_stride)
+        if args.method == "blockwise":
+            share, stride = args.block_early_share, args.calibration_stride
+            used = partial(used_steps, steps=args.steps, early_share=share, stride=stride)
+        calls = record_calls(
+            pipe, prompts, used, seed=CALIBRATION_SEED, size=args.resolution,
+            num_inference_steps=args.steps, guidance_scale=args.guidance_scale, batch_size=args.batch_size,
+            device=args.device, limit=limit,
+        )  # fmt: skip
+        work.keep_calls(calls)
+    calls = split_calls(calls, CALL_TOKENS)
+    weights = [call.pop("weight") for call in calls]
     skeleton = packed_skeleton(dict(transformer.config), args.w_bits)
-    writer, done = PackedWriter(target), set()
-
-    def keep(name: str, packed: PackedLinear, weight: Tensor) -> None:
-        weight = weight.float()
-        energy, error = weight.square().sum().item(), (weight - packed.dequantize()).square().sum().item()
-        errors.add(name, error, energy)
-        writer.add(f"{name}.weight_codes", to_disk(packed.weight_codes, packed.w_bits, packed.in_features))
-        writer.add(f"{name}.weight_clip_val", packed.weight_clip_val)
-        if packed.bias is not None:
-            writer.add(f"{name}.bias", packed.bias.to(dtype))
-        done.update((f"{name}.weight", f"{name}.bias"))
-
     pipe.transformer = None
-    calibrate(transformer, calls, weights, args.w_bits, keep, args.device, without=args.without)
-    for name, parameter in transformer.named_parameters():
-        if name not in done:
-            writer.add(name, parameter)
+    if args.method == "calibrated":
+        calibrate(transformer, calls, weights, args.w_bits, work, args.device, without=args.without)
+    else:
+        transformer, work = blockwise(transformer, calls, work, settings, args)
+    for block in block_names(transformer):
+        notes = work.notes(block)
+        errors.fell_back |= notes.get("fell_back", {})
+        for name, (error, energy) in notes["layers"].items():
+            errors.add(name, error, energy)
+    writer = PackedWriter(target)
+    for name, tensor in stored_tensors(transformer, work):
+        writer.add(name, tensor)
     skeleton.save_config(target)
     writer.close(dict(skeleton.config))
+
+
+def blockwise(
+    transformer: FluxTransformer2DModel, calls: list[dict], work: Work, settings: dict, args: argparse.Namespace
+) -> tuple[FluxTransformer2DModel, Work]:
+    """Train the blocks along the calls, round after round; the used-up transformer and the last round's work."""
+    disk, before = work_folder(args) if args.activations_on_disk else None, None
+    for number in range(args.block_rounds):
+        if number:
+            work = Work(work_folder(args) / f"round_{number}", settings)
+            source = local_pipeline(args.model_id) / "transformer"
+            transformer = FluxTransformer2DModel.from_pretrained(source, dtype=transformer.dtype)
+        treat = partial(train_block, transformer=transformer, settings=block_settings(args), before=before)
+        walk(transformer, calls, args.w_bits, treat, work, args.device, disk)
+        before = work
+    return transformer, work
 
 
 def copy_rest(source: Path, target: Path) -> None:
@@ -231,33 +304,86 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def peak_device(device: torch.device) -> int:
+    """The most bytes of a GPU's memory that tensors of this process have taken so far."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
 def draw(pipe: FluxPipeline, prompts: list[str], args: argparse.Namespace, desc: str) -> Tensor:
-    pipe.to(args.device)
+    place(pipe, args.device, args.offload)
     return generate_images(
         pipe, prompts, args.seed, num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
         size=args.resolution, batch_size=args.batch_size, desc=desc,
     )  # fmt: skip
 
 
+def add_block_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of --method blockwise."""
+    many, few = MANY_BLOCKWISE, FEW_BLOCKWISE
+
+    def both(name: str) -> str:
+        return f"default: {many[name]}, above {MANY_PIXELS} pixels {few[name]}"
+
+    group = parser.add_argument_group("with --method blockwise")
+    group.add_argument("--block_start", choices=STARTS, default="mse",
+                       help="codes, step sizes and biases to train from")  # fmt: skip
+    group.add_argument("--block_steps", type=int, help=f"for each block: the more the better; {both('block_steps')}")
+    group.add_argument("--block_batch_size", type=int, help=f"samples of a step; {both('block_batch_size')}")
+    group.add_argument("--block_micro_batch_size", type=int,
+                       help="samples on the device at a time; less if its memory runs out; "
+                       f"{both('block_micro_batch_size')}")  # fmt: skip
+    group.add_argument("--block_learning_rate", type=float, default=5e-4, help="of AdamW; less for wider models")
+    group.add_argument("--lookahead", type=int, metavar="K",
+                       help="full-precision blocks after the one in training, whose outputs count: as many as there is "
+                       f"time and memory for on the device; {both('lookahead')}")  # fmt: skip
+    group.add_argument("--block_rounds", type=int, default=1,
+                       help="how often to go through all blocks: from the second round on each also makes up for those "
+                       "after it")  # fmt: skip
+    group.add_argument("--activations_on_disk", action="store_true",
+                       help="keep the samples' hidden states beside OUTPUT_PATH, if host memory is short")  # fmt: skip
+    group.add_argument("--block_loss_power", type=float, default=0.5,
+                       help="a sample's error counts to this power: below 1 hard samples count less")  # fmt: skip
+    group.add_argument("--block_local_loss", type=float, default=0.0,
+                       help="weight of the block's own outputs beside those after K blocks")  # fmt: skip
+    group.add_argument("--block_freeze_codes", type=float, default=0.1,
+                       help="for this last part of the steps the codes stay and the rest is trained")  # fmt: skip
+    group.add_argument("--block_early_share", type=float, default=0.8,
+                       help="share of the samples from the first quarter of the denoising steps")  # fmt: skip
+    group.add_argument("--block_checkpointing", action=argparse.BooleanOptionalAction,
+                       help="compute a block's activations twice instead of keeping them; default: above "
+                       f"{MANY_PIXELS} pixels")  # fmt: skip
+    group.add_argument("--block_compile", action=argparse.BooleanOptionalAction,
+                       help="compile the blocks; default: on CUDA. It takes a minute or so")  # fmt: skip
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_id", default="assets/tiny-flux", help="the FLUX pipeline: a folder or a hub id")
     parser.add_argument("--output_path", type=Path, default=Path("output/oneshot"), help="must not hold anything yet")
-    parser.add_argument("--method", choices=METHODS, default="calibrated")
+    parser.add_argument("--method", choices=(*METHODS, "blockwise"), default="calibrated")
     parser.add_argument("--w_bits", type=int, default=0, help="0 (1.58 bit, ternary), 1 to 8")
     parser.add_argument("--threshold_ratio", type=float, default=0.05, help="with --method threshold")
     parser.add_argument("--calibration_prompts", type=int,
                         help=f"training prompts to calibrate on; default: {MANY_PROMPTS}, above {MANY_PIXELS} pixels "
-                        f"{FEW_PROMPTS}")  # fmt: skip
-    parser.add_argument("--calibration_stride", type=int, default=4, help="of the steps, every so many-th is used")
+                        f"{FEW_PROMPTS}; blockwise {MANY_BLOCKWISE['calibration_prompts']}, "
+                        f"{FEW_BLOCKWISE['calibration_prompts']}")  # fmt: skip
+    parser.add_argument("--calibration_stride", type=int,
+                        help="of the steps, every so many-th is used; default: 4; blockwise up to "
+                        f"{MANY_PIXELS} pixels {MANY_BLOCKWISE['calibration_stride']}")  # fmt: skip
+    parser.add_argument("--memory_gib", type=float, help="device memory to calibrate within; default: all that is free")
     parser.add_argument("--without", nargs="+", choices=INGREDIENTS, default=[], metavar="INGREDIENT",
                         help=f"leave out of the calibration: {', '.join(INGREDIENTS)}")  # fmt: skip
+    add_block_flags(parser)
     parser.add_argument("--num_images", type=int, default=4, help="sample pairs to draw; 0: none")
     parser.add_argument("--prompts_json", help="a JSON list of prompts to draw; default: the model's evaluation set")
     parser.add_argument("--steps", type=int, default=28, help="denoising steps")
     parser.add_argument("--guidance_scale", type=float, default=3.5)
     parser.add_argument("--resolution", type=int, help="pixels a side; default: what the autoencoder was made for")
-    parser.add_argument("--batch_size", type=int, default=8, help="pictures drawn at a time")
+    parser.add_argument("--batch_size", type=int, help="pictures drawn at a time; default: 8; blockwise up to "
+                        f"{MANY_PIXELS} pixels {MANY_BLOCKWISE['batch_size']}")  # fmt: skip
+    parser.add_argument("--offload", nargs="?", const="model", choices=OFFLOADS, help="to draw, keep on the device "
+                        "only the component that computes; sequential: what does not fit streams layer by "
+                        "layer")  # fmt: skip
     parser.add_argument("--mode", choices=MODES, default="exact", help="to draw in; fast: 8-bit activations")
     parser.add_argument("--attention", metavar="NAME", help="of the quantized model, one of diffusers' backends, "
                         "such as sage, flash or _flash_3; default: torch's own")  # fmt: skip
@@ -269,6 +395,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.device = pick_device(args.device)
         if args.attention:
             set_attention(args.attention)
+        check_offload(args.offload, args.device)
         if check_bits(args.w_bits) >= 16:
             raise ValueError(f"--w_bits {args.w_bits}: nothing to quantize; use 0 to 8")
         if args.method == "threshold" and args.w_bits:
@@ -278,11 +405,36 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for name in ("calibration_prompts", "calibration_stride", "steps", "batch_size"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+        for name in ("block_steps", "block_batch_size", "block_micro_batch_size", "block_rounds"):
+            if getattr(args, name) is not None and getattr(args, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+        for name in ("block_local_loss", "lookahead"):
+            if getattr(args, name) is not None and getattr(args, name) < 0:
+                raise ValueError(f"--{name} must not be negative, got {getattr(args, name)}")
+        for name in ("block_learning_rate", "block_loss_power"):
+            if getattr(args, name) <= 0:
+                raise ValueError(f"--{name} must be above 0, got {getattr(args, name)}")
+        for name in ("block_freeze_codes", "block_early_share"):
+            if not 0 <= getattr(args, name) < 1:
+                raise ValueError(f"--{name} must be at least 0 and below 1, got {getattr(args, name)}")
+        if args.memory_gib is not None and args.memory_gib <= 0:
+            raise ValueError(f"--memory_gib must be above 0, got {args.memory_gib:g}")
         if args.num_images < 0:
             raise ValueError(f"--num_images must not be negative, got {args.num_images}")
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def choose_sizes(args: argparse.Namespace) -> None:
+    """What depends on the method and the picture size and was not given."""
+    big = args.resolution > MANY_PIXELS
+    sizes = dict(FEW_BLOCKWISE if big else MANY_BLOCKWISE)
+    if args.method != "blockwise":
+        sizes |= {"calibration_prompts": FEW_PROMPTS if big else MANY_PROMPTS, "calibration_stride": 4, "batch_size": 8}
+    for name, value in sizes.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def read_prompts(pipe: FluxPipeline, args: argparse.Namespace) -> list[str]:
@@ -305,26 +457,27 @@ def main() -> None:
     if args.output_path.exists() and (not args.output_path.is_dir() or any(args.output_path.iterdir())):
         raise ValueError(f"--output_path {args.output_path}: exists and is not empty; choose another")
     rest = sum(f.stat().st_size for f in source.rglob("*.safetensors") if f.parent.name != "transformer")
-    check_disk(args.output_path, rest + packed_bytes(source / "transformer", args.w_bits), "the quantized pipeline")
+    copies = 2 if args.method in WITH_CALLS else 1  # the finished blocks, and the pipeline
+    packed = copies * packed_bytes(source / "transformer", args.w_bits)
+    check_disk(args.output_path, rest + packed, "the quantized pipeline")
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32"))
     name = bits_name(args.w_bits)
 
     pipe, teacher_images, prompts, errors = None, None, [], Errors()
     with whole_folder(args.output_path) as folder:  # a place that cannot be written to shows here
-        if args.method == "calibrated" or args.num_images:
+        if args.method in WITH_CALLS or args.num_images:
             pipe = load_pipeline(str(source), dtype)
             args.resolution = args.resolution or native_size(pipe)
+            choose_sizes(args)
         if args.num_images:
             prompts = read_prompts(pipe, args)
             teacher_images = draw(pipe, prompts, args, "teacher")
         quantizing = time.time()
-        if args.method == "calibrated":
-            calibrated(pipe, folder / "transformer", args, errors)
+        if args.method in WITH_CALLS:
+            along_calls(pipe, folder / "transformer", args, errors)
         else:
             if pipe is not None:
-                pipe.transformer = None
-            gc.collect()
-            empty_cache(args.device)
+                drop_transformer(pipe)
             stream(source / "transformer", folder / "transformer", args, errors)
         quantizing = time.time() - quantizing
         copy_rest(source, folder)
@@ -335,8 +488,10 @@ def main() -> None:
             "bytes_after": folder_bytes(folder / "transformer"),
             "layers": errors.table(), "seconds": round(quantizing, 1),
             "gb_per_second": round(folder_bytes(source / "transformer") / quantizing / 1e9, 3),
-            "peak_rss_bytes": peak_rss(), "device": device_name(args.device), "torch": torch.__version__,
+            "peak_rss_bytes": peak_rss(), "peak_device_bytes": peak_device(args.device), "fell_back": errors.fell_back,
+            "device": device_name(args.device), "torch": torch.__version__,
             "diffusers": diffusers.__version__,
+            "blockwise": asdict(block_settings(args)) if args.method == "blockwise" else None,
         }  # fmt: skip
         if args.num_images:
             student = FluxTransformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)
@@ -348,10 +503,13 @@ def main() -> None:
             save_images(images, folder / "samples" / f"bits_{args.w_bits}")
             save_grid({"full": teacher_images, name: images}, prompts, folder / "samples" / "grid.png")
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    shutil.rmtree(work_folder(args), ignore_errors=True)
 
     print(f"\n{'layers':<10}{'number':>8}{'weight error':>14}")
     for kind, row in metrics["layers"].items():
         print(f"{kind:<10}{row['layers']:>8}{row['weight_error']:>14.4f}")
+    for layer, why in errors.fell_back.items():
+        print(f"{layer}: not calibrated but rounded by mse: {why}")
     before, after = metrics["bytes_before"], metrics["bytes_after"]
     print(f"transformer: {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({before / after:.1f}x)")
     speed, peak = metrics["gb_per_second"], metrics["peak_rss_bytes"] / 1e9

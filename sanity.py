@@ -1,12 +1,12 @@
 """Does the pipeline still draw? The same prompts and seeds at full precision and at lower bit widths, untrained.
 
     python sanity.py --w_bits 8 4 2 0                                            # the embedded tiny-flux
-    python sanity.py --input_model_filename black-forest-labs/FLUX.1-dev --bf16 True --w_bits 4 0
+    python sanity.py --model black-forest-labs/FLUX.1-dev --dtype bfloat16 --w_bits 4 0
     python sanity.py --prompts my_prompts.txt --num_images 4 --num_inference_steps 8
 
 Every linear inside the transformer's blocks is quantized with error-minimal step sizes and nothing is trained, so
 this is where quantization-aware training starts from; `--trained FOLDER` adds what training made of it, as the last
-row. It writes
+row. The pictures and the table come together at the end, in the place of an earlier run's. It writes
 
     OUTPUT_DIR/samples/{full,bits_W,trained}/sample_000.png …    the pictures
     OUTPUT_DIR/samples/grid.png                                  all of them, rows = bit widths, columns = prompts
@@ -15,8 +15,6 @@ row. It writes
                                                                  (--pack True: as small as its bits)
 """
 
-import gc
-import json
 from pathlib import Path
 
 import torch
@@ -34,16 +32,21 @@ from utils.checkpoints import (
     load_student,
     transformer_folder,
 )
-from utils.folders import check_disk, whole_folder
-from utils.metrics import nmse, psnr, scene_score
+from utils.folders import check_disks, check_target, locked, whole_folder, write_json
+from utils.metrics import psnr, scene_score, velocity_nmse
 from utils.pictures import save_grid, save_images
 from utils.process_args import process_args
 from utils.prompts import pick_prompts
-from utils.sampling import generate_images, load_pipeline, native_size, record_velocities
-from utils.utils import empty_cache, get_logger, pick_device, pick_dtype, run_script
+from utils.sampling import drop_transformer, generate_images, load_pipeline, native_size, place, record_velocities
+from utils.utils import from_root, get_logger, pick_device, pick_dtype, run_script
 
 log = get_logger("sanity")
-NMSE_STRIDE = 4  # the velocity error is measured at every fourth step of the teacher's trajectories
+OWNER = "sanity.py"
+USED = (
+    "input_model_filename", "w_bits", "prompts", "num_images", "num_inference_steps", "guidance_scale", "resolution",
+    "seed", "output_dir", "trained", "pack", "clip_init", "quantize_modulation", "lora_r", "lora_alpha", "device",
+    "offload", "dtype", "bf16", "fp16",
+)  # fmt: skip
 
 
 def quantized_layers(transformer: nn.Module) -> list[QuantizeLinear | PackedLinear]:
@@ -69,12 +72,16 @@ def packed_bytes(transformer: nn.Module) -> int:
     return codes + 4 * step_sizes + 2 * (total - quantized)
 
 
-@torch.no_grad()
-def velocity_error(transformer: nn.Module, teacher_calls: list[tuple[dict, Tensor]]) -> float:
-    """NMSE of the velocity at the teacher's own states (see record_velocities)."""
-    calls = teacher_calls[::NMSE_STRIDE]
-    predictions = [transformer(**inputs)[0].float().cpu() for inputs, _ in calls]
-    return nmse(torch.stack(predictions), torch.stack([velocity.float().cpu() for _, velocity in calls]))
+def saved_bytes(transformer: nn.Module, model_args, w_bits: int, dtype: torch.dtype) -> int:
+    """Bytes of the full-precision `transformer` once it is quantized to `w_bits` and saved."""
+    total = dtype.itemsize * sum(p.numel() for p in transformer.parameters())
+    if w_bits >= FULL_PRECISION_BITS:
+        return total
+    matrices = [p.shape for name, p in transformer.named_parameters() if "transformer_blocks." in name and p.ndim == 2]
+    total += sum(4 * (rows + model_args.lora_r * (rows + columns)) for rows, columns in matrices)
+    if model_args.pack:
+        total += sum(rows * (disk_row_bytes(columns, w_bits) - dtype.itemsize * columns) for rows, columns in matrices)
+    return total
 
 
 def print_table(rows: list[dict], with_scores: bool) -> None:
@@ -86,20 +93,27 @@ def print_table(rows: list[dict], with_scores: bool) -> None:
         ratio = "-" if teacher else f"{row['psnr']:.1f}"
         score = f"{row['scene_score']['mean']:.2f}" if with_scores else "-"
         print(f"{row['name']:<18}{error:>14}{ratio:>9}{score:>13}{row['packed_bytes'] / 1e6:>11,.1f}")
-    print("NMSE, PSNR: against full precision, same prompts and seeds. packed: codes as stored (1.58 bit: five a")
-    print("byte), fp32 step sizes, 16 bits for the rest.")
+    print("NMSE (over all denoising steps), PSNR: against full precision, same prompts and seeds.")
+    print("packed: codes as stored (1.58 bit: five a byte), fp32 step sizes, 16 bits for the rest.")
     if not with_scores:
         print("No scene score: it is defined for the drawn scenes of utils/scenes.py at 128 pixels.")
 
 
 def main() -> None:
-    model_args, data_args, training_args = process_args()
+    model_args, data_args, training_args = process_args(description=__doc__, used=USED)
+    with locked(Path(training_args.output_dir)):
+        compare(model_args, data_args, training_args)
+
+
+def compare(model_args, data_args, training_args) -> None:
+    """Draw with the full-precision transformer and with each quantized one, and write down what differs."""
     device = pick_device(model_args.device)
     dtype = pick_dtype(training_args, device)
     samples, cache = Path(training_args.output_dir) / "samples", Path(training_args.output_dir) / "cache"
+    for folder in (samples, *(cache / f"bits_{w_bits}" for w_bits in model_args.w_bits)):
+        check_target(folder, OWNER)
 
     pipe = load_pipeline(model_args.input_model_filename, dtype)
-    pipe.to(device)
     prompts, source = pick_prompts(pipe, data_args.num_images, data_args.prompts)
     size = data_args.resolution or native_size(pipe)
     with_scores = size == scenes.SIZE and all(scenes.parse(prompt) for prompt in prompts)
@@ -110,13 +124,22 @@ def main() -> None:
     log.info("%d prompts: %s; %d pixels, seed %d", len(prompts), source, size, training_args.seed)
 
     if model_args.trained is not None:
-        trained = transformer_folder(Path(model_args.trained))
+        trained = transformer_folder(Path(from_root(model_args.trained)))
         config, model = check_quantized(trained), model_args.input_model_filename
         check_shapes(trained, config, model, pipe.transformer, "--input_model_filename")
-    samples.mkdir(parents=True, exist_ok=True)  # here, and not after the first pictures, a bad folder shows
+    check_disks(
+        [
+            (
+                cache / f"bits_{w_bits}",
+                saved_bytes(pipe.transformer, model_args, w_bits, dtype),
+                f"the transformer at {bits_name(w_bits)}",
+            )
+            for w_bits in model_args.w_bits
+        ]
+    )
 
-    def sample(name: str, folder: str) -> Tensor:
-        images = generate_images(
+    def sample(name: str) -> Tensor:
+        return generate_images(
             pipe,
             prompts,
             training_args.seed,
@@ -125,38 +148,34 @@ def main() -> None:
             size=size,
             desc=name,
         )
-        save_images(images, samples / folder)
-        return images
 
+    place(pipe, device, model_args.offload)
     with record_velocities(pipe.transformer) as teacher_calls:
-        teacher_images = sample("full", "full")
-    grid = {"full": teacher_images}
+        teacher_images = sample("full")
+    grid, folders = {"full": teacher_images}, ["full"]
     rows = [{"name": "full", "w_bits": 16, "packed_bytes": packed_bytes(pipe.transformer)}]
     if with_scores:
         rows[0]["scene_score"] = scene_score(teacher_images, prompts)
 
     def measure(name: str, folder: str, w_bits: int, transformer: FluxTransformer2DModel) -> None:
-        pipe.register_modules(transformer=transformer.to(device))
-        images = sample(name, folder)
+        pipe.register_modules(transformer=transformer)
+        place(pipe, device, model_args.offload)
+        images = sample(name)
         row = {
             "name": name,
             "w_bits": w_bits,
-            "nmse": velocity_error(transformer, teacher_calls),
+            "nmse": velocity_nmse(transformer, teacher_calls, data_args.num_inference_steps)[0],
             "psnr": psnr(images, teacher_images),
             "packed_bytes": packed_bytes(transformer),
         }
         if with_scores:
             row["scene_score"] = scene_score(images, prompts)
         grid[name] = images
+        folders.append(folder)
         rows.append(row)
 
-    def free() -> None:
-        pipe.transformer = None  # two transformers at once would not fit beside each other on every card
-        gc.collect()
-        empty_cache(device)
-
     for w_bits in model_args.w_bits:
-        free()
+        drop_transformer(pipe)
         transformer = load_quantized_model(model_args, training_args, w_bits=w_bits)
         total, quantized, _ = count_parameters(transformer)
         name = bits_name(w_bits)
@@ -167,20 +186,21 @@ def main() -> None:
 
         if model_args.pack and w_bits < FULL_PRECISION_BITS:
             transformer.pack()
-        folder = cache / f"bits_{w_bits}"
-        check_disk(folder, sum(p.numel() * p.element_size() for p in transformer.parameters()), "the transformer")
-        with whole_folder(folder) as partial:
-            transformer.save_pretrained(partial)
+        with whole_folder(cache / f"bits_{w_bits}", OWNER) as part:
+            transformer.save_pretrained(part)
         del transformer
 
     if model_args.trained is not None:
-        free()
+        drop_transformer(pipe)
         transformer = load_student(trained, dtype)
         w_bits = transformer.config.w_bits
         measure(f"{bits_name(w_bits)}, trained", "trained", w_bits, transformer)
 
-    save_grid(grid, prompts, samples / "grid.png")
-    (samples / "metrics.json").write_text(json.dumps({"prompts": prompts, "rows": rows}, indent=2) + "\n")
+    with whole_folder(samples, OWNER) as part:
+        for folder, images in zip(folders, grid.values(), strict=True):
+            save_images(images, part / folder)
+        save_grid(grid, prompts, part / "grid.png")
+        write_json(part / "metrics.json", {"prompts": prompts, "rows": rows})
     print_table(rows, with_scores)
     log.info("pictures: %s; quantized transformers: %s", samples / "grid.png", cache)
 

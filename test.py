@@ -3,7 +3,8 @@
     python test.py output/sanity/cache/bits_0 0                                  # what sanity.py left
     python test.py output/models/tiny-flux-1.58bit 0 --num_images 1200           # what train.py left
     python test.py output/train/run/checkpoint-200 0                             # one of its checkpoints
-    python test.py CHECKPOINT 0 --model black-forest-labs/FLUX.1-dev --offload   # the real one on a small card
+    python test.py CHECKPOINT 0 --model black-forest-labs/FLUX.1-dev --offload   # the real one on a 24 GB card
+    python test.py CHECKPOINT 0 --offload sequential                             # on an 8 GB card
     python test.py output/oneshot 0 --mode fast --compile                        # 8-bit activations, at full speed
     python test.py CHECKPOINT 0 --geneval evaluation_metadata.jsonl              # GenEval's folders, four a prompt
 
@@ -17,7 +18,6 @@ draw the same prompts from the same noise. It writes
 """
 
 import argparse
-import gc
 import json
 import os
 import time
@@ -36,8 +36,18 @@ from utils.cuda_graph import compile_steps
 from utils.metrics import learned_scores, nmse, psnr, scene_score, ssim
 from utils.pictures import save_grid, save_images, to_pil
 from utils.prompts import pick_prompts
-from utils.sampling import generate_images, load_pipeline, native_size, record_velocities, set_attention
-from utils.utils import device_name, empty_cache, get_logger, pick_device, run_script
+from utils.sampling import (
+    OFFLOADS,
+    check_offload,
+    drop_transformer,
+    generate_images,
+    load_pipeline,
+    native_size,
+    place,
+    record_velocities,
+    set_attention,
+)
+from utils.utils import device_name, get_logger, pick_device, run_script
 
 log = get_logger("test")
 NMSE_PROMPTS = 24  # the velocity error is measured along the teacher's trajectories of so many prompts
@@ -65,12 +75,9 @@ def bits_per_weight(model: nn.Module) -> float:
     return 8 * (codes + step_sizes) / sum(layer.in_features * layer.out_features for layer in layers)
 
 
-def place(pipe: FluxPipeline, args: argparse.Namespace) -> None:
-    """Put the pipeline where it computes: on the device, or part after part as it is needed. Compile it if asked to."""
-    if args.offload:
-        pipe.enable_model_cpu_offload(device=args.device)
-    else:
-        pipe.to(args.device)
+def prepare(pipe: FluxPipeline, args: argparse.Namespace) -> None:
+    """Put the pipeline where it computes; compile it if asked to."""
+    place(pipe, args.device, args.offload)
     if args.compile:
         compile_steps(pipe.transformer)
 
@@ -152,7 +159,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt_list", metavar="FILE", help="the same for a text file, one prompt a line")
     parser.add_argument("--samples_per_prompt", type=int, default=4, help="with --geneval or --prompt_list")
     parser.add_argument("--no_teacher", action="store_true", help="draw with the checkpoint only")
-    parser.add_argument("--offload", action="store_true", help="keep on the device only the part that computes")
+    parser.add_argument("--offload", nargs="?", const="model", choices=OFFLOADS, help="to draw, keep on the device "
+                        "only the component that computes; sequential: what does not fit streams layer by "
+                        "layer")  # fmt: skip
     parser.add_argument("--mode", choices=MODES, default="exact", help="to compute in; fast: 8-bit activations")
     parser.add_argument("--attention", metavar="NAME", help="of the quantized model, one of diffusers' backends, "
                         "such as sage, flash or _flash_3; default: torch's own")  # fmt: skip
@@ -179,8 +188,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise ValueError("--geneval and --prompt_list: give one of them")
         if args.offload and args.compile:
             raise ValueError("--offload moves what --compile wants to stay: give one of them")
-        if args.offload and args.device.type == "cpu":
-            raise ValueError("--offload needs a GPU to bring the parts to")
+        check_offload(args.offload, args.device)
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -205,7 +213,7 @@ def main() -> None:
     name = bits_name(args.w_bits)
     if args.geneval or args.prompt_list:
         pipe.register_modules(transformer=student)
-        place(pipe, args)
+        prepare(pipe, args)
         write_geneval(pipe, args, args.output_dir / "geneval" / f"bits_{args.w_bits}")
         return
 
@@ -225,7 +233,7 @@ def main() -> None:
     # 1. The teacher.
     teacher_images, calls = None, []
     if not args.no_teacher:
-        place(pipe, args)
+        prepare(pipe, args)
         first, rest = prompts[:NMSE_PROMPTS], prompts[NMSE_PROMPTS:]
         with record_velocities(pipe.transformer) as calls:
             teacher_images = draw(first, args.seed, "teacher")
@@ -233,14 +241,10 @@ def main() -> None:
             teacher_images = torch.cat([teacher_images, draw(rest, args.seed + len(first), "teacher")])
         save_images(teacher_images, samples / "full")
 
-    # 2. The checkpoint in its place: two transformers at once would not fit beside each other on every card.
-    if args.offload:
-        pipe.remove_all_hooks()
-    pipe.transformer = None
-    gc.collect()
-    empty_cache(device)
+    # 2. The checkpoint in its place.
+    drop_transformer(pipe)
     pipe.register_modules(transformer=student)
-    place(pipe, args)
+    prepare(pipe, args)
     metrics = {
         "checkpoint": str(args.checkpoint), "w_bits": args.w_bits, "model": model, "prompts": len(prompts),
         "prompt_source": source, "seed": args.seed, "steps": args.steps, "guidance_scale": args.guidance_scale,

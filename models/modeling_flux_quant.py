@@ -178,8 +178,8 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
     def start_from(self, packed: "FluxTransformer2DModel") -> "FluxTransformer2DModel":
         """Move the weights to where they quantize to the codes of `packed`, a one-shot of the same transformer.
 
-        A weight with another code goes just across the threshold between the two, the others stay; step sizes and
-        biases of the quantized layers become those of `packed`. For a model that is not trained yet. Returns it.
+        A weight with another code goes just across the threshold between the two, the others stay; step sizes, biases,
+        norms and embedders become those of `packed`. For a model that is not trained yet. Returns it.
         ValueError, naming the setting or the layer, unless both are quantized alike.
         """
         for key in ("w_bits", "weight_layerwise"):
@@ -191,6 +191,10 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
             raise ValueError(f"start_from(): {other[0]} is quantized in one of the models only")
         for name, layer in layers.items():
             adopt_codes(layer, codes[name], name)
+        with torch.no_grad():
+            for name, parameter in packed.named_parameters():
+                if name.rpartition(".")[0] not in codes:
+                    self.get_parameter(name).copy_(parameter)
         return self
 
     def set_inference_mode(self, mode: str) -> "FluxTransformer2DModel":

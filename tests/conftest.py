@@ -63,7 +63,7 @@ def pipeline_folder(tmp_path_factory) -> Path:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
     from utils import scenes
-    from utils.make_tiny_flux import TEXT_LENGTH, make_tokenizers
+    from utils.tokenizers import TEXT_LENGTH, make_tokenizers
 
     torch.manual_seed(0)
     tokenizer, tokenizer_2 = make_tokenizers(scenes.train_prompts(200))

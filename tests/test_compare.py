@@ -1,13 +1,15 @@
-"""The tables of utils/compare_recipes.py and utils/compare_oneshot.py, and the calls they are filled by."""
+"""The tables and figures of the programs utils/compare_*.py, and the calls they are filled by."""
 
 import json
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from utils import compare_oneshot, compare_recipes
+from utils import compare_oneshot, compare_recipes, compare_training_step
 from utils.process_args import process_args
 from utils.processes import run_logged, spread
 from utils.scenes import CATEGORIES
@@ -153,3 +155,26 @@ def test_without_a_gpu_work_is_given_threads_alone(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     threads = {"OMP_NUM_THREADS": "3"}
     assert spread(lambda item, environment: (item, environment), "ab", 1) == [("a", threads), ("b", threads)]
+
+
+def test_a_training_step_is_timed_for_both(start, tmp_path):
+    flags = ["--config", "tiny", "--resolution", 128, "--batch_sizes", 1, 2, "--steps", 1, "--warmup", 1, "--eager"]
+    command = ["compare_training_step.py", "--output", tmp_path, *flags, "--device", "cpu"]
+    assert start(compare_training_step.main, *command) == 0
+    report = json.loads((tmp_path / "training_step.json").read_text())
+    rows = {(row["name"], row["batch_size"]): row for row in report["rows"]}
+    assert rows.keys() == {("plain", 1), ("plain", 2), ("quantized", 1), ("quantized", 2)}
+    for size in (1, 2):
+        plain, quantized = rows["plain", size], rows["quantized", size]
+        assert plain["ratio"] == 1 and quantized["ratio"] == quantized["seconds"] / plain["seconds"]
+
+
+def test_both_training_steps_train_a_lora_on_the_same_linears():
+    args = SimpleNamespace(lora_r=4, seed=0, device=torch.device("cpu"))
+    config = compare_training_step.CONFIGS["tiny"]
+    ours, theirs = (make(config, args) for make in (compare_training_step.quantized, compare_training_step.plain))
+    matrices = {name.removesuffix(".lora_A") for name, p in ours.named_parameters() if name.endswith("lora_A")}
+    adapted = {name.partition(".lora_A")[0] for name, p in theirs.named_parameters() if "lora_A" in name}
+    assert matrices == adapted
+    trained = {name for name, p in ours.named_parameters() if p.requires_grad}
+    assert not any(name.endswith(".weight") and name.removesuffix(".weight") in matrices for name in trained)

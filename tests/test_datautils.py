@@ -33,7 +33,7 @@ from utils.datautils import (
     fingerprint,
     rebuild_latents,
 )
-from utils.make_tiny_flux import TEXT_LENGTH
+from utils.tokenizers import TEXT_LENGTH
 
 ROOT = Path(__file__).parents[1]
 STEPS, SIZE, SEED = 3, 64, 11

@@ -415,9 +415,8 @@ def test_blocks_compile_whole_and_once(small, blocks, mode):
 @pytest.mark.parametrize("mode", kernels.MODES)
 def test_blocks_of_a_kind_share_their_compiled_code(small, joining, mode):
     """What is asked of hooks must not tie code to one block: 38 would be compiled one by one."""
-    model = FluxTransformer2DModel.from_config({**small.config, "num_layers": 3, "num_single_layers": 4}).to(DEVICE)
-    for parameter in model.parameters():
-        parameter.data.fill_(1)
+    model = FluxTransformer2DModel(**{**small.config, "num_layers": 3, "num_single_layers": 4, "packed": 0})
+    model.eval().pack().to(DEVICE)
     torch._dynamo.reset()
     model.set_inference_mode(mode).compile_repeated_blocks(fullgraph=True, dynamic=False, backend="eager")
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]

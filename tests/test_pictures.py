@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from utils.pictures import save_grid, save_images, to_pil
+from utils import pictures
+from utils.pictures import font_for, save_grid, save_images, to_pil
 
 
 def test_to_pil():
@@ -44,3 +45,36 @@ def test_grid_has_every_picture_at_its_place(height, width, shown, tmp_path):
     assert (titles[:, :step_x] < 128).any() and (titles[:, step_x : 2 * step_x] < 128).any()
     assert (titles[:, 2 * step_x :] == 255).all()  # the empty prompt
     assert (names[:step_y] < 128).any() and (names[step_y:] < 128).any()
+
+
+def test_a_picture_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+    save_images(torch.zeros(2, 3, 5, 7), tmp_path)
+
+    def save(self, file, format):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(ValueError, match="sample_000.png: No space left on device"):
+        save_images(torch.ones(1, 3, 5, 7), tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["sample_000.png", "sample_001.png"]
+    assert Image.open(tmp_path / "sample_000.png").getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_the_font_has_the_letters_or_is_the_one_that_lacks_least(monkeypatch):
+    for text in ("a red star", "süß, naïve, Łódź", "☃ 😀"):  # matplotlib's has them
+        font = font_for(text, 20)
+        assert {bytes(font.getmask(letter)) for letter in text if not letter.isspace()}.isdisjoint(
+            {bytes(font.getmask("\U0010fffd"))}  # a box
+        )
+    default = font_for("a", 20).path
+    has = {default: set(map(ord, "abc")), "/broad": set(map(ord, "abc三つ")), "/narrow": set(map(ord, "三"))}
+    monkeypatch.setattr(pictures, "characters", lambda font: has.get(font, set()))
+    monkeypatch.setattr(pictures.font_manager, "findSystemFonts", lambda: ["/narrow", "/broad", "/broken"])
+    monkeypatch.setattr(pictures.ImageFont, "truetype", lambda font, size: font)
+    assert [font_for(text, 20) for text in ("abc", "a 三つ", "三つ星", "q")] == [default, "/broad", "/broad", default]
+
+
+def test_a_font_file_that_is_none(tmp_path):
+    (tmp_path / "font.ttf").write_bytes(b"nothing")
+    assert pictures.characters(str(tmp_path / "font.ttf")) == frozenset()

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from utils.process_args import process_args
+from utils.utils import pick_dtype
 
 PUBLISHED_SANITY = """
 --local_dir "/tmp/flux/" --input_model_filename "black-forest-labs/FLUX.1-dev" --output_model_filename "flux-dev"
@@ -103,6 +104,51 @@ def test_defaults_are_the_embedded_model():
     assert (data_args.guidance_scale, training_args.seed) == (3.5, 42)
 
 
+def test_names_that_every_script_takes():
+    line = "--model m --num_inference_steps 3 --output_dir o --prompts p --dtype float16 --num_images 2 --seed 1"
+    model_args, data_args, training_args = process_args(shlex.split(line + " --resolution 64 --device cpu"))
+    assert (model_args.input_model_filename, model_args.device) == ("m", "cpu")
+    assert (data_args.num_inference_steps, data_args.num_images, data_args.resolution) == (3, 2, 64)
+    assert (data_args.prompts, training_args.output_dir, training_args.seed) == ("p", "o", 1)
+    assert (training_args.bf16, training_args.fp16) == (False, True)
+    assert pick_dtype(training_args, torch.device("cuda")) == torch.float16
+    assert pick_dtype(process_args(["--dtype", "float32"])[2], torch.device("cuda")) == torch.float32
+
+
+def test_flags_of_paretoq_are_accepted():
+    line = "--train_data_local_path /tmp/train.jsonl --eval_data_local_path /tmp/eval.jsonl --model_max_length 2048"
+    process_args(shlex.split(line + " --cache_dir /tmp/cache"))
+
+
+def test_help_shows_what_a_script_uses_or_its_own_flags_first(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        process_args(["--help"], "What it does.", ["w_bits", "seed"])
+    text = capsys.readouterr().out
+    assert "What it does." in text and "--w_bits" in text and "--seed" in text and len(text.splitlines()) < 20
+    assert "--learning_rate" not in text and "Accepted as well, without effect here: train.py's flags" in text
+    with pytest.raises(SystemExit, match="0"):
+        process_args(["--help"])
+    text = capsys.readouterr().out
+    for own in ("--w_bits", "--early_share", "--learning_rate", "--prompts"):
+        assert text.index(f"  {own}") < text.index("  --torch_empty_cache_steps")
+
+
+def test_the_embedded_model_is_found_from_anywhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    found = process_args([])[0].input_model_filename
+    assert os.path.isdir(found) and found.endswith("assets/tiny-flux")
+    (tmp_path / "assets" / "tiny-flux").mkdir(parents=True)  # one of the user's own goes first
+    assert process_args([])[0].input_model_filename == "assets/tiny-flux"
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_of_several_ranks_the_first_speaks(rank, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit, match="2"):
+        process_args(["--nonsense"])
+    assert capsys.readouterr().err.count("\n") == (rank == "0")
+
+
 def test_averaged_weights_go_without_frozen_codes_unless_asked():
     assert process_args([])[2].freeze_codes == 0.1
     assert process_args(["--ema_decay", "0.9"])[2].freeze_codes == 0
@@ -125,7 +171,19 @@ def test_several_bit_widths():
         (["--num_images", "0"], "--num_images must be at least 1, got 0"),
         (["--num_images", "many"], "--num_images.*: invalid int value"),
         (["--num_inference_steps", "0"], "--num_inference_steps must be at least 1, got 0"),
-        (["--resolution", "-16"], "--resolution must be at least 1, got -16"),
+        (["--resolution", "-16"], "--resolution must be at least 16 and at most 8192, got -16"),
+        (["--resolution", "65536"], "--resolution must be at least 16 and at most 8192, got 65536"),
+        (["--resolution", "0"], "--resolution must be at least 16"),
+        (["--resolution", "8"], "--resolution must be a multiple of 16, got 8"),
+        (["--guidance_scale", "nan"], "--guidance_scale must be a finite number, got nan"),
+        (["--seed", str(2**64)], "--seed must be at least 0 and at most 4294967295, got 18446744073709551616"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--report_to", "wandb"], "--report_to wandb: no such package here; install wandb"),
+        (["--dtype", "float32", "--bf16", "True"], "--dtype float32 contradicts --bf16 True"),
+        (["--dtype", "float64"], "invalid choice: 'float64'"),
+        (["--output_model_filename", "/home/x/flux"], "--output_model_filename '/home/x/flux': expected the name of"),
+        (["--output_model_filename", ""], "--output_model_filename '': expected the name of one folder"),
+        (["--output_model_filename", ".."], "--output_model_filename '..': expected the name of one folder"),
         (["--resolution", "100"], "--resolution must be a multiple of 16, got 100"),
         (["--early_share", "1"], "--early_share must be above 0 and below 1, got 1.0"),
         (["--early_share", "nan"], "--early_share must be above 0 and below 1, got nan"),

@@ -85,11 +85,14 @@ def test_large_pictures_need_fewer_of_them(call, monkeypatch, pixels, prompts):
     for name, value in (("MANY_PIXELS", 64), ("MANY_PROMPTS", 5), ("FEW_PROMPTS", 3)):
         monkeypatch.setattr(script, name, value)
     given = []
-    monkeypatch.setattr(
-        script, "calibrate", lambda model, calls, weights, *args, **kwargs: given.append((calls, weights))
-    )
+
+    def calibrate(model, calls, weights, *args, **kwargs):
+        given.append((calls, weights))
+        raise ValueError("that is all")
+
+    monkeypatch.setattr(script, "calibrate", calibrate)
     result = call("--num_images", 0, "--resolution", pixels, "--batch_size", 1, fast=("--steps", 8, "--device", "cpu"))
-    assert result.returncode == 0, result.line
+    assert result.line.endswith("that is all")
     [(calls, weights)] = given
     assert len(calls) == len(weights) == prompts * 2  # steps 0 and 4
     assert weights[:2] == weights[2:4] and all(weight > 0 for weight in weights)
@@ -106,7 +109,9 @@ def test_a_transformer_alone_is_enough_where_nothing_is_drawn(call, copy):
 
 @pytest.mark.parametrize("method", ["threshold", "calibrated"])
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_an_interruption_leaves_nothing(call, monkeypatch, tmp_path, method, kind):
+def test_an_interruption_leaves_no_half_pipeline(call, monkeypatch, tmp_path, method, kind):
+    """Of a calibration the finished blocks stay, and the next call goes on from them."""
+
     def stop(*args):
         raise kind
 
@@ -117,7 +122,86 @@ def test_an_interruption_leaves_nothing(call, monkeypatch, tmp_path, method, kin
     else:
         result = call("--method", method, "--num_images", 0)
         assert result.returncode == 1 and "No space left on device" in result.line
-    assert list(tmp_path.iterdir()) == []
+    assert [file.name for file in tmp_path.iterdir()] == ["out.partial"] * (method == "calibrated")
+
+
+def test_a_calibration_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(run, call, pipeline_folder, tmp_path):
+    """kill -9 while the second block is at work; the teacher is not drawn again."""
+    flags = ("--w_bits", 2, "--num_images", 0)
+    whole = call(*flags, folder=tmp_path / "whole").folder
+    script_text = (
+        "import os, signal, sys\n"
+        "from utils import oneshot, walk\n"
+        "treat = oneshot.calibrate_block\n"
+        "def killed(block, *rest):\n"
+        "    if block.name.startswith('single'):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return treat(block, *rest)\n"
+        "oneshot.calibrate_block = killed\n"
+        "import run\n"
+        "run.main()\n"
+    )
+    words = ("--model_id", pipeline_folder, "--output_path", tmp_path / "out", *FAST, *flags)
+    assert run("-c", script_text, *words).returncode == -9
+    kept = tmp_path / "out.partial"
+    names = {"manifest.json", "calls.safetensors", "transformer_blocks.0.safetensors"}
+    assert {file.name for file in kept.iterdir()} == names and not (tmp_path / "out").exists()
+
+    refused = call("--w_bits", 3, "--num_images", 0)
+    assert refused.returncode == 1 and f"{kept}: begun with w_bits=2, now w_bits=3; delete it" in refused.line
+
+    before = {name: (kept / name).stat().st_mtime_ns for name in names}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "record_calls", None)
+        patch.setattr("shutil.rmtree", lambda *args, **kwargs: None)
+        assert call(*flags).returncode == 0
+    assert {name: (kept / name).stat().st_mtime_ns for name in names} == before
+    [one], [other] = ((folder / "transformer").glob("*.safetensors") for folder in (whole, tmp_path / "out"))
+    one, other = load_file(one), load_file(other)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    figures = [json.loads((folder / "metrics.json").read_text()) for folder in (whole, tmp_path / "out")]
+    assert figures[0]["layers"] == figures[1]["layers"] and figures[1]["fell_back"] == {}
+
+
+BLOCKWISE = ("--method", "blockwise", "--w_bits", 2, "--num_images", 0, "--block_steps", 3, "--block_batch_size", 2,
+             "--lookahead", 1)  # fmt: skip
+
+
+def test_blockwise_trains_norms_along_and_goes_on_from_the_round_before(call, pipeline_folder, tmp_path, monkeypatch):
+    """Two rounds: the second one starts where one round ends. Without a step, nothing but the codes changes."""
+    kept = tmp_path / "out.partial"
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *args, **kwargs: None)
+        result = call(*BLOCKWISE, "--block_rounds", 2, "--activations_on_disk")
+    assert result.returncode == 0, result.line
+    once = call(*BLOCKWISE, folder=tmp_path / "once")
+    assert once.returncode == 0 and not (tmp_path / "once.partial").exists()
+    names = {"manifest.json", "transformer_blocks.0.safetensors", "single_transformer_blocks.0.safetensors"}
+    assert {file.name for file in (kept / "round_1").iterdir()} == names
+    [single] = (once.folder / "transformer").glob("*.safetensors")
+    first, single = load_file(kept / "transformer_blocks.0.safetensors"), load_file(single)
+    assert all(torch.equal(single[name], tensor) for name, tensor in first.items())
+
+    teacher = FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer")
+    student = FluxPipeline.from_pretrained(result.folder).transformer
+    name = "transformer_blocks.0.attn.norm_q.weight"
+    assert not torch.equal(student.get_parameter(name), teacher.get_parameter(name))
+    second = load_file(kept / "round_1" / "transformer_blocks.0.safetensors")
+    assert torch.equal(student.get_parameter(name), second[name]) and not torch.equal(second[name], first[name])
+    settings = json.loads((result.folder / "metrics.json").read_text())["blockwise"]
+    assert (settings["steps"], settings["batch_size"], settings["lookahead"]) == (3, 2, 1)
+
+
+def test_what_block_wise_training_was_begun_with_is_kept_to(call, monkeypatch, tmp_path):
+    def stop(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "train_block", stop)
+        assert call(*BLOCKWISE).returncode == 1
+    refused = call(*BLOCKWISE, "--block_learning_rate", 1e-3)
+    assert refused.returncode == 1
+    assert f"{tmp_path}/out.partial: begun with learning_rate=0.0005, now learning_rate=0.001" in refused.line
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(call, tmp_path):
@@ -198,6 +282,11 @@ def test_a_damaged_transformer_is_named_and_nothing_is_left(call, copy, fault):
         (("--threshold_ratio", 1), 2, "--threshold_ratio must be at least 0 and below 1"),
         (("--num_images", -1), 2, "--num_images must not be negative"),
         (("--calibration_prompts", 0), 2, "--calibration_prompts must be at least 1"),
+        (("--memory_gib", 0), 2, "--memory_gib must be above 0"),
+        (("--block_steps", 0), 2, "--block_steps must be at least 1"),
+        (("--lookahead", -1), 2, "--lookahead must not be negative"),
+        (("--block_learning_rate", 0), 2, "--block_learning_rate must be above 0"),
+        (("--block_early_share", 1), 2, "--block_early_share must be at least 0 and below 1"),
         (("--device", "abacus"), 2, "--device abacus is not available here"),
         (("--prompts_json", "nowhere.json"), 1, "--prompts_json nowhere.json: cannot be read"),
     ],

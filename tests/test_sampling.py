@@ -15,7 +15,18 @@ import torch
 from diffusers import FluxPipeline
 from diffusers.models import attention_dispatch
 
-from utils.sampling import generate_images, load_pipeline, record_velocities, set_attention
+from models.modeling_flux_quant import FluxTransformer2DModel
+from utils import sampling
+from utils.sampling import (
+    check_offload,
+    drop_transformer,
+    generate_images,
+    load_pipeline,
+    place,
+    record_velocities,
+    set_attention,
+    unplace,
+)
 
 PROMPTS = ["a red star and a blue ring", "three hearts on grey paper", "a cross above a moon"]
 SETTINGS = {"num_inference_steps": 3, "guidance_scale": 2.0}
@@ -248,6 +259,52 @@ def test_recording_ends_with_the_block(pipe):
         raise KeyError
     generate_images(pipe, PROMPTS[:1], **SETTINGS)
     assert calls == []
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_offloading_needs_a_gpu(offload):
+    with pytest.raises(ValueError, match="needs a GPU"):
+        check_offload(offload, torch.device("cpu"))
+
+
+def test_an_offload_that_does_not_exist():
+    with pytest.raises(ValueError, match="model, sequential"):
+        check_offload("disk", torch.device("cpu"))
+
+
+def test_a_streamed_pipeline_draws_the_same(pipe, pipeline_folder):
+    # group offloading works from the CPU to the CPU too; the hooks are the same
+    streamed, cpu = load_pipeline(str(pipeline_folder), torch.float32), torch.device("cpu")
+    expected = generate_images(pipe, PROMPTS, **SETTINGS)
+    place(streamed, cpu, "sequential")
+    assert torch.equal(generate_images(streamed, PROMPTS, **SETTINGS), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading needs a GPU")
+@pytest.mark.parametrize("offload", [None, "model", "sequential"])
+@pytest.mark.parametrize("large", [False, True])
+def test_an_offloaded_pipeline_draws_the_same(offload, large, pipeline_folder, monkeypatch):
+    if large:  # as if the transformer did not fit
+        monkeypatch.setattr(sampling, "_device_bytes", lambda device: 1000)
+    device = torch.device("cuda")
+    expected = generate_images(load_pipeline(str(pipeline_folder), torch.float32).to(device), PROMPTS, **SETTINGS)
+    pipe = load_pipeline(str(pipeline_folder), torch.float32)
+    for _ in range(2):  # as test.py does, with another transformer in the same place
+        place(pipe, device, offload)
+        torch.testing.assert_close(generate_images(pipe, PROMPTS, **SETTINGS), expected, rtol=0, atol=2e-3)
+        transformer = FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer")
+        drop_transformer(pipe)
+        pipe.register_modules(transformer=transformer)
+
+
+@pytest.mark.parametrize("offload", [None, "sequential"])
+def test_what_was_placed_is_taken_back(offload, pipe, pipeline_folder):
+    placed, cpu = load_pipeline(str(pipeline_folder), torch.float32), torch.device("cpu")
+    place(placed, cpu, offload)
+    unplace(placed)
+    parts = [part for part in placed.components.values() if isinstance(part, torch.nn.Module)]
+    assert not any(sampling._is_group_offload_enabled(part) for part in parts)
+    assert torch.equal(generate_images(placed, PROMPTS, **SETTINGS), generate_images(pipe, PROMPTS, **SETTINGS))
 
 
 def test_one_model_computes_attention_by_another_backend(pipe, monkeypatch):

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import sanity
 from models.modeling_flux_quant import FluxTransformer2DModel
 from utils import scenes
+from utils.folders import locked
 
 ROOT = Path(__file__).parents[1]
 SEED, IMAGES, STEPS, GUIDANCE = 7, 3, 3, 3.5
@@ -104,7 +105,10 @@ def test_files(finished):
     }
     weights = "diffusion_pytorch_model.safetensors"
     cache = {f"cache/bits_{bits}/{file}" for bits in (8, 0, 16) for file in ("config.json", weights)}
-    assert files(finished.folder) == samples | cache | {"samples/grid.png", "samples/metrics.json"}
+    records = {f"{folder}/.flux158.json" for folder in ("samples", "cache/bits_8", "cache/bits_0", "cache/bits_16")}
+    assert files(finished.folder) == samples | cache | records | {"samples/grid.png", "samples/metrics.json"}
+    modes = {file.stat().st_mode & 0o777 for file in finished.folder.rglob("*") if file.is_file()}
+    assert len(modes) == 1  # weights as readable as the rest
 
 
 def test_prompts_are_the_evaluation_scenes(finished):
@@ -139,7 +143,7 @@ def test_cache_loads_back_and_has_the_velocities_of_the_table(finished, teacher)
         student = FluxTransformer2DModel.from_pretrained(finished.folder / f"cache/bits_{bits}")
         assert student.config.w_bits == bits
         error = energy = 0.0
-        for inputs, velocity in teacher.calls[:: sanity.NMSE_STRIDE]:
+        for inputs, velocity in teacher.calls:
             error += (student(**inputs)[0].double() - velocity.double()).square().sum().item()
             energy += velocity.double().square().sum().item()
         assert finished.rows[name]["nmse"] == pytest.approx(error / energy, rel=1e-3, abs=1e-12)
@@ -213,6 +217,7 @@ def test_another_run_through_the_shell_script(finished, pipeline_folder, tmp_pat
         "full",
         "1.58 bit",
     ]
+    assert not (folder / "samples/bits_8").exists()  # which the table no longer speaks of
     assert pixels(folder / "samples/grid.png").shape < pixels(finished.folder / "samples/grid.png").shape
     assert FluxTransformer2DModel.from_pretrained(folder / "cache/bits_0").config.w_bits == 0
     assert sorted(os.listdir(folder / "cache")) == ["bits_0", "bits_16", "bits_8"]
@@ -317,6 +322,8 @@ def test_unknown_model(run, tmp_path):
         (["--nonsense", 1], "unknown arguments: --nonsense 1"),
         (["--device", "nonsense"], "--device nonsense is not available here: use one of .*cpu"),
         (["--resolution", 100], "--resolution must be a multiple of 16, got 100"),
+        (["--guidance_scale", "nan"], "--guidance_scale must be a finite number, got nan"),
+        (["--seed", 2**64], "--seed must be at least 0 and at most 4294967295"),
     ],
 )
 def test_usage_errors(flags, message, call, pipeline_folder, tmp_path):
@@ -354,7 +361,7 @@ def test_full_disk(call, pipeline_folder, tmp_path, monkeypatch):
     result = call("--input_model_filename", pipeline_folder, "--output_dir", tmp_path, *FLAGS)
     assert result.returncode == 1
     assert re.search(
-        r"cache/bits_0: the transformer takes .* GB but only .* GB are free", result.stderr.splitlines()[-1]
+        r"cache/bits_0: the transformer at 1.58 bit takes .* GB but only .* GB are free", result.stderr.splitlines()[-1]
     )
     assert not (tmp_path / "cache").exists()
 
@@ -367,5 +374,54 @@ def test_write_that_fails_leaves_no_checkpoint(call, pipeline_folder, tmp_path, 
     monkeypatch.setattr(FluxTransformer2DModel, "save_pretrained", save_pretrained)
     result = call("--input_model_filename", pipeline_folder, "--output_dir", tmp_path, *FLAGS)
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1] == "sanity.py: error: No space left on device"
-    assert os.listdir(tmp_path / "cache") == []
+    assert result.stderr.splitlines()[-1] == (
+        f"sanity.py: error: {tmp_path}/cache/bits_0: No space left on device; make room or choose another folder"
+    )
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize(("w_bits", "lora_r"), [(0, 0), (3, 0), (4, 2), (16, 0)])
+def test_the_room_asked_for_is_what_a_transformer_takes(pack, w_bits, lora_r, pipeline_folder, tmp_path):
+    if pack and lora_r:
+        pytest.skip("a LoRA is packed into the codes")
+    args = SimpleNamespace(lora_r=lora_r, pack=pack)
+    plain = diffusers.FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer")
+    settings = {"w_bits": w_bits, "lora_r": lora_r}
+    model = FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer", **settings)
+    (model.pack() if pack and w_bits < 16 else model).save_pretrained(tmp_path)
+    saved = sum(t.nbytes for file in tmp_path.glob("*.safetensors") for t in load_file(file).values())
+    assert sanity.saved_bytes(plain, args, w_bits, torch.float32) == saved
+
+
+def test_two_runs_in_one_folder(call, pipeline_folder, tmp_path):
+    with locked(tmp_path / "out"):
+        result = call("--model", pipeline_folder, "--output_dir", tmp_path / "out", *FLAGS)
+    assert result.returncode == 1 and f"out: process {os.getpid()} is writing there" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_what_is_the_users_is_noticed_before_anything_is_drawn(call, pipeline_folder, tmp_path):
+    for name in ("samples/mine.png", "cache/bits_0/model.safetensors"):
+        file = tmp_path / name.partition("/")[0] / "out" / name
+        file.parent.mkdir(parents=True)
+        file.write_text("mine")
+        result = call("--model", pipeline_folder, "--output_dir", tmp_path / name.partition("/")[0] / "out", *FLAGS)
+        assert result.returncode == 1 and "is not this program's; move it" in result.stderr
+        assert "Loading" not in result.stderr and file.read_text() == "mine"
+
+
+def test_ctrl_c_is_one_line(call, pipeline_folder, tmp_path, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sanity, "generate_images", stop)
+    result = call("--model", pipeline_folder, "--output_dir", tmp_path / "out", *FLAGS)
+    assert result.returncode == 130 and not (tmp_path / "out").exists()
+    last = result.stderr.splitlines()[-1]
+    assert last == "sanity.py: interrupted: nothing unfinished is left; the same command starts again"
+
+
+def test_help_is_about_this_script(call):
+    text = call("--help").stdout
+    assert len(text.splitlines()) < 90 and "OUTPUT_DIR/samples/grid.png" in text and "--lora_r" in text

@@ -28,6 +28,23 @@ def test_run_script_ends_in_one_line(error, monkeypatch, capsys):
         run_script(main)
 
 
+@pytest.mark.parametrize("told", ["checkpoint-3 is saved; go on", lambda: "checkpoint-3 is saved; go on"])
+def test_run_script_ends_in_one_line_on_ctrl_c(told, monkeypatch, capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["/somewhere/script.py"])
+    monkeypatch.delenv("TRACEBACK", raising=False)
+    for rank, lines in (("0", ["script.py: interrupted: checkpoint-3 is saved; go on"]), ("1", [])):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as exit:
+            run_script(main, told)
+        assert exit.value.code == 130 and capsys.readouterr().err.splitlines() == lines
+    monkeypatch.setenv("TRACEBACK", "1")
+    with pytest.raises(KeyboardInterrupt):
+        run_script(main)
+
+
 def test_run_script_leaves_bugs_alone():
     with pytest.raises(ZeroDivisionError):
         run_script(lambda: 1 / 0)

@@ -1,6 +1,5 @@
 """Which transformer lies in a folder, whether it is the one that was asked for, and loading it."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 
 from models.modeling_flux_quant import FluxTransformer2DModel
 from models.utils_quant import FULL_PRECISION_BITS
+from utils.folders import read_json, tidy
 from utils.utils import pick_device, pick_dtype
 
 SHAPE = (
@@ -23,6 +23,7 @@ def bits_name(w_bits: int) -> str:
 
 def transformer_folder(checkpoint: Path) -> Path:
     """The transformer's folder in a checkpoint that is one or a pipeline that has one; ValueError if neither."""
+    tidy(checkpoint)
     for folder in (checkpoint, checkpoint / "transformer"):
         if (folder / "config.json").is_file():
             return folder
@@ -32,11 +33,8 @@ def transformer_folder(checkpoint: Path) -> Path:
 def check_quantized(folder: Path, w_bits: int | None = None) -> dict:
     """config.json of the transformer in `folder`; ValueError if it is full-precision: loading would quantize it on the
     spot. `w_bits`: what was asked for, if anything was."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        found = config.get("w_bits", FULL_PRECISION_BITS)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: cannot be read ({error}); save it again") from None
+    config = read_json(folder / "config.json")
+    found = config.get("w_bits", FULL_PRECISION_BITS)
     if isinstance(found, int) and found >= FULL_PRECISION_BITS:
         asked = "" if w_bits is None else f", asked for w_bits={w_bits}"
         raise ValueError(
@@ -70,7 +68,8 @@ def load_quantized_model(
     if w_bits < FULL_PRECISION_BITS:
         settings |= {name: getattr(model_args, name) for name in ("lora_r", "lora_alpha", "clip_init")}
         settings["quantize_modulation"] = model_args.quantize_modulation
-    if device.type == "cuda":  # straight to the card, where finding the step sizes takes seconds, not minutes
+    # Straight to the card, where finding the step sizes takes seconds, not minutes.
+    if device.type == "cuda" and model_args.offload is None:
         settings["device_map"] = str(device)
     if cache_dir is not None and (Path(cache_dir) / "config.json").is_file():
         return FluxTransformer2DModel.from_pretrained(cache_dir, **settings)

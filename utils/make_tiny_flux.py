@@ -41,9 +41,9 @@ from utils import scenes
 from utils.folders import whole_folder
 from utils.metrics import psnr, scene_score
 from utils.sampling import generate_images
+from utils.tokenizers import TEXT_LENGTH, make_tokenizers
 from utils.utils import device_name, pick_device, run_script
 
-TEXT_LENGTH = 24  # tokens; the longest prompt has 22
 # Counting, binding and above all relations are learned last: they are drawn more often.
 CATEGORY_SHARE = {"single_object": 1, "two_object": 1, "counting": 2, "colors": 1, "position": 3, "color_attr": 2}
 # What a reader must tell of a scene, with the number of answers. A thing is a pair of shape and colour, so that the
@@ -255,25 +255,6 @@ def stage(name: str, args: argparse.Namespace, make: Callable[[Path], None]) -> 
             make(partial)
         print(f"{name}: done in {time.time() - started:.0f} s")
     return folder
-
-
-def make_tokenizers(prompts: list[str]) -> tuple[transformers.CLIPTokenizer, transformers.T5Tokenizer]:
-    """CLIP: byte-pair encoding learnt from the prompts. T5: a unigram model whose pieces are the prompts' words,
-    scored by log frequency, with single characters to spell what it does not know."""
-    blank = transformers.CLIPTokenizer(
-        vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[], model_max_length=TEXT_LENGTH
-    )
-    clip = blank.train_new_from_iterator(prompts, vocab_size=512, show_progress=False)
-
-    counts: dict[str, int] = {}
-    for prompt in prompts:
-        for word in prompt.rstrip(".").split():
-            counts[word] = counts.get(word, 0) + 1
-    total = sum(counts.values())
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces += [(f"\u2581{word}", math.log(count / total)) for word, count in sorted(counts.items())]
-    pieces += [(piece, -20.0) for piece in ["\u2581", *map(chr, range(33, 127))]]
-    return clip, transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TEXT_LENGTH)
 
 
 def tokenize(tokenizer, prompts: list[str]) -> Tensor:

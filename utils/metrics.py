@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from tqdm import tqdm
 
 from utils import scenes
 
@@ -32,6 +33,24 @@ def nmse(prediction: Tensor, target: Tensor) -> float:
     _check_shapes(prediction, target)
     prediction, target = prediction.double(), target.double()
     return ((prediction - target).square().sum() / target.square().sum()).item()
+
+
+@torch.no_grad()
+def velocity_nmse(
+    transformer: nn.Module, teacher_calls: Sequence[tuple[dict, Tensor]], steps: int
+) -> tuple[float, list[float]]:
+    """NMSE of the velocity at the teacher's own states, over all of them and by denoising step, in float64.
+
+    teacher_calls: what record_velocities kept of pictures of `steps` denoising steps, one batch after the other.
+    """
+    device = next(transformer.parameters()).device
+    errors, energies = torch.zeros(2, steps, dtype=torch.float64)
+    for number, (inputs, velocity) in enumerate(tqdm(teacher_calls, desc="velocity error", leave=False)):
+        here = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        prediction, target = transformer(**here)[0].cpu().double(), velocity.cpu().double()
+        errors[number % steps] += (prediction - target).square().sum()
+        energies[number % steps] += target.square().sum()
+    return (errors.sum() / energies.sum()).item(), (errors / energies).tolist()
 
 
 def psnr(images: Tensor, reference: Tensor) -> float:
@@ -56,7 +75,8 @@ def ssim(images: Tensor, reference: Tensor) -> float:
 def scene_score(images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
     """Share of pictures [N, 3, 128, 128] in 0…1 that fit their prompt (`scenes.grade`), by category.
 
-    Besides a row for each category present: "mean", the mean of those rows, and "stderr", its standard error.
+    Besides a row for each category present: "mean", the mean of those rows, and "stderr", its standard error, unless
+    there is a category of one picture, which tells nothing of the spread.
     Raises ValueError for a prompt that is no scene, pictures of another size or number, and no prompts at all.
     """
     if not prompts:
@@ -67,7 +87,8 @@ def scene_score(images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
     rows = {name: verdicts[name] for name in scenes.CATEGORIES if name in verdicts}
     score = {name: sum(row) / len(row) for name, row in rows.items()}
     variance = sum(score[name] * (1 - score[name]) / len(rows[name]) for name in rows)
-    return score | {"mean": sum(score.values()) / len(rows), "stderr": math.sqrt(variance) / len(rows)}
+    known = {"stderr": math.sqrt(variance) / len(rows)} if all(len(row) > 1 for row in rows.values()) else {}
+    return score | {"mean": sum(score.values()) / len(rows)} | known
 
 
 def learned_scores(

@@ -4,42 +4,39 @@
     mse         the error-minimal step size, every weight rounded by itself
     calibrated  codes that keep the layer's outputs, not its weights, on the teacher's own trajectories
 
-Calibrated rounding goes through the transformer block by block and layer by layer. Two streams of hidden states run
-side by side: the teacher's, and that of the blocks quantized so far. A layer with weight W and bias b sees inputs x
-in the first stream and x̃ in the second; it is to give Wx + b when it gets x̃. With centred covariances H = Σ x̃x̃ᵀ
-and C = Σ xx̃ᵀ over all calibration samples
+Calibrated rounding walks through the transformer block by block (walk.py) and layer by layer. Two streams of hidden
+states run side by side: the teacher's, and that of the blocks quantized so far. A layer with weight W and bias b sees
+inputs x in the first stream and x̃ in the second; it is to give Wx + b when it gets x̃. With centred covariances
+H = Σ x̃x̃ᵀ and C = Σ xx̃ᵀ over all calibration samples
 
     1. target    W* = W C H⁻¹, damped towards W: the full-precision weight that best undoes earlier layers' errors
     2. rounding  column by column in the order of falling H_jj, each column's error passed on to those not yet rounded
-                 (GPTQ, arXiv 2210.17323)
+                 (GPTQ, see rounding.py)
     3. descent   sweeps over the columns; a code changes where that lowers tr((W* − Q) H (W* − Q)ᵀ)
     4. scales    between the sweeps, each row's α in closed form, (W*Hlᵀ)/(lHlᵀ) for its levels l
     5. bias      b + W E[x] − Q E[x̃]
 
-Each of these can be left out, to see what it gives.
+Each of these can be left out, to see what it gives. Layers with the same input (q, k, v and a single block's proj_mlp)
+share H and its factorization and are rounded as one matrix. A layer whose moments are not finite, or whose H is not
+positive definite however much it is damped, falls back to mse and is named.
 
-What must fit where, for blocks of width d and M tokens in a call (FLUX.1-dev in 16 bits at 1024 pixels: d 3072, M 4608
-a picture)
-
-    host    the transformer once, whose layers are freed one after the other as they are quantized (24 GB); the two
-            streams, 2·M·d values for each picture and step (57 MB: 6.3 GB for 16 prompts at 7 steps each)
-    device  one block twice, one call on its way through it, and of the layers that are quantized together the two
-            moments, of one also some copies of them: about ten fp32 matrices of in × in (15360: 9 GB)
+Besides what the walk holds, the device holds of the layers that are calibrated together the two moments and up to four
+more fp32 matrices of in × in (15,360: 0.94 GB each), up to six of out × in (21,504 × 3,072: 0.26 GB each), and of one
+call the layer's inputs four times in fp32: 8 GB at FLUX.1-dev's shape. Moments are accumulated in TF32 on a GPU, all
+else is fp32: of the 28 PFLOP that 112 calls of 4,608 tokens take, 26 are the moments'.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from models.packing import PackedLinear
-from models.utils_quant import code_grid, init_clip_val, quantize_codes
-from utils.utils import get_logger
+from models.packing import row_chunks, store_codes
+from models.utils_quant import ALPHA_FLOOR, init_clip_val, quantize_codes
+from utils.rounding import descend, factorize, fit_scale, gptq, to_codes, to_values
+from utils.walk import CPU, Block, Work, run_block, walk
 
-log = get_logger("oneshot")
-CPU = torch.device("cpu")
 METHODS = ("threshold", "mse", "calibrated")
 INGREDIENTS = ("target", "rounding", "descent", "scales", "bias")
 # The linears of a block in the order in which they compute; those of one group share their inputs' making.
@@ -50,7 +47,8 @@ GROUPS = (
     ("ff.net.0.proj", "ff_context.net.0.proj"),
     ("ff.net.2", "ff_context.net.2"),
 )
-DAMPING = 0.05  # of the mean diagonal of H, added to it
+DAMPING = 0.05  # of the mean diagonal of H, added to it; four times as much as long as that is not positive definite
+TRIES = 6
 SWEEPS = 4
 
 # ---------------------------------------------------------------------------------------------- one weight by itself
@@ -77,8 +75,24 @@ def round_weight(weight: Tensor, w_bits: int, method: str, ratio: float) -> tupl
 # ------------------------------------------------------------------------------------------------ with real inputs
 
 
+@contextmanager
+def _tensor_cores(device: torch.device) -> Iterator[None]:
+    """fp32 products on a GPU's tensor cores: factors are rounded to 11 bits, sums stay fp32."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class Statistics:
-    """First and second moments of a layer's inputs in both streams, weighted."""
+    """First and second moments of a layer's inputs in both streams, weighted.
+
+    Second moments are taken about each call's own mean and merged with what is there (Chan, Golub and LeVeque 1979):
+    nothing cancels, however far the mean is from zero.
+    """
 
     def __init__(self, in_features: int, device: torch.device):
         self.weight = 0.0
@@ -88,225 +102,211 @@ class Statistics:
     def add(self, inputs: Tensor, teacher_inputs: Tensor, weight: float) -> None:
         """inputs, teacher_inputs [..., in] of the same samples."""
         x, t = (tensor.reshape(-1, tensor.shape[-1]).float() for tensor in (inputs, teacher_inputs))
-        self.weight += weight * len(x)
-        self.mean += weight * x.sum(0)
-        self.teacher_mean += weight * t.sum(0)
-        self.square += weight * (x.T @ x)
-        self.cross += weight * (t.T @ x)
+        mean, teacher_mean = x.mean(0), t.mean(0)
+        x, t = x - mean, t - teacher_mean
+        with _tensor_cores(x.device):
+            self.square.addmm_(x.T, x, alpha=weight)
+            self.cross.addmm_(t.T, x, alpha=weight)
+        before, added = self.weight, weight * len(x)
+        self.weight += added
+        apart, teacher_apart = mean - self.mean, teacher_mean - self.teacher_mean
+        self.square.addr_(apart, apart, alpha=before * added / self.weight)
+        self.cross.addr_(teacher_apart, apart, alpha=before * added / self.weight)
+        self.mean += apart * (added / self.weight)
+        self.teacher_mean += teacher_apart * (added / self.weight)
 
     def moments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Means of x and of the teacher's x, covariance H [in, in] and cross-covariance C [in, in]."""
-        mean, teacher_mean = self.mean / self.weight, self.teacher_mean / self.weight
-        square = self.square / self.weight - torch.outer(mean, mean)
-        cross = self.cross / self.weight - torch.outer(teacher_mean, mean)
-        return mean, teacher_mean, square, cross
+        """Means of x and of the teacher's x, covariance H [in, in] and cross-covariance C [in, in]; once, since these
+        are the sums themselves, divided in place."""
+        square, cross = self.square.div_(self.weight), self.cross.div_(self.weight)
+        self.square = self.cross = None
+        return self.mean, self.teacher_mean, square, cross
 
 
-def fit_scale(target: Tensor, codes: Tensor, w_bits: int, hessian: Tensor, fallback: Tensor) -> Tensor:
-    """α [out, 1] that minimizes tr((target − αl) H (target − αl)ᵀ) for the levels l of the codes."""
-    n, s = code_grid(w_bits)
-    levels = (codes.float() + s) / n
-    projected = levels @ hessian
-    alpha = (projected * target).sum(1, keepdim=True) / (projected * levels).sum(1, keepdim=True).clamp(min=1e-12)
-    return torch.where(alpha > 1e-5, alpha, fallback)
+class Uncalibratable(ValueError):
+    """Why a layer cannot be calibrated."""
 
 
-def levels_of(weight: Tensor, alpha: Tensor, w_bits: int) -> Tensor:
-    """The quantized values of one or more columns [out, k] at the step sizes [out, 1]."""
-    n, s = code_grid(w_bits)
-    return alpha * ((quantize_codes(weight, alpha, w_bits).float() + s) / n)
-
-
-def gptq(target: Tensor, alpha: Tensor, w_bits: int, hessian: Tensor, block: int = 128) -> Tensor:
-    """Codes (int8) [out, in] by error feedback over the columns in the order of falling H_jj; hessian is damped."""
-    order = hessian.diagonal().argsort(descending=True)
-    weight, h = target[:, order].clone(), hessian[order][:, order]
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    quantized = torch.empty_like(weight)
-    for start in range(0, weight.shape[1], block):
-        stop = min(start + block, weight.shape[1])
-        errors = torch.empty_like(weight[:, start:stop])
-        for j in range(start, stop):
-            column = weight[:, j : j + 1]
-            quantized[:, j : j + 1] = levels_of(column, alpha, w_bits)
-            error = (column - quantized[:, j : j + 1]) / inverse[j, j]
-            weight[:, j + 1 : stop] -= error * inverse[j, j + 1 : stop]
-            errors[:, j - start : j - start + 1] = error
-        weight[:, stop:] -= errors @ inverse[start:stop, stop:]
-    codes = torch.empty(target.shape, dtype=torch.int8, device=target.device)
-    codes[:, order] = quantize_codes(quantized, alpha, w_bits)
-    return codes
-
-
-def descend(target: Tensor, codes: Tensor, alpha: Tensor, w_bits: int, hessian: Tensor) -> Tensor:
-    """One sweep of coordinate descent over the columns; no row's error grows. Codes (int8) [out, in]."""
-    n, s = code_grid(w_bits)
-    quantized = alpha * ((codes.float() + s) / n)
-    gradient = (target - quantized) @ hessian
-    diagonal = hessian.diagonal()
-    for j in hessian.diagonal().argsort(descending=True).tolist():
-        old = quantized[:, j : j + 1].clone()
-        new = levels_of(old + gradient[:, j : j + 1] / diagonal[j], alpha, w_bits)
-        gradient -= (new - old) * hessian[j]
-        quantized[:, j : j + 1] = new
-    return quantize_codes(quantized, alpha, w_bits)
+def _damped(hessian: Tensor) -> tuple[Tensor, float]:
+    """The factor of `hessian` and what was added to its diagonal for that, which is in it afterwards."""
+    damping = DAMPING * hessian.diagonal().mean().clamp(min=1e-8).item()
+    added = 0.0
+    for _ in range(TRIES):
+        hessian.diagonal().add_(damping - added)
+        factor, added = factorize(hessian), damping
+        if factor is not None:
+            return factor, added
+        damping *= 4
+    raise Uncalibratable(f"not positive definite, damped by {added:.1e}")
 
 
 @torch.no_grad()
-def calibrate_layer(
-    layer: nn.Linear, statistics: Statistics, w_bits: int, without: Collection[str] = ()
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes (int8) [out, in], step sizes [out, 1] and bias [out] (None if the layer has none) of one layer.
+def calibrate_weight(
+    weight: Tensor, statistics: Statistics, w_bits: int, without: Collection[str] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (int8) [out, in], step sizes [out, 1] and what is to be added to the bias [out] of a weight [out, in].
 
-    `without` names INGREDIENTS to leave out.
+    `without` names INGREDIENTS to leave out. The statistics are used up. Raises Uncalibratable, which says why, where
+    their moments are not finite or H is not positive definite.
     """
     mean, teacher_mean, hessian, cross = statistics.moments()
-    weight = layer.weight.float()
-    damping = DAMPING * hessian.diagonal().mean().clamp(min=1e-8)
-    eye = torch.eye(len(hessian), device=hessian.device)
-    hessian = hessian + damping * eye
+    # A column or row that holds NaN or inf shows in the diagonal of H or in the means.
+    if not all(found.isfinite().all() for found in (mean, teacher_mean, hessian.diagonal(), cross.diagonal())):
+        raise Uncalibratable("its inputs' moments are not finite")
+    order = hessian.diagonal().argsort(descending=True)
+    weight = weight.float()[:, order]
+    hessian = hessian[order][:, order]
+    cross = cross[order][:, order]
+    factor, damping = _damped(hessian)
     target = weight
     if "target" not in without:
-        target = torch.linalg.solve(hessian, weight @ (cross + damping * eye), left=False)
+        cross.diagonal().add_(damping)
+        target = torch.linalg.solve_triangular(factor.mT, weight @ cross, upper=False, left=False)
+        target = torch.linalg.solve_triangular(factor, target, upper=True, left=False).contiguous()
+    del cross
+    if not target.isfinite().all():
+        raise Uncalibratable("its target is not finite")
     alpha = init_clip_val(target, w_bits)
     if "rounding" in without:
-        codes = quantize_codes(target, alpha, w_bits)
+        quantized = to_values(quantize_codes(target, alpha, w_bits), alpha, w_bits)
     else:
-        codes = gptq(target, alpha, w_bits, hessian)
+        quantized = gptq(target, alpha, w_bits, factor)
+    del factor
+    codes = to_codes(quantized, alpha, w_bits)
     for _ in range(SWEEPS):
         if "scales" not in without:
             alpha = fit_scale(target, codes, w_bits, hessian, alpha)
         if "descent" not in without:
-            codes = descend(target, codes, alpha, w_bits, hessian)
+            codes = to_codes(descend(target, to_values(codes, alpha, w_bits), alpha, w_bits, hessian), alpha, w_bits)
     if "scales" not in without:
         alpha = fit_scale(target, codes, w_bits, hessian, alpha)
-    if layer.bias is None or "bias" in without:
-        return codes, alpha, layer.bias
-    n, s = code_grid(w_bits)
-    quantized = alpha * ((codes.float() + s) / n)
-    return codes, alpha, layer.bias.float() + weight @ teacher_mean - quantized @ mean
+    shift = torch.zeros_like(alpha[:, 0])
+    if "bias" not in without:
+        shift = weight @ teacher_mean[order] - to_values(codes, alpha, w_bits) @ mean[order]
+    found = torch.empty_like(codes)
+    found[:, order] = codes
+    return found, alpha, shift
 
 
 class _Reached(Exception):
-    """Raised to stop a forward pass where the blocks begin."""
+    """Raised to stop a forward pass where all that was wanted has been seen."""
 
 
-@torch.no_grad()
-def block_inputs(transformer: nn.Module, calls: Iterable[dict], device: torch.device) -> list[dict]:
-    """What the first block gets in each of the transformer's calls (keyword arguments), on the CPU.
+def collect(block: Block, layers: Collection[str], finished: dict[str, Tensor], weights: list[float]) -> list:
+    """[(names of layers with the same input, Statistics of it)] for the linears called `layers` inside the block.
 
-    Of the transformer only what comes before the blocks is taken to `device`, and back to the CPU.
+    `finished` holds the student's parameters so far; call i counts by weights[i].
     """
-    found: list[dict] = []
-    before = [module for module in transformer.children() if not isinstance(module, nn.ModuleList)]
+    seen: dict[str, Tensor] = {}
 
-    def stop(module, args, kwargs):
-        found.append(send_to_device(dict(kwargs), CPU))
-        raise _Reached
+    def see(name: str, given: Tensor) -> None:
+        seen[name] = given
+        if len(seen) == len(layers):
+            raise _Reached
 
-    hook = transformer.transformer_blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
-    for module in before:
-        module.to(device)
+    def inputs(parameters: dict[str, Tensor], call: dict) -> dict[str, Tensor]:
+        seen.clear()
+        try:
+            run_block(block.module, parameters, call)
+        except _Reached:
+            return dict(seen)
+        raise ValueError(f"{block.name}: {', '.join(sorted(set(layers) - set(seen)))} got no input")
+
+    hooks = [
+        block.module.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: see(name, args[0]))
+        for name in layers
+    ]
+    shared: dict[str, list[str]] = {}
+    statistics: dict[str, Statistics] = {}
     try:
-        for inputs in calls:
-            try:
-                transformer(**send_to_device(inputs, device))
-            except _Reached:
-                pass
+        for i, weight in enumerate(weights):
+            teacher = inputs({}, block.teacher_inputs(i))
+            student = inputs(finished, block.student_inputs(i))
+            if not statistics:
+                first: dict[int, str] = {}  # of the layers that get this very tensor
+                for name, given in student.items():
+                    shared.setdefault(first.setdefault(id(given), name), []).append(name)
+                statistics = {n: Statistics(student[n].shape[-1], block.streams.device) for n in shared}
+            for name in shared:
+                statistics[name].add(student[name], teacher[name], weight)
     finally:
-        hook.remove()
-        for module in before:
-            module.to(CPU)
-    return found
+        for hook in hooks:
+            hook.remove()
+    return [(names, statistics.pop(name)) for name, names in shared.items()]
 
 
-@torch.no_grad()
+def calibrate_block(
+    block: Block, weights: list[float], w_bits: int, without: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """The tensors of a block whose linears are calibrated one group after the other, as a packed folder stores them.
+
+    The block's notes get, for every linear by its full name, the "layers": [squared error of the weight, its energy],
+    and "fell_back": {name: why} of those that were rounded by mse. ValueError names a layer whose weight holds NaN or
+    inf.
+    """
+    linears = {name: layer for name, layer in block.module.named_modules() if isinstance(layer, nn.Linear)}
+    quantized = {f"{name}.weight" for name in linears}
+    stored = {f"{block.name}.{n}": p for n, p in block.module.named_parameters() if n not in quantized}
+    finished: dict[str, Tensor] = {}
+    block.notes.update(layers={}, fell_back={})
+    for group in GROUPS:
+        names = [name for name in linears if name in group]
+        if not names:
+            continue
+        found = collect(block, names, finished, weights)
+        while found:
+            together, statistics = found.pop(0)
+            layers = [linears[name] for name in together]
+            for name, layer, (codes, alpha, shift) in zip(
+                together, layers, _round_together(block, together, layers, statistics, w_bits, without), strict=True
+            ):
+                full = f"{block.name}.{name}"
+                values = to_values(codes, alpha, w_bits)
+                own = layer.weight.float()
+                block.notes["layers"][full] = [(own - values).square().sum().item(), own.square().sum().item()]
+                stored[f"{full}.weight_codes"] = torch.cat([
+                    store_codes(codes[rows], w_bits) for rows in row_chunks(*codes.shape)
+                ])  # fmt: skip
+                stored[f"{full}.weight_clip_val"] = alpha
+                finished[f"{name}.weight"] = values.to(layer.weight.dtype)
+                if layer.bias is not None:
+                    bias = (layer.bias.float() + shift).to(layer.bias.dtype)
+                    stored[f"{full}.bias"] = finished[f"{name}.bias"] = bias
+    return stored
+
+
+def _round_together(
+    block: Block, names: list[str], layers: list[nn.Linear], statistics: Statistics, w_bits: int,
+    without: Collection[str],
+) -> list[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Codes, step sizes and bias shifts of each of the layers that share an input."""
+    rows = [layer.out_features for layer in layers]
+    for name, layer in zip(names, layers, strict=True):
+        if not layer.weight.isfinite().all():
+            raise ValueError(f"{block.name}.{name}: its weight holds NaN or inf; download the model again")
+    weight = torch.cat([layer.weight for layer in layers])
+    try:
+        made = calibrate_weight(weight, statistics, w_bits, without)
+        made = made[0], made[1].clamp(min=ALPHA_FLOOR), made[2]
+    except Uncalibratable as problem:
+        for name in names:
+            block.notes["fell_back"][f"{block.name}.{name}"] = str(problem)
+        made = *round_weight(weight, w_bits, "mse", 0), torch.zeros(len(weight), device=weight.device)
+    return list(zip(*(part.split(rows) for part in made), strict=True))
+
+
 def calibrate(
     transformer: nn.Module,
     calls: list[dict],
     weights: list[float],
     w_bits: int,
-    keep: Callable[[str, PackedLinear, Tensor], None],
+    work: Work,
     device: torch.device = CPU,
-    skip: Callable[[str], bool] = lambda name: False,
     without: Collection[str] = (),
 ) -> None:
     """Quantize the linears inside the blocks of `transformer` one after the other, from calibration `calls` of it.
 
-    A call counts by its weight. Transformer and calls are on the CPU; block after block goes to `device` and back.
-    Each finished layer is handed over as keep(name, packed, weight), on `device`, with the full-precision weight
-    [out, in] that it stands for; what `skip(name)` names stays as it is. The transformer is used up: the finished
-    layers are freed, on the meta device.
+    A call counts by its weight. Transformer and calls are on the CPU; block after block goes to `device` and is freed.
+    Finished blocks lie in `work` (see calibrate_block for the notes on them); those that do already are kept.
     """
-    tokens = sum(call[name].shape[:-1].numel() for call in calls for name in ("hidden_states", "encoder_hidden_states"))
-    size = 2 * tokens * transformer.inner_dim * transformer.dtype.itemsize
-    log.info("calibration: %d calls, whose hidden states take %.1f GB of host memory", len(calls), size / 1e9)
-    streams = [block_inputs(transformer, calls, device)]  # the student's, the teacher's
-    streams.append(list(streams[0]))
-    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    names = {module: name for name, module in transformer.named_modules()}
-    total = sum(isinstance(m, nn.Linear) and not skip(names[m]) for b in blocks for m in b.modules())
-    with tqdm(total=total, desc="layers", unit="layer") as bar:
-        for block in blocks:
-            block.to(device)
-            original = {name: p.detach().clone() for name, p in block.named_parameters()}
-            done = []
-            for group in GROUPS:
-                layers = {n: m for n, m in block.named_modules() if n in group and isinstance(m, nn.Linear)}
-                layers = {n: m for n, m in layers.items() if not skip(names[m])}
-                if not layers:
-                    continue
-                statistics = _collect(block, original, layers, streams, weights, device)
-                for name, layer in layers.items():
-                    codes, alpha, bias = calibrate_layer(layer, statistics.pop(name), w_bits, without)
-                    packed = PackedLinear.from_codes(codes, alpha, bias, w_bits)
-                    keep(names[layer], packed, original[f"{name}.weight"])
-                    layer.weight.copy_(packed.dequantize())
-                    if bias is not None:
-                        layer.bias.copy_(bias)
-                    done.append(layer)
-                    bar.update()
-            for i in range(len(calls)):
-                for stream, parameters in zip(streams, (None, original), strict=True):
-                    text, image = _run(block, parameters, send_to_device(stream[i], device))
-                    stream[i] = stream[i] | {"encoder_hidden_states": text.to(CPU), "hidden_states": image.to(CPU)}
-            for layer in done:
-                layer.to("meta")
-            block._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(CPU))
-            del original
-
-
-def _run(block: nn.Module, parameters: dict[str, Tensor] | None, inputs: dict) -> tuple[Tensor, Tensor]:
-    """The block's output, with `parameters` in place of its own if given."""
-    if parameters is None:
-        return block(**inputs)
-    return torch.func.functional_call(block, parameters, kwargs=inputs)
-
-
-def _collect(
-    block: nn.Module, original: dict, layers: dict, streams: list[list[dict]], weights: list[float],
-    device: torch.device,
-) -> dict[str, Statistics]:  # fmt: skip
-    """Statistics of the inputs of `layers`, by name; layers with the same input, such as q, k and v, share theirs."""
-    seen: dict[str, Tensor] = {}
-    hooks = [
-        layer.register_forward_pre_hook(lambda module, args, name=name: seen.__setitem__(name, args[0]))
-        for name, layer in layers.items()
-    ]
-    statistics: dict[str, Statistics] = {}
-    try:
-        for student, teacher, weight in zip(*streams, weights, strict=True):
-            _run(block, original, send_to_device(teacher, device))
-            reference = dict(seen)
-            _run(block, None, send_to_device(student, device))
-            first: dict[int, str] = {}  # of the layers that get this very tensor
-            for name, tensor in seen.items():
-                leader = first.setdefault(id(tensor), name)
-                if name not in statistics:
-                    statistics[name] = Statistics(tensor.shape[-1], device) if leader == name else statistics[leader]
-                if leader == name:
-                    statistics[name].add(tensor, reference[name], weight)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return statistics
+    walk(transformer, calls, w_bits, lambda block: calibrate_block(block, weights, w_bits, without), work, device)

@@ -1,12 +1,17 @@
-"""Pictures as files: PNGs, labelled grids, the strip of a training's snapshots."""
+"""Pictures as files, each written whole: PNGs, labelled grids, the strip of a training's snapshots."""
 
 import textwrap
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
+from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from utils.folders import whole_file
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -14,13 +19,38 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
 
 
+def save_png(image: Image.Image, file: Path) -> None:
+    """Write `file`, whole or not at all."""
+    with whole_file(file) as part:
+        image.save(part, format="PNG")
+
+
 def save_images(images: Tensor, folder: Path) -> None:
     """Write pictures [N, 3, H, W] as folder/sample_000.png, sample_001.png, …; older samples there are removed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("sample_*.png"):
+    files = [folder / f"sample_{index:03d}.png" for index in range(len(images))]
+    for image, file in zip(images, files, strict=True):
+        save_png(to_pil(image), file)
+    for old in set(folder.glob("sample_*.png")) - set(files):
         old.unlink()
-    for index, image in enumerate(images):
-        to_pil(image).save(folder / f"sample_{index:03d}.png")
+
+
+@cache
+def characters(font: str) -> frozenset[int]:
+    """The code points that a font file has a shape for; none if it cannot be used."""
+    try:
+        ImageFont.truetype(font, size=11)
+        return frozenset(FT2Font(font).get_charmap())
+    except (OSError, RuntimeError):
+        return frozenset()
+
+
+def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which matplotlib brings along, or, if it lacks characters of `text`, the font that lacks least."""
+    wanted = {ord(character) for character in text if not character.isspace()}
+    fonts = [font_manager.findfont("DejaVu Sans")]
+    if not wanted <= characters(fonts[0]):
+        fonts += sorted(font_manager.findSystemFonts())
+    return ImageFont.truetype(min(fonts, key=lambda font: len(wanted - characters(font))), size=size)
 
 
 def save_grid(rows: dict[str, Tensor], columns: Sequence[str], file: Path, cell: int = 256) -> None:
@@ -31,9 +61,13 @@ def save_grid(rows: dict[str, Tensor], columns: Sequence[str], file: Path, cell:
     height, width = next(iter(rows.values())).shape[-2:]
     scale = min(1.0, cell / max(height, width))
     height, width = round(height * scale), round(width * scale)
-    font = ImageFont.load_default(size=max(11, width // 11))
-    letter = font.getlength("n")
-    titles = [textwrap.fill(text, max(8, int(width / letter)), max_lines=4, placeholder=" …") for text in columns]
+    font = font_for("".join((*columns, *rows)), size=max(11, width // 11))
+
+    def fit(title: str) -> str:
+        letter = max(font.getlength("n"), font.getlength(" ".join(title.split())) / max(1, len(title)))
+        return textwrap.fill(title, max(4, int(width / letter)), max_lines=4, placeholder=" …")
+
+    titles = [fit(text) for text in columns]
     line = font.getbbox("Ag")[3] + 3
     top = 8 + line * max(title.count("\n") + 1 for title in titles)
     names = [textwrap.fill(name, 18, max_lines=6, placeholder=" …") for name in rows]
@@ -47,8 +81,7 @@ def save_grid(rows: dict[str, Tensor], columns: Sequence[str], file: Path, cell:
         draw.multiline_text((8, row_top + height // 2), name, fill="black", font=font, spacing=3, anchor="lm")
         for x, image in enumerate(images):
             grid.paste(to_pil(image).resize((width, height)), (left + x * (width + 4), row_top))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(file)
+    save_png(grid, file)
 
 
 def save_strip(folder: Path, prompts: Sequence[str]) -> None:

@@ -5,22 +5,37 @@ The flags of the published shell scripts are accepted as they stand. Those that 
 successors.
 """
 
+import argparse
 import os
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
 import transformers
+from transformers.integrations import get_available_reporting_integrations
 
 from models.utils_quant import check_bits, check_clip_init, check_lora_r
-from utils.utils import pick_device
+from utils.folders import check_name
+from utils.sampling import check_offload
+from utils.utils import (
+    DTYPES,
+    ArgumentParser,
+    check_counts,
+    check_guidance,
+    check_resolution,
+    check_seed,
+    from_root,
+    pick_device,
+)
 
 
 @dataclass
 class ModelArguments:
     local_dir: str = field(default="output", metadata={"help": "where trained models go: LOCAL_DIR/models/…"})
     input_model_filename: str = field(
-        default="assets/tiny-flux", metadata={"help": "the FLUX pipeline to start from: a folder or a hub id"}
+        default="assets/tiny-flux",
+        metadata={"aliases": ["--model"], "help": "the FLUX pipeline to start from: a folder or a hub id"},
     )
     output_model_filename: str = field(default="model", metadata={"help": "name of the trained model"})
     w_bits: list[int] = field(
@@ -31,6 +46,13 @@ class ModelArguments:
         default=False, metadata={"help": "accepted as published; whether a checkpoint has step sizes is seen from it"}
     )
     device: str | None = field(default=None, metadata={"help": "default: cuda if there, else mps, else cpu"})
+    offload: str | None = field(
+        default=None,
+        metadata={
+            "help": "sanity.py, on a GPU: model: only the component that computes is there; sequential: what does not "
+            "fit streams layer by layer"
+        },
+    )
     clip_init: str = field(default="mse", metadata={"help": "how step sizes start: mse (least error) or max"})
     quantize_modulation: bool = field(default=True, metadata={"help": "quantize the AdaLN modulation too"})
     lora_r: int = field(default=0, metadata={"help": "rank of a LoRA inside the quantizer; 0: none"})
@@ -59,10 +81,14 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     prompts: str | None = field(
-        default=None, metadata={"help": "a text file, one prompt a line; default: the evaluation set for the model"}
+        default=None,
+        metadata={
+            "help": "a text file, one prompt a line, or a JSON list of prompts; default: the evaluation set for the "
+            "model"
+        },
     )
     train_prompts: str | None = field(
-        default=None, metadata={"help": "a text file, one prompt a line; default: the training set for the model"}
+        default=None, metadata={"help": "likewise, of training prompts; default: the training set for the model"}
     )
     num_train_prompts: int = field(default=3000, metadata={"help": "training prompts, one teacher trajectory each"})
     teacher_cache: str | None = field(
@@ -84,12 +110,23 @@ class DataArguments:
         default=None, metadata={"help": "pixels a side; default: what the autoencoder was made for"}
     )
 
+    train_data_local_path: str | None = field(
+        default=None, metadata={"help": "accepted as published, without effect; training prompts are --train_prompts"}
+    )
+    eval_data_local_path: str | None = field(
+        default=None, metadata={"help": "accepted as published, without effect; held-out prompts are --prompts"}
+    )
+
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     output_dir: str = field(default="output", metadata={"help": "samples, checkpoints and caches go here"})
     bf16: bool | None = field(
         default=None, metadata={"help": "compute in bfloat16; default: on CUDA, unless --fp16 True"}
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={"choices": DTYPES, "help": "to compute in, instead of --bf16 and --fp16; default: bfloat16 on CUDA"},
     )
     optim: str = field(default="adamw_torch_fused", metadata={"help": "the optimizer"})
     learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate"})
@@ -139,12 +176,22 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     do_train: bool = field(default=True, metadata={"help": "False: train.py only fills the teacher cache"})
     qat: bool = field(default=False, metadata={"help": "accepted as published; whether to quantize is up to --w_bits"})
+    model_max_length: int | None = field(
+        default=None, metadata={"help": "accepted as published, without effect; the pipeline's tokenizers have theirs"}
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "accepted as published, without effect; HF_HOME says where downloads go"}
+    )
     evaluation_strategy: str | None = field(default=None, metadata={"help": "older name of --eval_strategy"})
     warmup_ratio: float | None = field(default=None, metadata={"help": "older name of a --warmup_steps below 1"})
     logging_dir: str | None = field(default=None, metadata={"help": "where tensorboard files go"})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "accepted; has no effect any more"})
 
     def __post_init__(self):
+        if self.dtype is not None:
+            if (self.bf16 and self.dtype != "bfloat16") or (self.fp16 and self.dtype != "float16"):
+                raise ValueError(f"--dtype {self.dtype} contradicts --{'bf16' if self.bf16 else 'fp16'} True")
+            self.bf16, self.fp16 = self.dtype == "bfloat16", self.dtype == "float16"
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
         if self.warmup_ratio is not None:
@@ -169,11 +216,40 @@ class TrainingArguments(transformers.TrainingArguments):
             self._n_gpu = 1
 
 
-def process_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """Parse `argv` (default: the command line). A flag or value that does not exist ends in one line and status 2."""
-    parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
-    # argparse's own would print all flags first, 120 lines of them.
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {' '.join(message.split())} (see --help)\n")
+class _Parser(ArgumentParser, transformers.HfArgumentParser):
+    """HfArgumentParser with errors of one line."""
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it stands, and default values."""
+
+
+def make_parser(description: str | None, used: Collection[str] | None) -> _Parser:
+    """The parser of all flags. --help shows this repository's own before Trainer's; only those `used`, if given."""
+    parser = _Parser(
+        (ModelArguments, DataArguments, TrainingArguments),
+        description=description,
+        formatter_class=_Formatter,
+        usage="%(prog)s [flags]",
+    )
+    own = {name for part in (ModelArguments, DataArguments, TrainingArguments) for name in part.__annotations__}
+    parser._optionals._group_actions.sort(key=lambda action: action.dest not in own | {"help"})
+    if used is not None:
+        for action in parser._actions:
+            if action.dest not in {*used, "help"}:
+                action.help = argparse.SUPPRESS
+        parser.epilog = "Accepted as well, without effect here: train.py's flags, Hugging Face's Trainer's among them."
+    return parser
+
+
+def process_args(
+    argv: list[str] | None = None, description: str | None = None, used: Collection[str] | None = None
+) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """Parse `argv` (default: the command line). A flag or value that does not exist ends in one line and status 2.
+
+    For --help: a `description`, and the names of the flags that the script has a use for (default: all).
+    """
+    parser = make_parser(description, used)
     try:
         model_args, data_args, training_args, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True
@@ -181,15 +257,22 @@ def process_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArg
         if unknown:
             raise ValueError(f"unknown arguments: {' '.join(unknown)}")
         if pick_device(model_args.device).type == "cpu" and not training_args.use_cpu:
-            return process_args([*(sys.argv[1:] if argv is None else argv), "--use_cpu", "True"])  # Trainer's --device
+            argv = sys.argv[1:] if argv is None else argv
+            return process_args([*argv, "--use_cpu", "True"], description, used)  # Trainer's --device
         for bits in model_args.w_bits:
             check_bits(bits)
         check_clip_init(model_args.clip_init)
+        check_offload(model_args.offload, pick_device(model_args.device))
         check_lora_r(model_args.lora_r)
-        for name in ("num_images", "num_final_images", "num_train_prompts", "num_inference_steps", "resolution"):
-            value = getattr(data_args, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}")
+        check_name("--output_model_filename", model_args.output_model_filename)
+        check_counts(data_args, "num_images", "num_final_images", "num_train_prompts", "num_inference_steps")
+        check_resolution(data_args.resolution)
+        check_guidance(data_args.guidance_scale)
+        check_seed(training_args.seed)
+        missing = set(training_args.report_to) - set(get_available_reporting_integrations())
+        if missing and used is None:
+            name = min(missing)
+            raise ValueError(f"--report_to {name}: no such package here; install {name}, or use --report_to none")
         if not 0 <= training_args.ema_decay < 1:
             raise ValueError(f"--ema_decay must be at least 0 and below 1, got {training_args.ema_decay}")
         if not 0 < training_args.early_share < 1:
@@ -202,8 +285,7 @@ def process_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArg
             raise ValueError("--freeze_codes cannot be combined with --ema_decay: averaged step sizes want other codes")
         if not 0 < training_args.loss_power <= 1:
             raise ValueError(f"--loss_power must be above 0 and at most 1, got {training_args.loss_power}")
-        if data_args.resolution and data_args.resolution % 16:
-            raise ValueError(f"--resolution must be a multiple of 16, got {data_args.resolution}")
     except ValueError as error:
         parser.error(str(error))
+    model_args.input_model_filename = from_root(model_args.input_model_filename)
     return model_args, data_args, training_args

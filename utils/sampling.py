@@ -1,5 +1,6 @@
 """Pipelines: loading one, what it starts from, the pictures that it draws, and what its transformer does meanwhile."""
 
+import gc
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import torch
 from diffusers import FluxPipeline, ModelMixin
+from diffusers.hooks import HookRegistry, apply_group_offloading
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -22,6 +25,10 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from utils.utils import empty_cache
+
+OFFLOADS = ("model", "sequential")
 
 
 def load_pipeline(name: str, dtype: torch.dtype) -> FluxPipeline:
@@ -90,6 +97,73 @@ def _causes(error: BaseException | None) -> list[BaseException]:
     return chain
 
 
+def check_offload(offload: str | None, device: torch.device) -> None:
+    """ValueError unless `offload` (see place) is known and there is a device to bring the parts to."""
+    if offload is not None and offload not in OFFLOADS:
+        raise ValueError(f"--offload {offload}: expected one of {', '.join(OFFLOADS)}")
+    if offload is not None and device.type == "cpu":
+        raise ValueError("--offload needs a GPU to bring the parts to")
+
+
+def place(pipe: FluxPipeline, device: torch.device, offload: str | None = None) -> None:
+    """Put the pipeline where it computes; to be called again when it got another transformer.
+
+    offload None: all of it on `device`. "model": each component comes when it is needed and goes for the next
+    (diffusers' model offloading; the most that is there at once is T5, 9.5 GB). "sequential": text encoders, and a
+    transformer that takes more than half of the device, stream layer by layer (diffusers' group offloading); packed
+    transformers and the autoencoder stay.
+    """
+    if offload is None:
+        pipe.to(device)
+    elif offload == "model":
+        pipe.remove_all_hooks()
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        for name, part in pipe.components.items():
+            if not isinstance(part, nn.Module) or _is_group_offload_enabled(part):
+                continue
+            large = sum(p.nbytes for p in part.parameters()) > _device_bytes(device) / 2
+            if name.startswith("text_encoder") or large:
+                # Streams pay where a part runs step after step: they want its memory pinned, which takes a while.
+                stream = {"use_stream": True, "low_cpu_mem_usage": True} if large and device.type == "cuda" else {}
+                apply_group_offloading(part, onload_device=device, offload_type="leaf_level", **stream)
+            else:
+                part.to(device)
+
+
+def stop_streaming(part: nn.Module) -> None:
+    """Take group offloading's hooks off a component, and the component to the CPU."""
+    if _is_group_offload_enabled(part):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # a layer may still be on its way in a stream of its own
+        registry = HookRegistry.check_if_exists_or_initialize(part)
+        for name in ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading"):
+            registry.remove_hook(name, recurse=True)
+    part.to("cpu")
+
+
+def unplace(pipe: FluxPipeline) -> None:
+    """Undo `place`: the whole pipeline on the CPU, as it was loaded."""
+    pipe.remove_all_hooks()
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            stop_streaming(part)
+
+
+def drop_transformer(pipe: FluxPipeline) -> None:
+    """Take the transformer out and free its memory: two of them at once would not fit on every card."""
+    device = pipe._execution_device
+    pipe.remove_all_hooks()  # of "model"; they hold the transformer
+    pipe.transformer = None
+    gc.collect()
+    empty_cache(device)
+
+
+def _device_bytes(device: torch.device) -> float:
+    """The memory of the device; of one that does not tell, infinity."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
+
+
 def native_size(pipe: FluxPipeline) -> int:
     """The picture size in pixels that the autoencoder was made for."""
     return pipe.vae.config.sample_size
@@ -123,7 +197,7 @@ def sample_latents(
     pipe.set_progress_bar_config(disable=True)
     return pipe(
         **text,
-        latents=noise.to(pipe.device),
+        latents=noise.to(pipe._execution_device),
         height=size,
         width=size,
         num_inference_steps=num_inference_steps,
@@ -136,7 +210,9 @@ def sample_latents(
 @torch.no_grad()
 def decode_latents(pipe: FluxPipeline, latents: Tensor, size: int) -> Tensor:
     """The pictures [N, 3, size, size] of packed latents [N, L, C]: float32 in 0…1 on the CPU."""
-    latents = pipe._unpack_latents(latents, size, size, pipe.vae_scale_factor).to(pipe.vae.device, pipe.vae.dtype)
+    # An offloaded autoencoder rests elsewhere than it computes.
+    latents = latents.to(pipe._execution_device, pipe.vae.dtype)
+    latents = pipe._unpack_latents(latents, size, size, pipe.vae_scale_factor)
     latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
     decoded = pipe.vae.decode(latents, return_dict=False)[0]
     return pipe.image_processor.postprocess(decoded, output_type="pt").float().cpu()

@@ -1,15 +1,21 @@
-"""What every script needs: log lines, errors of one line, the device and what to compute in on it."""
+"""What every script needs: log lines, errors of one line, flags checked, the device and what to compute in on it."""
 
+import argparse
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError
 
 ROOT = Path(__file__).parents[1]
+DTYPES = ("float32", "bfloat16", "float16")
+LARGEST_SEED = 2**32 - 1  # numpy, which Trainer seeds too, takes no larger ones
+LARGEST_PICTURE = 8192  # pixels a side: 262,144 tokens
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -24,20 +30,46 @@ def get_logger(name: str) -> logging.Logger:
     return logger
 
 
-def run_script(main: Callable[[], None]) -> None:
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's with errors of one line, where its own prints all flags first, and from one of several ranks."""
+
+    def error(self, message: str) -> NoReturn:
+        line = f"{self.prog}: error: {' '.join(message.split())} (see --help)\n"
+        self.exit(2, line if is_first_rank() else None)
+
+
+def is_first_rank() -> bool:
+    """Whether this is the process, of those that torchrun started, that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run_script(
+    main: Callable[[], None],
+    interrupted: str | Callable[[], str] = "nothing unfinished is left; the same command starts again",
+) -> None:
     """Call `main`; ValueError, OSError and SafetensorError, which name their cause, end in one line and status 1.
 
-    With TRACEBACK=1 in the environment they are raised as usual. At the end a process that torchrun started leaves its
-    group, whose threads could otherwise outlive the interpreter and abort it, and torchrun would then end the other
-    ranks, whatever they are writing. Not after an error: leaving may wait for a rank that is in a collective.
+    So does Ctrl-C, with status 130 and `interrupted`: what is saved, and how to go on. With TRACEBACK=1 in the
+    environment all are raised as usual. At the end a process that torchrun started leaves its group, whose threads
+    could otherwise outlive the interpreter and abort it, and torchrun would then end the other ranks, whatever they
+    are writing. Not after an error: leaving may wait for a rank that is in a collective.
     """
+    script = Path(sys.argv[0]).name
     try:
         main()
     except (ValueError, OSError, SafetensorError) as error:
         if os.environ.get("TRACEBACK"):
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        if os.environ.get("TRACEBACK"):
+            raise
+        if is_first_rank():
+            if sys.stderr.isatty():
+                print(file=sys.stderr)  # after ^C, or what stands of a progress bar
+            print(f"{script}: interrupted: {interrupted() if callable(interrupted) else interrupted}", file=sys.stderr)
+        sys.exit(130)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -61,10 +93,44 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 def pick_dtype(training_args, device: torch.device) -> torch.dtype:
-    """bfloat16 with --bf16, float16 with --fp16; with neither, bfloat16 on CUDA and float32 elsewhere."""
+    """What --dtype names, bfloat16 with --bf16, float16 with --fp16; else bfloat16 on CUDA and float32 elsewhere."""
+    if getattr(training_args, "dtype", None) is not None:
+        return getattr(torch, training_args.dtype)
     if training_args.fp16:
         return torch.float16
     return torch.bfloat16 if training_args.bf16 or device.type == "cuda" else torch.float32
+
+
+def from_root(name: str) -> str:
+    """A folder of the repository, such as assets/tiny-flux, wherever the caller is; any other name as it stands."""
+    inside = ROOT / name
+    return name if Path(name).exists() or not inside.is_dir() else str(inside)
+
+
+def check_counts(args: object, *names: str, least: int = 1) -> None:
+    """ValueError unless the whole numbers among these attributes are at least `least`; None is none of them."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} must be at least {least}, got {value}")
+
+
+def check_resolution(pixels: int | None) -> None:
+    """ValueError unless a picture can have this side: FLUX cuts it into patches of 16 pixels."""
+    if pixels is not None and pixels % 16:
+        raise ValueError(f"--resolution must be a multiple of 16, got {pixels}")
+    if pixels is not None and not 16 <= pixels <= LARGEST_PICTURE:
+        raise ValueError(f"--resolution must be at least 16 and at most {LARGEST_PICTURE}, got {pixels}")
+
+
+def check_guidance(scale: float) -> None:
+    if not math.isfinite(scale):
+        raise ValueError(f"--guidance_scale must be a finite number, got {scale}")
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"--seed must be at least 0 and at most {LARGEST_SEED}, got {seed}")
 
 
 def device_name(device: torch.device) -> str:

@@ -1,0 +1,29 @@
+"""Tokenizers of a FLUX pipeline, made from prompts: nothing has to be downloaded."""
+
+import math
+from collections.abc import Sequence
+
+import transformers
+
+TEXT_LENGTH = 24  # tokens of tiny-flux; the longest prompt of utils/scenes.py has 22
+
+
+def make_tokenizers(
+    prompts: Sequence[str], clip_length: int = TEXT_LENGTH, t5_length: int = TEXT_LENGTH
+) -> tuple[transformers.CLIPTokenizer, transformers.T5Tokenizer]:
+    """CLIP: byte-pair encoding learnt from the prompts. T5: a unigram model whose pieces are the prompts' words,
+    scored by log frequency, with single characters to spell what it does not know. The lengths are in tokens."""
+    blank = transformers.CLIPTokenizer(
+        vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[], model_max_length=clip_length
+    )
+    clip = blank.train_new_from_iterator(prompts, vocab_size=512, show_progress=False)
+
+    counts: dict[str, int] = {}
+    for prompt in prompts:
+        for word in prompt.rstrip(".").split():
+            counts[word] = counts.get(word, 0) + 1
+    total = sum(counts.values())
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [(f"\u2581{word}", math.log(count / total)) for word, count in sorted(counts.items())]
+    pieces += [(piece, -20.0) for piece in ["\u2581", *map(chr, range(33, 127))]]
+    return clip, transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=t5_length)

@@ -1,0 +1,460 @@
+"""From block to block of a FLUX transformer that is larger than the device, along recorded calls, resumable.
+
+Two streams of hidden states go side by side: the teacher's, and the student's, which went through the blocks as they
+were treated so far. What is done with a block is up to a function that gets both streams' inputs of it:
+
+    work = Work(folder, {"model": ..., "w_bits": ...})     # refuses a folder of other settings
+    calls = work.calls() or record_calls(pipe, prompts, …)   # keyword arguments of the transformer
+    walk(transformer, calls, w_bits, lambda block: stored_tensors_of_the_treated(block), work, device)
+    for name, tensor in stored_tensors(transformer, work): ...   # every tensor, as a packed folder stores it
+
+What must fit where, for blocks of width d and M tokens a call (FLUX.1-dev in 16 bits at 1024 pixels: d 3072, M 4608)
+
+    host    the transformer once, whose blocks are freed one after the other as they are finished (24 GB), and the two
+            streams: 2·M·d values a call (57 MB; pinned memory comes in powers of two: 8 GB for 112 calls)
+    device  while the teacher is recorded: first the text encoders (10 GB), then the transformer whole where it fits,
+            else two of its blocks at a time; later one block (0.7 GB), one call on its way through it, and what the
+            treatment takes
+    disk    the recorded calls, text once a prompt (0.5 MB a call, 4 MB a prompt), and the finished blocks (2.5 GB at
+            1.58 bits). After a kill the finished blocks are run once more, which rebuilds the student's stream.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate.utils import send_to_device
+from diffusers import FluxPipeline
+from diffusers.hooks import apply_group_offloading
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from models.kernels import dequantize
+from models.packing import from_disk
+from utils.sampling import initial_noise, record_inputs, sample_latents, stop_streaming, text_length
+from utils.utils import empty_cache, get_logger
+
+log = get_logger("walk")
+CPU = torch.device("cpu")
+HIDDEN = ("encoder_hidden_states", "hidden_states")  # in the order in which a block returns them
+BATCHED = (*HIDDEN, "pooled_projections", "timestep", "guidance")  # arguments of the transformer, a row for each sample
+
+ACTIVATIONS = 32  # of the width of a block: values that a token takes on its way through one, estimated with some room
+ENCODED = 16  # prompts encoded at a time
+
+# --------------------------------------------------------------------------------------------------- what is on disk
+
+
+class Work:
+    """A folder of recorded calls and finished blocks: what a walk that was killed goes on from.
+
+    manifest.json       what it belongs to
+    calls.safetensors   the recorded calls
+    BLOCK.safetensors   a finished block's tensors under their full names; its metadata holds the notes on it
+    """
+
+    def __init__(self, folder: Path, manifest: dict):
+        """Open or make `folder`. ValueError, naming the first difference, if it belongs to another `manifest`, a dict
+        of JSON values."""
+        self.folder = folder
+        file = folder / "manifest.json"
+        wanted = json.loads(json.dumps(manifest))
+        try:
+            found = json.loads(file.read_text()) if file.exists() else None
+        except ValueError as error:
+            raise ValueError(f"{file}: cannot be read ({error}); delete {folder} to start over") from None
+        if found is not None:
+            for name in wanted | found:
+                if wanted.get(name) != found.get(name):
+                    raise ValueError(
+                        f"{folder}: begun with {name}={_short(found.get(name))}, now {name}="
+                        f"{_short(wanted.get(name))}; delete it to start over, or go on with the former"
+                    )
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / "manifest.tmp"
+        partial.write_text(json.dumps(wanted, indent=2) + "\n")
+        partial.rename(file)
+
+    def _save(self, tensors: dict[str, Tensor], name: str, **metadata) -> None:
+        partial = self.folder / "partial.tmp"
+        save_file(tensors, partial, metadata={key: json.dumps(value) for key, value in metadata.items()})
+        os.replace(partial, self.folder / name)
+
+    def keep_calls(self, calls: list[dict]) -> None:
+        """Write calls, dicts of tensors and JSON values; a tensor that stands in several of them is written once."""
+        names: dict[int, str] = {}
+        tensors, table = {}, []
+        for call in calls:
+            row = {}
+            for key, value in call.items():
+                if isinstance(value, Tensor):
+                    name = names.setdefault(id(value), str(len(names)))
+                    tensors[name] = value.detach().to(CPU, copy=True).contiguous()
+                    row[key] = {"tensor": name}
+                else:
+                    row[key] = {"value": value}
+            table.append(row)
+        self._save(tensors, "calls.safetensors", calls=table)
+
+    def calls(self) -> list[dict] | None:
+        """The calls that were kept, on the CPU, or None."""
+        file = self.folder / "calls.safetensors"
+        if not file.exists():
+            return None
+        with _opened(file) as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+            table = json.loads(stored.metadata()["calls"])
+        return [{k: tensors[v["tensor"]] if "tensor" in v else v["value"] for k, v in row.items()} for row in table]
+
+    def _file(self, block: str) -> Path:
+        return self.folder / f"{block}.safetensors"
+
+    def has(self, block: str) -> bool:
+        return self._file(block).exists()
+
+    def keep(self, block: str, tensors: dict[str, Tensor], notes: dict) -> None:
+        """Write a finished block: its tensors by full name, as a packed folder stores them, and JSON notes on it."""
+        self._save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, self._file(block).name, notes=notes)
+
+    def block(self, block: str) -> dict[str, Tensor]:
+        """A finished block's tensors, on the CPU."""
+        with _opened(self._file(block)) as stored:
+            return {name: stored.get_tensor(name) for name in stored.keys()}
+
+    def notes(self, block: str) -> dict:
+        """The notes on a finished block."""
+        with _opened(self._file(block)) as stored:
+            return json.loads(stored.metadata()["notes"])
+
+
+def _short(value) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _opened(file: Path):
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file}: damaged ({error}); delete it, and it is made again") from None
+
+
+# ----------------------------------------------------------------------------------------------- recording the teacher
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names, the shapes and the first values of a model's parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        head = parameter.detach().flatten()[:64].float().cpu().numpy().tobytes()
+        digest.update(f"{name} {list(parameter.shape)} ".encode() + head)
+    return digest.hexdigest()
+
+
+def _free_memory(device: torch.device, limit: float | None) -> float:
+    """Bytes that may still be taken on the device, of at most `limit` in all."""
+    if device.type != "cuda":
+        return math.inf
+    empty_cache(device)
+    free = torch.cuda.mem_get_info(device)[0]
+    return free if limit is None else min(free, limit - torch.cuda.memory_allocated(device))
+
+
+@contextmanager
+def _placed(
+    transformer: nn.Module, tokens: int, batch_size: int, device: torch.device, limit: float | None
+) -> Iterator[int]:
+    """Within the block the transformer, else on the CPU, computes on the device, whole or block by block.
+
+    Gives how many pictures of so many tokens there is room for at a time.
+    """
+    room = 0.9 * _free_memory(device, limit)
+    weights = sum(parameter.nbytes for parameter in transformer.parameters())
+    picture = tokens * transformer.inner_dim * transformer.dtype.itemsize * ACTIVATIONS
+    if weights + picture < room:
+        transformer.to(device)
+        try:
+            yield batch_size if room == math.inf else int(min(batch_size, (room - weights) // picture))
+        finally:
+            transformer.to(CPU)
+        return
+    # Every step takes all weights to the device, so as many pictures as there is room for share it.
+    blocks = 3 * max(sum(p.nbytes for p in transformer.get_submodule(n).parameters()) for n in block_names(transformer))
+    log.info("%.1f GB of weights, %.1f GB of room: block by block", weights / 1e9, room / 1e9)
+    streams = {"use_stream": True, "low_cpu_mem_usage": True} if device.type == "cuda" else {}
+    apply_group_offloading(transformer, device, offload_type="block_level", num_blocks_per_group=1, **streams)
+    try:
+        yield int(max(1, (room - blocks) // picture))
+    finally:
+        stop_streaming(transformer)
+
+
+def _encode(pipe: FluxPipeline, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Embeddings [N, S, D] and pooled ones [N, D] of the prompts, on the CPU, where the text encoders come from and go
+    back to."""
+    encoders = [encoder for encoder in (pipe.text_encoder, pipe.text_encoder_2) if encoder is not None]
+    for encoder in encoders:
+        encoder.to(device)
+    found = []
+    for start in range(0, len(prompts), ENCODED):
+        part = list(prompts[start : start + ENCODED])
+        text, pooled, _ = pipe.encode_prompt(part, device=device, max_sequence_length=text_length(pipe))
+        found.append((text.to(CPU), pooled.to(CPU)))
+    for encoder in encoders:
+        encoder.to(CPU)
+    texts, pooled = zip(*found, strict=True)
+    return torch.cat(texts), torch.cat(pooled)
+
+
+@torch.no_grad()
+def record_calls(
+    pipe: FluxPipeline, prompts: Sequence[str], used: Collection[int] | Callable[[int], Collection[int]], *,
+    seed: int, size: int, num_inference_steps: int, guidance_scale: float, batch_size: int, device: torch.device,
+    limit: float | None = None,
+) -> list[dict]:  # fmt: skip
+    """The transformer's keyword arguments in the `used` steps of drawing the prompts, on the CPU; of the n-th batch of
+    prompts in used(n), if that is a function.
+
+    Each call gets one entry more, "weight": the length of its step in sigma times the number of steps, since an error
+    of the velocity enters the picture times that length. The pipeline is on the CPU before and after; nothing is
+    decoded. On CUDA no more than `limit` bytes are taken, by default what is free.
+    """
+    texts, pooled = _encode(pipe, prompts, device)
+    pipe.vae.to(device)  # the pipeline computes where its first component is
+    tokens = (size // (2 * pipe.vae_scale_factor)) ** 2 + texts.shape[1]
+    calls = []
+    with (
+        _placed(pipe.transformer, tokens, batch_size, device, limit) as count,
+        tqdm(total=len(prompts), desc="teacher", unit="image") as bar,
+    ):
+        for batch, start in enumerate(range(0, len(prompts), count)):
+            steps = sorted(used(batch) if callable(used) else used)
+            part = slice(start, min(start + count, len(prompts)))
+            noise = initial_noise(pipe, range(seed + part.start, seed + part.stop), size, pipe.transformer.dtype)
+            with record_inputs(pipe.transformer, steps.__contains__) as found:
+                sample_latents(
+                    pipe, noise.to(device), size=size, num_inference_steps=num_inference_steps,
+                    guidance_scale=guidance_scale, prompt_embeds=texts[part].to(device),
+                    pooled_prompt_embeds=pooled[part].to(device),
+                )  # fmt: skip
+            lengths = (pipe.scheduler.sigmas[:-1] - pipe.scheduler.sigmas[1:]).abs().tolist()
+            for step, call in zip(steps, found, strict=True):
+                calls.append(call | {"weight": lengths[step] * num_inference_steps})
+            bar.update(part.stop - part.start)
+    pipe.vae.to(CPU)
+    empty_cache(device)
+    return calls
+
+
+# -------------------------------------------------------------------------------------------------- the two streams
+
+
+def split_calls(calls: Iterable[dict], tokens: int) -> list[dict]:
+    """The recorded calls of the transformer, cut along the batch so that none has more than `tokens` tokens of text and
+    image (or than one sample). What was one tensor in several calls still is."""
+    cut: dict[tuple, Tensor] = {}
+    found = []
+    for call in calls:
+        batch = len(call["hidden_states"])
+        size = max(1, tokens // sum(call[name].shape[1] for name in HIDDEN))
+        for start in range(0, batch, size):
+            part = dict(call)
+            for name in BATCHED:
+                if isinstance(call.get(name), Tensor) and size < batch:
+                    whole = call[name]
+                    part[name] = cut.setdefault((id(whole), start), whole[start : start + size].clone())
+            found.append(part)
+    return found
+
+
+class _Reached(Exception):
+    """Raised to stop a forward pass where the blocks begin."""
+
+
+@dataclass
+class Streams:
+    """The inputs of the next block in every call.
+
+    teacher, student: (encoder_hidden_states, hidden_states) [B, tokens, d] of each call, on the host, pinned for CUDA.
+    rest: the other keyword arguments of each call, the same for every block, on the device.
+    folder: where hidden states are mapped from files that have no name, and are gone with the process; None: in memory.
+    """
+
+    device: torch.device
+    folder: Path | None = None
+    rest: list[dict] = field(default_factory=list)
+    teacher: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    student: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rest)
+
+    def append(self, inputs: dict) -> None:
+        """Take the keyword arguments, on the device, of the first block in another call."""
+        rest = {name: value for name, value in inputs.items() if name not in HIDDEN}
+        if self.rest and all(map(torch.equal, rest["image_rotary_emb"], self.rest[-1]["image_rotary_emb"])):
+            rest["image_rotary_emb"] = self.rest[-1]["image_rotary_emb"]  # megabytes, and most calls' are equal
+        self.rest.append(rest)
+        for stream in (self.teacher, self.student):
+            stream.append(tuple(self.to_host(inputs[name]) for name in HIDDEN))
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """A copy in host memory, pinned for CUDA, or mapped from a file in `folder`."""
+        if self.folder is None:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.device.type == "cuda").copy_(tensor)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / "hidden_states"
+        held = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+        file.unlink()  # it lives on for as long as it is mapped
+        return held.copy_(tensor)
+
+    def inputs(self, stream: list[tuple[Tensor, Tensor]], i: int) -> dict:
+        """Call i's keyword arguments for the next block, on the device; `stream` is self.teacher or self.student.
+
+        On a CPU they are the stream's own tensors: not to be written to, and other values after `advance`.
+        """
+        hidden = (tensor.to(self.device, non_blocking=True) for tensor in stream[i])
+        return self.rest[i] | dict(zip(HIDDEN, hidden, strict=True))
+
+    def advance(self, module: nn.Module, parameters: dict[str, Tensor]) -> None:
+        """Put the outputs of the block `module` in the place of its inputs, the student's with `parameters` in place of
+        the block's own."""
+        for i in range(len(self)):
+            for stream, own in ((self.teacher, {}), (self.student, parameters)):
+                for host, made in zip(stream[i], run_block(module, own, self.inputs(stream, i)), strict=True):
+                    host.copy_(made, non_blocking=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # before anyone reads them on the host
+
+
+def run_block(module: nn.Module, parameters: dict[str, Tensor], inputs: dict) -> tuple[Tensor, Tensor]:
+    """The block's output (encoder_hidden_states, hidden_states), with `parameters` in place of its own of that name."""
+    return torch.func.functional_call(module, parameters, kwargs=inputs)
+
+
+@torch.no_grad()
+def first_inputs(
+    transformer: nn.Module, calls: Iterable[dict], device: torch.device, folder: Path | None = None
+) -> Streams:
+    """Both streams where the blocks begin, in each of the transformer's calls (keyword arguments); see Streams.
+
+    Of the transformer only what comes before the blocks is taken to `device`, and back to the CPU.
+    """
+    streams = Streams(device, folder)
+    before = [module for module in transformer.children() if not isinstance(module, nn.ModuleList)]
+
+    def stop(module, args, kwargs):
+        streams.append(kwargs)
+        raise _Reached
+
+    hook = transformer.transformer_blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+    for module in before:
+        module.to(device)
+    try:
+        for inputs in calls:
+            try:
+                transformer(**send_to_device(inputs, device))
+            except _Reached:
+                pass
+    finally:
+        hook.remove()
+        for module in before:
+            module.to(CPU)
+    return streams
+
+
+# ---------------------------------------------------------------------------------------------------------- the walk
+
+
+@dataclass
+class Block:
+    """A block that is to be treated. `module` is on the device and holds the teacher's parameters; it stays as it is.
+
+    notes: JSON values to be kept with what the treatment makes of it.
+    """
+
+    name: str
+    module: nn.Module
+    streams: Streams
+    notes: dict = field(default_factory=dict)
+
+    def teacher_inputs(self, i: int) -> dict:
+        """The block's keyword arguments in call i of the teacher, on the device."""
+        return self.streams.inputs(self.streams.teacher, i)
+
+    def student_inputs(self, i: int) -> dict:
+        """The block's keyword arguments in call i of the student, on the device."""
+        return self.streams.inputs(self.streams.student, i)
+
+
+def block_names(transformer: nn.Module) -> list[str]:
+    """The names of the blocks, in the order in which they compute."""
+    kinds = ("transformer_blocks", "single_transformer_blocks")
+    return [f"{kind}.{i}" for kind in kinds for i in range(len(getattr(transformer, kind)))]
+
+
+def student_parameters(block: Block, tensors: dict[str, Tensor], w_bits: int) -> dict[str, Tensor]:
+    """A block's parameters, by their names inside it, that the stored `tensors` stand for: on the device, in the
+    dtype of the block's own."""
+    found, device = {}, block.streams.device
+    for name, own in block.module.named_parameters():
+        full = f"{block.name}.{name}"
+        if full in tensors:
+            found[name] = tensors[full].to(device, own.dtype)
+        else:
+            codes = from_disk(tensors[f"{full}_codes"].to(device), w_bits, own.shape[1])
+            alpha = tensors[f"{full}_clip_val"].to(device)
+            found[name] = dequantize(codes, alpha, w_bits, own.shape[1], own.dtype)
+    return found
+
+
+@torch.no_grad()
+def walk(
+    transformer: nn.Module,
+    calls: Iterable[dict],
+    w_bits: int,
+    treat: Callable[[Block], dict[str, Tensor]],
+    work: Work,
+    device: torch.device = CPU,
+    folder: Path | None = None,
+) -> None:
+    """Treat the blocks of `transformer` one after the other, each on `device`, along `calls` of it.
+
+    treat(block) returns all tensors of the treated block under their full names as a packed folder stores them: a
+    layer's weight_codes, weight_clip_val and bias, or a parameter as it is. They are kept in `work`; blocks that are
+    there already are run but not treated again. With a `folder` the streams lie there, not in memory. Transformer and
+    calls are on the CPU. The transformer is used up: the blocks behind are freed, on the meta device. No gradients:
+    treat turns them on where it wants them.
+    """
+    streams = first_inputs(transformer, calls, device, folder)
+    names = block_names(transformer)
+    finished = sum(work.has(name) for name in names)
+    if finished:
+        log.info("%s: %d of %d blocks are finished; going on from there", work.folder, finished, len(names))
+    with tqdm(total=len(names), initial=finished, desc="blocks", unit="block") as bar:
+        for name in names:
+            block = Block(name, transformer.get_submodule(name).to(device), streams)
+            if not work.has(name):
+                work.keep(name, treat(block), block.notes)
+                bar.update()
+            # Read back even if it was just made: a walk that goes on later sees the same numbers.
+            streams.advance(block.module, student_parameters(block, work.block(name), w_bits))
+            block.module.to("meta")
+
+
+def stored_tensors(transformer: nn.Module, work: Work) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the whole transformer after a walk: the finished blocks', and its own outside of them."""
+    for name in block_names(transformer):
+        yield from work.block(name).items()
+    for name, parameter in transformer.named_parameters():
+        if not parameter.is_meta:
+            yield name, parameter
