@@ -47,7 +47,7 @@ FP8_BITS = 4  # codes up to so many bits are exact in e4m3: integers to 16
 GELU_SCALE = 2 * math.sqrt(2 / math.pi)
 _CPU_ROWS = 1024  # of a product on a CPU: a few MB of cache
 _CHUNK = 2**20  # codes worked on at a time: bounds the memory of packing and unpacking, and fits a cache
-_CHUNK_ON_GPU = 2**26  # where a few launches are to be enough for a layer
+_CHUNK_ON_GPU = 2**24  # where a few launches are to be enough for a layer
 
 
 def row_chunks(rows: int, in_features: int, device: torch.device | None = None) -> Iterator[slice]:

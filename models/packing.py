@@ -35,6 +35,7 @@ FORMAT = 1
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 TRITS = 5  # a byte: 3^5 = 243 of its 256 values
 PROBLEMS = ("a byte holds no five ternary codes", "the padding is not zero")  # of codes on disk
+LOADERS = 8  # threads, each with one layer in its hands
 MARGIN = 0.05  # of the distance between two levels: adopt_codes keeps so far from a threshold
 
 # ------------------------------------------------------------------------------------------------- codes and bytes
@@ -410,7 +411,7 @@ def read_index(folder: Path, config: dict) -> dict:
 def load_packed(model: nn.Module, folder: Path, index: dict, dtype: torch.dtype | None, device: torch.device) -> None:
     """Fill `model`, built on the meta device, from a packed folder; `dtype` is that of what is not quantized.
 
-    Codes travel to the device as they are on disk and are decoded there, several layers at a time, while the shards'
+    Codes travel to a GPU as they are on disk and are decoded there, several layers at a time, while the shards'
     checksums are computed. Every tensor's name, shape and dtype, the range of the codes and their padding are checked:
     ValueError names the first that is wrong. No weight is ever larger than its codes.
     """
@@ -422,7 +423,7 @@ def load_packed(model: nn.Module, folder: Path, index: dict, dtype: torch.dtype 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a thread a layer, not one a part of each step
     try:
-        with ThreadPoolExecutor() as hashing, ThreadPoolExecutor() as loading:
+        with ThreadPoolExecutor() as hashing, ThreadPoolExecutor(LOADERS) as loading:
             verified = [hashing.submit(_verify, folder / name, digests[name]) for name in sorted(digests)]
             try:
                 _fill(model, folder, weight_map, dtype, device, loading)
@@ -449,10 +450,11 @@ def _fill(
 ) -> None:  # fmt: skip
     """Give `model` its parameters, a thread of the pool each; ValueError on the first that is wrong."""
     problems, flags = [], []
+    reading = device if device.type == "cuda" else torch.device("cpu")  # the others lack one or the other operation
     for shard in sorted(set(weight_map.values())):
         file, names = folder / shard, sorted(name for name, where in weight_map.items() if where == shard)
         try:
-            with safe_open(file, framework="pt", device=str(device)) as tensors:
+            with safe_open(file, framework="pt", device=str(reading)) as tensors:
                 if odd := set(tensors.keys()) ^ set(names):
                     raise ValueError(f"{file}: holds other tensors than the index says, such as {min(odd)}")
 
@@ -461,7 +463,7 @@ def _fill(
                     module, found = model.get_submodule(path), tensors.get_slice(name)
                     _check_tensor(file, name, found.get_shape(), found.get_dtype(), module, kind)
                     value, found, wrong = _finish(tensors.get_tensor(name), module, kind, dtype)
-                    setattr(module, kind, nn.Parameter(value, requires_grad=False))
+                    setattr(module, kind, nn.Parameter(value.to(device), requires_grad=False))
                     return [f"{file}: {name}{problem}" for problem in found], wrong
 
                 loaded = [pool.submit(load, name) for name in names]
