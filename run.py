@@ -55,6 +55,7 @@ from utils.sampling import (
     load_pipeline,
     native_size,
     place,
+    set_attention,
     unplace,
 )
 from utils.utils import (
@@ -434,12 +435,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "only the component that computes; sequential: what does not fit streams layer by "
                         "layer")  # fmt: skip
     parser.add_argument("--mode", choices=MODES, default="exact", help="to draw in; fast: 8-bit activations")
+    parser.add_argument("--attention", metavar="NAME", help="of the quantized model, one of diffusers' backends, "
+                        "such as sage, flash or _flash_3; default: torch's own")  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--device", help="default: cuda if there, else mps, else cpu")
     parser.add_argument("--seed", type=int, default=42, help="picture i starts from the noise of seed + i")
     args = parser.parse_args(argv)
     try:
         args.device = pick_device(args.device)
+        if args.attention:
+            set_attention(args.attention)
         check_offload(args.offload, args.device)
         if check_bits(args.w_bits) >= 16:
             raise ValueError(f"--w_bits {args.w_bits}: nothing to quantize; use 0 to 8")
@@ -535,7 +540,7 @@ def quantize(args: argparse.Namespace) -> None:
         copy_rest(source, folder)
         metrics = {
             "model": lasting_name(args.model_id), "method": args.method, "w_bits": args.w_bits, "without": args.without,
-            "mode": args.mode,
+            "mode": args.mode, "attention": args.attention,
             "bytes_before": folder_bytes(source / "transformer"),
             "bytes_after": folder_bytes(folder / "transformer"),
             "layers": errors.table(), "seconds": round(quantizing, 1),
@@ -548,6 +553,8 @@ def quantize(args: argparse.Namespace) -> None:
         if args.num_images:
             student = FluxTransformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)
             pipe.register_modules(transformer=student.set_inference_mode(args.mode))
+            if args.attention:
+                set_attention(args.attention, student)
             images = draw(pipe, prompts, args, name)
             save_images(teacher_images, folder / "samples" / "full")
             save_images(images, folder / "samples" / f"bits_{args.w_bits}")

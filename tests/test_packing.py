@@ -762,6 +762,30 @@ def test_packing_and_unpacking_for_the_disk_need_little_memory(w_bits):
         assert torch.equal(packing.to_disk(memory, w_bits, columns), stored)
 
 
+@pytest.mark.parametrize("w_bits", BITS)
+def test_decoding_waits_for_no_device(w_bits):
+    """On the meta device there is nothing to wait for: a question to the host would be an error."""
+    stored = torch.empty(7, packing.disk_row_bytes(1001, w_bits), dtype=torch.uint8, device="meta")
+    packed, wrong = packing.decode(stored, w_bits, 1001)
+    assert packed.shape == (7, packing.row_bytes(1001, w_bits)) and packed.dtype == torch.uint8
+    assert wrong.shape == (len(packing.PROBLEMS),) and wrong.is_meta
+
+
+def test_loading_leaves_the_number_of_threads_as_it_was(ternary, tmp_path):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        FluxTransformer2DModel.from_pretrained(ternary[1])
+        assert torch.get_num_threads() == 2
+        shutil.copytree(ternary[1], tmp_path, dirs_exist_ok=True)
+        next(tmp_path.glob("*.safetensors")).write_bytes(b"")
+        with pytest.raises(ValueError, match="damaged"):
+            FluxTransformer2DModel.from_pretrained(tmp_path)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 # What a packed model cannot do
 
 

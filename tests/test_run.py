@@ -42,7 +42,9 @@ def copy(pipeline_folder, tmp_path):
 @pytest.mark.parametrize(("method", "bits"), [("threshold", 0), ("mse", 2), ("calibrated", 3)])
 def test_it_writes_a_pipeline_that_one_call_loads(method, bits, call, pipeline_folder):
     mode = "fast" if method == "threshold" else "exact"
-    result = call("--method", method, "--w_bits", bits, "--num_images", 2, "--mode", mode)
+    result = call(
+        "--method", method, "--w_bits", bits, "--num_images", 2, "--mode", mode, "--attention", "_native_math"
+    )
     assert result.returncode == 0, result.line
     written = {str(file.relative_to(result.folder / "samples")) for file in (result.folder / "samples").rglob("*.png")}
     names = ("full", f"bits_{bits}")
@@ -67,7 +69,7 @@ def test_it_writes_a_pipeline_that_one_call_loads(method, bits, call, pipeline_f
     )
     assert (metrics["bytes_before"], metrics["bytes_after"]) == (before, after)
     assert sum(row["layers"] for row in metrics["layers"].values()) == len(quantized)
-    assert metrics["mode"] == mode
+    assert (metrics["mode"], metrics["attention"]) == (mode, "_native_math")
     assert 10**8 < metrics["peak_rss_bytes"] < 10**11
     assert metrics["gb_per_second"] == pytest.approx(before / metrics["seconds"] / 1e9, rel=1, abs=1e-3)
     assert (metrics["torch"], metrics["device"][-9:]) == (torch.__version__, "CPU cores")
@@ -364,6 +366,7 @@ def test_a_damaged_transformer_is_named_and_nothing_is_left(call, copy, fault):
         (("--model_id", "nowhere"), 1, "nowhere: neither a folder nor"),
         (("--method", "threshold", "--w_bits", 4), 2, "--method threshold is a ternary rule"),
         (("--w_bits", 16), 2, "--w_bits 16: nothing to quantize"),
+        (("--attention", "fastest"), 2, "--attention fastest: `backend='fastest'` must be one of"),
         (("--w_bits", 9), 2, "w_bits=9 is not supported"),
         (("--threshold_ratio", 1), 2, "--threshold_ratio must be at least 0 and below 1"),
         (("--num_images", -1), 2, "--num_images must be at least 0, got -1"),
