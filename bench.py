@@ -48,7 +48,7 @@ from torch import Tensor, nn
 
 from models.kernels import MODES
 from models.modeling_flux_quant import DEFAULT_SETTINGS, MODULATION, FluxTransformer2DModel
-from models.packing import PackedLinear, row_chunks, store_codes, unpack_trits
+from models.packing import PackedLinear, decode, store_codes
 from utils.cuda_graph import captured
 from utils.folders import check_disk, scratch_folder, tidy, whole_file, write_json
 from utils.metrics import nmse
@@ -67,6 +67,7 @@ from utils.rivals import (
     twin,
     why_not,
 )
+from utils.sampling import set_attention
 from utils.utils import (
     DTYPES,
     ROOT,
@@ -272,8 +273,7 @@ def bench_layers(args: argparse.Namespace, whole: nn.Module, packed: FluxTransfo
     held = dict(packed.named_modules())  # on a CPU a block of each kind, of all that `whole` has
     rows = []
     for (modulation, n, k), names in layer_shapes(whole).items():
-        # q, k and v may share what is made of their input; an attention's output layer has its own.
-        chosen = [max(names, key=lambda name: "to_out" in name)]
+        chosen = names[:1]
         if modulation:  # so short that a launch would count, were it not for the next ones behind it
             chosen = [name for name in names if name in held][:IN_A_ROW]
         counts = {1} if modulation else tokens
@@ -354,8 +354,8 @@ def bench_load(args: argparse.Namespace, packed: FluxTransformer2DModel) -> dict
 
 
 def bench_decoding(args: argparse.Namespace, packed: FluxTransformer2DModel) -> dict[str, float]:
-    """Ternary codes a second, 1e9 of them (GB, at a byte each), that come out of their form on disk, five a byte: of
-    the largest layer, by one thread of the CPU and by the device."""
+    """Ternary codes a second, 1e9 of them (GB, at a byte each), that go from their form on disk, five a byte, to four a
+    byte in memory: of the largest layer, by one thread of the CPU and by the device."""
     layer = max((m for m in packed.modules() if isinstance(m, PackedLinear)), key=lambda m: m.weight_codes.numel())
     codes, k = layer.codes().cpu(), layer.in_features
     stored, threads, rates = store_codes(codes, 0), torch.get_num_threads(), {}
@@ -363,12 +363,11 @@ def bench_decoding(args: argparse.Namespace, packed: FluxTransformer2DModel) -> 
     for device in dict.fromkeys([torch.device("cpu"), args.device]):
         given = stored.to(device)
 
-        def decode(given=given) -> None:
-            for rows in row_chunks(*codes.shape):  # as from_pretrained does
-                unpack_trits(given[rows], k)
+        def call(given=given) -> None:
+            decode(given, 0, k)
 
-        decode()
-        rates[device.type] = codes.numel() / 1e9 / statistics.median(seconds(decode, device) for _ in range(5 * RUNS))
+        call()
+        rates[device.type] = codes.numel() / 1e9 / statistics.median(seconds(call, device) for _ in range(5 * RUNS))
     torch.set_num_threads(threads)
     return rates
 
@@ -472,6 +471,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--load", action="store_true", help="also time loading a packed checkpoint from a warm disk, and decoding codes"
     )
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help="of ours; default: both")
+    parser.add_argument("--attention", metavar="NAME", help="of ours, one of diffusers' backends, such as sage, flash "
+                        "or _flash_3; default: torch's own, as all rivals have")  # fmt: skip
     parser.add_argument("--no_steps", action="store_true", help="leave the denoising steps out")
     parser.add_argument("--device", help="default: cuda if there, else mps, else cpu")
     parser.add_argument("--dtype", dest="dtype_name", choices=DTYPES,
@@ -486,6 +487,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     try:
         args.device = pick_device(args.device)
+        if args.attention:
+            set_attention(args.attention)
         args.architecture, text_tokens, sizes = read_config(args.config)
         args.text_tokens = text_tokens if args.text_tokens is None else args.text_tokens
         args.resolution = args.resolution or sizes
@@ -524,10 +527,13 @@ def main(argv: list[str] | None = None) -> None:
         note = f"one block of each kind: all of the {weights / 1e9:.1f} B block weights are too many for {args.device}"
         log.info(note)
     packed = random_packed(config, args.dtype, args.device, args.seed)
+    if args.attention:
+        set_attention(args.attention, packed)
     figures = {
         "command": shlex.join(["python", "bench.py", *words]),
         "config": args.config, "architecture": config, "note": note, "block_weights": weights,
         "resolution": args.resolution, "text_tokens": args.text_tokens, "dtype": args.dtype_name, "batch_size": 1,
+        "attention": args.attention,
         "compile": args.compile, "cpp_wrapper": args.cpp_wrapper, "rounds": args.rounds, "runs_a_round": RUNS,
         "seed": args.seed, "device": device_name(args.device),
         "host": f"{os.cpu_count()} CPU cores, {platform.platform()}", "threads": torch.get_num_threads(),

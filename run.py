@@ -41,7 +41,7 @@ from models.kernels import MODES
 from models.modeling_flux_quant import FluxTransformer2DModel, is_quantized
 from models.packing import FORMAT, PackedLinear, PackedWriter, disk_row_bytes, row_chunks, store_codes
 from models.utils_quant import check_bits, code_grid
-from utils.blockwise import STARTS, Settings, train_block, used_steps
+from utils.blockwise import STARTS, Settings, channel_weights, train_block, used_steps
 from utils.checkpoints import bits_name
 from utils.folders import PREFIX, check_disk, is_empty, locked, scratch_folder, whole_folder, write_json
 from utils.oneshot import INGREDIENTS, METHODS, calibrate, round_weight
@@ -55,6 +55,7 @@ from utils.sampling import (
     load_pipeline,
     native_size,
     place,
+    set_attention,
     unplace,
 )
 from utils.utils import (
@@ -86,9 +87,11 @@ MANY_BLOCKWISE = {
 }  # fmt: skip
 FEW_BLOCKWISE = {
     "calibration_prompts": 256, "calibration_stride": 4, "block_steps": 500, "block_batch_size": 16,
-    "block_micro_batch_size": 4, "block_checkpointing": True, "lookahead": 2, "batch_size": 8,
+    "block_micro_batch_size": 2, "block_checkpointing": True, "lookahead": 2, "batch_size": 8,
 }  # fmt: skip
 WITH_CALLS = ("calibrated", "blockwise")  # methods that look at the teacher's trajectories
+WEIGHED = 8  # calls by which channel weights are found
+HOW = ("micro_batch_size", "checkpointing", "compile")  # what may change when a block-wise training goes on
 CALL_TOKENS = 8192  # that go through a block at a time: one picture of 1024 pixels, or many small ones
 KINDS = ("norm", "attn", "ff", "proj")  # of layers, by a part of their name
 
@@ -145,10 +148,12 @@ def packed_bytes(source: Path, w_bits: int) -> int:
 
 
 class Errors:
-    """Squared errors and energies of the weights, by kind of layer; why which layers fell back to mse."""
+    """Squared errors and energies of the weights, by kind of layer; why which layers fell back to mse; the error and
+    the seconds of each block that was trained."""
 
     def __init__(self):
         self.fell_back: dict[str, str] = {}
+        self.blocks: dict[str, dict] = {}
         self.sums = {kind: [0.0, 0.0, 0] for kind in KINDS}
 
     def add(self, name: str, error: float, energy: float) -> None:
@@ -219,6 +224,7 @@ def block_settings(args: argparse.Namespace) -> Settings:
         w_bits=args.w_bits, start=args.block_start, steps=args.block_steps, batch_size=args.block_batch_size,
         micro_batch_size=args.block_micro_batch_size, learning_rate=args.block_learning_rate,
         lookahead=args.lookahead, loss_power=args.block_loss_power, local_loss=args.block_local_loss,
+        weigh_channels=args.block_weigh_channels,
         freeze_codes=args.block_freeze_codes, checkpointing=args.block_checkpointing, compile=compile, seed=args.seed,
     )  # fmt: skip
 
@@ -255,6 +261,7 @@ def along_calls(pipe: FluxPipeline, target: Path, args: argparse.Namespace, erro
         settings["without"] = args.without
     else:
         settings |= asdict(block_settings(args)) | {"early_share": args.block_early_share}
+        settings = {name: value for name, value in settings.items() if name not in HOW}
     settings["weights"] = fingerprint(transformer)
     work = Work(work_folder(args), settings)
     calls = work.calls()
@@ -280,6 +287,8 @@ def along_calls(pipe: FluxPipeline, target: Path, args: argparse.Namespace, erro
     for block in block_names(transformer):
         notes = work.notes(block)
         errors.fell_back |= notes.get("fell_back", {})
+        if args.method == "blockwise":
+            errors.blocks[block] = {name: notes[name] for name in ("error", "seconds")}
         for name, (error, energy) in notes["layers"].items():
             errors.add(name, error, energy)
     writer = PackedWriter(target)
@@ -293,14 +302,28 @@ def blockwise(
     transformer: FluxTransformer2DModel, calls: list[dict], work: Work, settings: dict, args: argparse.Namespace
 ) -> tuple[FluxTransformer2DModel, Work]:
     """Train the blocks along the calls, round after round; the used-up transformer and the last round's work."""
-    disk, before = work_folder(args) if args.activations_on_disk else None, None
+    disk, before, weights = work_folder(args) if args.activations_on_disk else None, None, None
+    tokens = sum(call[name].shape[:-1].numel() for call in calls for name in ("hidden_states", "encoder_hidden_states"))
+    size = 3 * tokens * transformer.inner_dim * transformer.dtype.itemsize  # both streams, and the targets
+    samples = sum(len(call["hidden_states"]) for call in calls)
+    log.info("%d samples, whose hidden states take %.1f GB of %s", samples, size / 1e9, "disk" if disk else "memory")
+    if disk is not None:
+        check_disk(disk, size, "what block-wise training keeps of the samples")
+    if args.block_weigh_channels:
+        weights = channel_weights(transformer, calls[:: max(1, len(calls) // WEIGHED)][:WEIGHED], args.device)
     for number in range(args.block_rounds):
         if number:
             work = Work(work_folder(args) / f"round_{number}", settings)
             source = local_pipeline(args.model_id) / "transformer"
             transformer = FluxTransformer2DModel.from_pretrained(source, dtype=transformer.dtype)
-        treat = partial(train_block, transformer=transformer, settings=block_settings(args), before=before)
-        walk(transformer, calls, args.w_bits, treat, work, args.device, disk)
+        more = {"settings": block_settings(args), "before": before, "weights": weights}
+        treat = partial(train_block, transformer=transformer, **more)
+        try:
+            walk(transformer, calls, args.w_bits, treat, work, args.device, disk)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"out of device memory ({error}); go on with a lower --block_micro_batch_size, or --block_checkpointing"
+            ) from None
         before = work
     return transformer, work
 
@@ -365,13 +388,16 @@ def add_block_flags(parser: argparse.ArgumentParser) -> None:
                        help="a sample's error counts to this power: below 1 hard samples count less")  # fmt: skip
     group.add_argument("--block_local_loss", type=float, default=0.0,
                        help="weight of the block's own outputs beside those after K blocks")  # fmt: skip
+    group.add_argument("--block_weigh_channels", action=argparse.BooleanOptionalAction, default=False,
+                       help="where K blocks do not reach the velocity, weigh each channel by what its error does to "
+                       "that")  # fmt: skip
     group.add_argument("--block_freeze_codes", type=float, default=0.1,
                        help="for this last part of the steps the codes stay and the rest is trained")  # fmt: skip
     group.add_argument("--block_early_share", type=float, default=0.8,
                        help="share of the samples from the first quarter of the denoising steps")  # fmt: skip
     group.add_argument("--block_checkpointing", action=argparse.BooleanOptionalAction,
-                       help="compute a block's activations twice instead of keeping them; default: above "
-                       f"{MANY_PIXELS} pixels")  # fmt: skip
+                       help="compute the activations of the blocks ahead twice instead of keeping them; default: "
+                       f"above {MANY_PIXELS} pixels")  # fmt: skip
     group.add_argument("--block_compile", action=argparse.BooleanOptionalAction,
                        help="compile the blocks; default: on CUDA. It takes a minute or so")  # fmt: skip
 
@@ -409,12 +435,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "only the component that computes; sequential: what does not fit streams layer by "
                         "layer")  # fmt: skip
     parser.add_argument("--mode", choices=MODES, default="exact", help="to draw in; fast: 8-bit activations")
+    parser.add_argument("--attention", metavar="NAME", help="of the quantized model, one of diffusers' backends, "
+                        "such as sage, flash or _flash_3; default: torch's own")  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--device", help="default: cuda if there, else mps, else cpu")
     parser.add_argument("--seed", type=int, default=42, help="picture i starts from the noise of seed + i")
     args = parser.parse_args(argv)
     try:
         args.device = pick_device(args.device)
+        if args.attention:
+            set_attention(args.attention)
         check_offload(args.offload, args.device)
         if check_bits(args.w_bits) >= 16:
             raise ValueError(f"--w_bits {args.w_bits}: nothing to quantize; use 0 to 8")
@@ -438,9 +468,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for name in ("block_learning_rate", "block_loss_power"):
             if getattr(args, name) <= 0:
                 raise ValueError(f"--{name} must be above 0, got {getattr(args, name)}")
-        for name in ("block_freeze_codes", "block_early_share"):
-            if not 0 <= getattr(args, name) < 1:
-                raise ValueError(f"--{name} must be at least 0 and below 1, got {getattr(args, name)}")
+        if not 0 <= args.block_freeze_codes <= 1:
+            raise ValueError(f"--block_freeze_codes must be 0 to 1, got {args.block_freeze_codes}")
+        if not 0 < args.block_early_share < 1:
+            raise ValueError(f"--block_early_share must be above 0 and below 1, got {args.block_early_share}")
         if args.memory_gib is not None and args.memory_gib <= 0:
             raise ValueError(f"--memory_gib must be above 0, got {args.memory_gib:g}")
     except ValueError as error:
@@ -509,7 +540,7 @@ def quantize(args: argparse.Namespace) -> None:
         copy_rest(source, folder)
         metrics = {
             "model": lasting_name(args.model_id), "method": args.method, "w_bits": args.w_bits, "without": args.without,
-            "mode": args.mode,
+            "mode": args.mode, "attention": args.attention,
             "bytes_before": folder_bytes(source / "transformer"),
             "bytes_after": folder_bytes(folder / "transformer"),
             "layers": errors.table(), "seconds": round(quantizing, 1),
@@ -517,11 +548,13 @@ def quantize(args: argparse.Namespace) -> None:
             "peak_rss_bytes": peak_rss(), "peak_device_bytes": peak_device(args.device), "fell_back": errors.fell_back,
             "device": device_name(args.device), "torch": torch.__version__,
             "diffusers": diffusers.__version__,
-            "blockwise": asdict(block_settings(args)) if args.method == "blockwise" else None,
+            "blockwise": asdict(block_settings(args)) if args.method == "blockwise" else None, "blocks": errors.blocks,
         }  # fmt: skip
         if args.num_images:
             student = FluxTransformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)
             pipe.register_modules(transformer=student.set_inference_mode(args.mode))
+            if args.attention:
+                set_attention(args.attention, student)
             images = draw(pipe, prompts, args, name)
             save_images(teacher_images, folder / "samples" / "full")
             save_images(images, folder / "samples" / f"bits_{args.w_bits}")

@@ -47,6 +47,7 @@ from utils.sampling import (
     native_size,
     place,
     record_velocities,
+    set_attention,
 )
 from utils.utils import (
     DTYPES,
@@ -218,6 +219,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "only the component that computes; sequential: what does not fit streams layer by "
                         "layer")  # fmt: skip
     parser.add_argument("--mode", choices=MODES, default="exact", help="to compute in; fast: 8-bit activations")
+    parser.add_argument("--attention", metavar="NAME", help="of the quantized model, one of diffusers' backends, "
+                        "such as sage, flash or _flash_3; default: torch's own")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="compile the transformer, on CUDA into CUDA graphs: "
                         "a minute or two at the start, then faster")  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else float32")
@@ -230,6 +233,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)  # or W_BITS would have to stand right after CHECKPOINT
     try:
         args.device = pick_device(args.device)
+        if args.attention:
+            set_attention(args.attention)
         args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
         check_counts(args, "num_images", "samples_per_prompt", "batch_size", "steps")
         check_resolution(args.resolution)
@@ -255,6 +260,8 @@ def load(args: argparse.Namespace) -> tuple[FluxTransformer2DModel, FluxPipeline
     student = load_student(transformer_folder(args.checkpoint), dtype, w_bits=args.w_bits)
     if args.mode != "exact":
         student.set_inference_mode(args.mode)
+    if args.attention:
+        set_attention(args.attention, student)
     args.model = args.model or find_teacher(args.checkpoint)
     pipe = load_pipeline(args.model, dtype)
     check_shapes(args.checkpoint, student.config, args.model, pipe.transformer, "--model")
@@ -315,7 +322,8 @@ def judge(args: argparse.Namespace) -> None:
     metrics = {
         "checkpoint": str(args.checkpoint), "w_bits": args.w_bits, "model": model, "prompts": len(prompts),
         "prompt_source": source, "seed": args.seed, "steps": args.steps, "guidance_scale": args.guidance_scale,
-        "resolution": args.resolution, "dtype": str(dtype), "mode": args.mode, "compile": args.compile,
+        "resolution": args.resolution, "dtype": str(dtype), "mode": args.mode, "attention": args.attention,
+        "compile": args.compile,
         "batch_size": args.batch_size, "device": device_name(device), "torch": torch.__version__,
     }  # fmt: skip
     if args.compile:  # what is timed next finds the compiled code

@@ -277,6 +277,8 @@ def test_architectures_have_the_published_size(name, parameters, tokens):
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--text_tokens", "0"], "--text_tokens must be at least 1, got 0"),
         (["--device", "abacus"], "--device abacus is not available here"),
+        (["--attention", "brisk"], "--attention brisk: `backend='brisk'` must be one of"),
+        (["--attention", "_native_npu"], "--attention _native_npu: NPU Attention backend '_native_npu' is not usable"),
         (["--mode", "brisk"], "argument --mode: invalid choice: 'brisk'"),
         (["--no_steps"], "--no_steps leaves nothing to measure"),
         (["--device", "cpu", "--cpp_wrapper"], "--cpp_wrapper is a way to compile: add --compile"),

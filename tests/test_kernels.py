@@ -415,6 +415,20 @@ def test_blocks_compile_whole_and_once(small, blocks, mode):
 
 
 @pytest.mark.parametrize("mode", kernels.MODES)
+def test_blocks_of_a_kind_share_their_compiled_code(small, joining, mode):
+    """What is asked of hooks must not tie code to one block: 38 would be compiled one by one."""
+    model = FluxTransformer2DModel(**{**small.config, "num_layers": 3, "num_single_layers": 4, "packed": 0})
+    model.eval().pack().to(DEVICE)
+    torch._dynamo.reset()
+    model.set_inference_mode(mode).compile_repeated_blocks(fullgraph=True, dynamic=False, backend="eager")
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for seed in range(2):
+        velocity(model, seed)
+    # Two for single blocks: the first has its tokens from a double block, in another layout.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 3
+
+
+@pytest.mark.parametrize("mode", kernels.MODES)
 @pytest.mark.parametrize("w_bits", BITS)
 def test_a_layer_is_compiled_down_to_its_steps(w_bits, mode):
     """So that the compiler can fuse them: as an op of its own, a layer of tiny-flux took twice as long on a CPU."""

@@ -14,7 +14,8 @@ from utils.rehearsal import Stage, Step
 
 @pytest.fixture
 def stage(tmp_path):
-    return Stage(rehearsal.parse_args(["--output", str(tmp_path / "out"), "--scale", "small"]))
+    """In a folder whose name looks like a pattern."""
+    return Stage(rehearsal.parse_args(["--output", str(tmp_path / "[out]"), "--scale", "small"]))
 
 
 NO_GPU = {"gpus": [], "commit": "abc"}
@@ -85,6 +86,23 @@ def test_what_cannot_run_is_skipped_with_its_reason(stage):
     assert rehearsal.play(step("pass", gpus=2), stage, NO_GPU)["skipped"] == "needs 2 GPUs"
     row = rehearsal.play(step("pass", reads=("cache",)), stage, NO_GPU)
     assert row["skipped"] == "needs cache of an earlier step"
+
+
+def test_a_pipeline_that_is_there_is_used_and_never_deleted(stage):
+    model = stage.output / "model"
+    model.mkdir(parents=True)
+    (model / "mine").touch()
+    make = next(step for step in rehearsal.STEPS if step.name == "make")
+    assert rehearsal.play(make, stage, NO_GPU)["skipped"] == f"{model} is there already"
+    assert not any("{model}" in text for step in rehearsal.STEPS for text in (*step.clears, *step.drops))
+    assert (model / "mine").exists()
+
+
+def test_a_folder_of_someone_elses_is_left_alone(stage):
+    (stage.work / "lora").mkdir(parents=True)
+    with pytest.raises(ValueError, match="not of a rehearsal .*choose another --output"):
+        rehearsal.rehearse([step("pass", clears=("lora",))], stage)
+    assert (stage.work / "lora").exists()
 
 
 # ----- what is measured

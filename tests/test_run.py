@@ -42,7 +42,9 @@ def copy(pipeline_folder, tmp_path):
 @pytest.mark.parametrize(("method", "bits"), [("threshold", 0), ("mse", 2), ("calibrated", 3)])
 def test_it_writes_a_pipeline_that_one_call_loads(method, bits, call, pipeline_folder):
     mode = "fast" if method == "threshold" else "exact"
-    result = call("--method", method, "--w_bits", bits, "--num_images", 2, "--mode", mode)
+    result = call(
+        "--method", method, "--w_bits", bits, "--num_images", 2, "--mode", mode, "--attention", "_native_math"
+    )
     assert result.returncode == 0, result.line
     written = {str(file.relative_to(result.folder / "samples")) for file in (result.folder / "samples").rglob("*.png")}
     names = ("full", f"bits_{bits}")
@@ -67,7 +69,7 @@ def test_it_writes_a_pipeline_that_one_call_loads(method, bits, call, pipeline_f
     )
     assert (metrics["bytes_before"], metrics["bytes_after"]) == (before, after)
     assert sum(row["layers"] for row in metrics["layers"].values()) == len(quantized)
-    assert metrics["mode"] == mode
+    assert (metrics["mode"], metrics["attention"]) == (mode, "_native_math")
     assert 10**8 < metrics["peak_rss_bytes"] < 10**11
     assert metrics["gb_per_second"] == pytest.approx(before / metrics["seconds"] / 1e9, rel=1, abs=1e-3)
     assert (metrics["torch"], metrics["device"][-9:]) == (torch.__version__, "CPU cores")
@@ -257,6 +259,28 @@ def test_blockwise_trains_norms_along_and_goes_on_from_the_round_before(call, pi
     assert (settings["steps"], settings["batch_size"], settings["lookahead"]) == (3, 2, 1)
 
 
+def test_large_pictures_are_trained_on_in_smaller_batches(call, monkeypatch):
+    monkeypatch.setattr(script, "MANY_PIXELS", 64)
+    result = call("--method", "blockwise", "--num_images", 0, "--block_steps", 1, "--block_weigh_channels")
+    assert result.returncode == 0, result.line
+    settings = json.loads((result.folder / "metrics.json").read_text())["blockwise"]
+    found = {name: settings[name] for name in ("batch_size", "micro_batch_size", "checkpointing", "lookahead", "steps")}
+    assert found == {"batch_size": 16, "micro_batch_size": 2, "checkpointing": True, "lookahead": 2, "steps": 1}
+
+
+def test_too_little_device_memory_is_one_line_that_says_what_to_do(call, monkeypatch, tmp_path):
+    """And what it says can be done: the same training goes on with smaller micro-batches."""
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "train_block", full)
+        result = call(*BLOCKWISE)
+    assert result.returncode == 1 and "Tried to allocate 2 GiB); go on with a lower --block_micro" in result.line
+    assert call(*BLOCKWISE, "--block_micro_batch_size", 1).returncode == 0
+
+
 def test_what_block_wise_training_was_begun_with_is_kept_to(call, monkeypatch, tmp_path):
     def stop(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -342,6 +366,7 @@ def test_a_damaged_transformer_is_named_and_nothing_is_left(call, copy, fault):
         (("--model_id", "nowhere"), 1, "nowhere: neither a folder nor"),
         (("--method", "threshold", "--w_bits", 4), 2, "--method threshold is a ternary rule"),
         (("--w_bits", 16), 2, "--w_bits 16: nothing to quantize"),
+        (("--attention", "fastest"), 2, "--attention fastest: `backend='fastest'` must be one of"),
         (("--w_bits", 9), 2, "w_bits=9 is not supported"),
         (("--threshold_ratio", 1), 2, "--threshold_ratio must be at least 0 and below 1"),
         (("--num_images", -1), 2, "--num_images must be at least 0, got -1"),
@@ -360,7 +385,7 @@ def test_a_damaged_transformer_is_named_and_nothing_is_left(call, copy, fault):
         (("--block_steps", 0), 2, "--block_steps must be at least 1"),
         (("--lookahead", -1), 2, "--lookahead must not be negative"),
         (("--block_learning_rate", 0), 2, "--block_learning_rate must be above 0"),
-        (("--block_early_share", 1), 2, "--block_early_share must be at least 0 and below 1"),
+        (("--block_early_share", 1), 2, "--block_early_share must be above 0 and below 1"),
         (("--device", "abacus"), 2, "--device abacus is not available here"),
         (("--prompts_json", "nowhere.json"), 1, "--prompts_json nowhere.json: cannot be read"),
     ],

@@ -127,6 +127,13 @@ def test_what_is_measured_is_what_diffusers_draws(checkpoints, call, pipeline_fo
     assert Image.open(result.folder / "samples" / "grid.png").width > 3 * 128  # teacher, checkpoint, difference
 
 
+def test_attention_by_another_backend_gives_the_same_picture(checkpoints, call):
+    flags = ("--num_images", 1, "--resolution", 64)
+    own, other = (call(checkpoints["packed"], 0, *flags, *more) for more in ((), ("--attention", "_native_math")))
+    assert (own.metrics["attention"], other.metrics["attention"]) == (None, "_native_math")
+    assert other.metrics["nmse"] == pytest.approx(own.metrics["nmse"], rel=1e-3)
+
+
 def test_fast_mode_is_another_computation_of_the_same_picture(checkpoints, call):
     flags = ("--num_images", 1, "--resolution", 64)
     exact, fast = (call(checkpoints["packed"], 0, *flags, "--mode", mode).metrics for mode in ("exact", "fast"))
@@ -374,6 +381,7 @@ def test_prompt_files_that_hold_none_are_refused(flag, content, message, checkpo
         (("--offload",), 2, "--offload needs a GPU"),
         (("--offload", "--compile"), 2, "--offload moves what --compile wants to stay"),
         (("--device", "abacus"), 2, "--device abacus is not available here"),
+        (("--attention", "fastest"), 2, "--attention fastest: `backend='fastest'` must be one of"),
         (("--prompts", "nowhere.txt"), 1, "--prompts nowhere.txt: cannot be read"),
         (("--geneval", "nowhere.jsonl"), 1, "nowhere.jsonl: cannot be read"),
         (("--model", "nowhere"), 1, "nowhere: neither a folder nor a hub id"),

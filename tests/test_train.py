@@ -4,6 +4,7 @@ an interruption or on two ranks, what they refuse.
 Most runs are in this process; those that are killed, of two ranks or through the shell are not.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -32,6 +33,8 @@ from models.modeling_flux_quant import FluxTransformer2DModel
 from models.utils_quant import QuantizeLinear
 from utils import scenes
 from utils.checkpoints import load_student
+from utils.folders import locked
+from utils.process_args import process_args
 from utils.utils import run_script
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +46,8 @@ FLAGS = f"""
 """
 WEIGHTS, PACKED = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-00001-of-00001.safetensors"
 FINISHED = ["--ema_decay", 0.5, "--save_steps", 1, "--eval_steps", 3]
-CHECKPOINT = ["config.json", WEIGHTS, "settings.json", "trainer_state.json", "training_state.safetensors"]
+RECORD = ".flux158.json"  # of what is in a folder and who wrote it
+CHECKPOINT = [RECORD, "config.json", WEIGHTS, "settings.json", "trainer_state.json", "training_state.safetensors"]
 
 
 @pytest.fixture(autouse=True)
@@ -151,9 +155,9 @@ def test_the_documented_files_and_no_others(finished, cache):
     checkpoints = [f"checkpoint-{step}/{file}" for step in (3, 4) for file in CHECKPOINT]
     pictures = [f"eval/{row}/sample_00{i}.png" for row in ("teacher", "step_0", "step_3", "step_4") for i in range(2)]
     pictures += [f"eval/step-{step}.png" for step in (0, 3, 4)]
-    others = ["curves.png", "eval/steps.png", "metrics.jsonl", "summary.json"]
+    others = ["curves.png", "eval/prompts.json", "eval/steps.png", "metrics.jsonl", "summary.json"]
     assert files(finished.folder / "out") == sorted(checkpoints + pictures + others)
-    assert files(finished.folder / "local") == [f"models/model/{file}" for file in ("config.json", WEIGHTS)]
+    assert files(finished.folder / "local") == [f"models/model/{file}" for file in (RECORD, "config.json", WEIGHTS)]
     *trajectories, manifest = files(cache)
     assert manifest == "manifest.json" and len(trajectories) == PROMPTS + HELD_OUT
     assert all(re.fullmatch("[0-9a-f]{16}.safetensors", name) for name in trajectories)
@@ -336,7 +340,8 @@ def test_the_same_command_again_trains_no_step_and_ends_in_the_same(call, tmp_pa
     assert distance(student(tmp_path), first) == 0
     assert list(losses(tmp_path)) == [1, 2]
     assert evaluated(tmp_path) == [0, 2]
-    assert json.loads((tmp_path / "out/summary.json").read_text())["steps"] == 2
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["steps"] == 2 and summary["seconds_per_step"] > 0
 
 
 def test_held_out_prompts_are_never_trained_on(call, tmp_path):
@@ -397,7 +402,7 @@ def test_published_command_line(command, monkeypatch, tmp_path):
     expected = {"optim": "adamw_torch_fused", "learning_rate": 2e-5, "weight_decay": 0, "bf16": True, "w_bits": 0}
     assert {name: settings[name] for name in expected} == expected
     assert json.loads((tmp_path / "cache/manifest.json").read_text())["dtype"] == "bfloat16"
-    weights = student(tmp_path, "flux-dev")
+    weights = student(tmp_path)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}  # what is trained is no coarser
     assert list(losses(tmp_path)) == [1, 2, 3, 4]
     assert list((tmp_path / "runs").rglob("events.out.tfevents*"))
@@ -490,15 +495,15 @@ def test_two_ranks_do_what_one_does_with_the_double_batch(call, command, cache, 
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("from_", "flags"),
     [
-        ["--ema_decay", 0.5, "--bf16", True],
-        ["--freeze_codes", 0.5, "--optim", "adamw_torch_8bit", "--gradient_accumulation_steps", 2],
+        ("two", ["--ema_decay", 0.5, "--bf16", True]),
+        ("one", ["--freeze_codes", 0.5, "--optim", "adamw_torch_8bit", "--gradient_accumulation_steps", 2]),
     ],
     ids=["average in bf16", "frozen codes in 8 bits"],
 )
-def test_weights_spread_over_two_ranks_are_trained_as_on_one(flags, call, command, cache, run, tmp_path):
-    """And either goes on from a checkpoint of the other, with codes that are frozen by then."""
+def test_weights_spread_over_two_ranks_are_trained_as_on_one(from_, flags, call, command, cache, run, tmp_path):
+    """And one goes on from a checkpoint of the other, with codes that are frozen by then."""
     if "adamw_torch_8bit" in flags:
         pytest.importorskip("torchao")
     flags = [*flags, "--adam_epsilon", 1e-4, "--save_steps", 1, "--save_total_limit", 9, "--pack", True]
@@ -513,18 +518,17 @@ def test_weights_spread_over_two_ranks_are_trained_as_on_one(flags, call, comman
     one = call(*whole, folder=tmp_path / "one")
     assert one.returncode == 0, one.stderr
     two(tmp_path / "two")
-    for resume, other in (("one", "two"), ("two", "one")):
-        folder = tmp_path / f"{resume} after {other}"
-        shutil.copytree(tmp_path / other / "out", folder / "out")
-        for step in (4, 3):
-            shutil.rmtree(folder / f"out/checkpoint-{step}")
-        if resume == "one":
-            assert call(*whole, folder=folder).returncode == 0
-        else:
-            two(folder)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(tmp_path / from_ / "out", resumed / "out")
+    for step in (4, 3):
+        shutil.rmtree(resumed / f"out/checkpoint-{step}")
+    if from_ == "one":
+        two(resumed)
+    else:
+        assert call(*whole, folder=resumed).returncode == 0
     expected = [line for line in metrics(tmp_path / "one") if "eval_nmse" in line]
     held = load_file(tmp_path / "one/local/models/model" / PACKED)
-    for name in ("two", "one after two", "two after one"):
+    for name in ("two", "resumed"):
         folder = tmp_path / name
         assert losses(folder) == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
         found = [line for line in metrics(folder) if "eval_nmse" in line]
@@ -624,7 +628,7 @@ def test_a_run_with_a_cache_is_not_resumed_in_the_order_of_one_without(call, tmp
         (["--resume_from_checkpoint", True], "--resume_from_checkpoint True: no checkpoint in .*out; leave", 1),
         (["--train_prompts", "EMPTY"], "--train_prompts .*empty.txt: no prompts in it; write one a line", 1),
         (["--prompts", "EMPTY"], "--prompts .*empty.txt: no prompts in it; write one a line", 1),
-        (["--teacher_cache", "EMPTY/cache"], "empty.txt/cache: the teacher cache cannot be written .Not a dir", 1),
+        (["--teacher_cache", "EMPTY/cache"], "empty.txt/cache: the teacher cache cannot be .* that is a file; cho", 1),
         (["--guidance_scale", 2], "made with another guidance_scale: found 3.5, asked for 2.0; delete", 1),
         (["--start_from", "EMPTY"], "empty.txt: neither a transformer nor a pipeline", 1),
         (["--start_from", "assets/tiny-flux"], "w_bits=16 is not quantized, asked for w_bits=0; give what", 1),
@@ -656,12 +660,94 @@ def test_more_ranks_than_prompts_are_refused(call, monkeypatch, tmp_path):
     assert files(tmp_path) == []
 
 
-@pytest.mark.parametrize(("cached", "what"), [(False, "cache: the teacher cache"), (True, "-2: the checkpoint")])
-def test_a_full_disk_is_noticed_beforehand(cached, what, finished, call, cache, monkeypatch, tmp_path):
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_full_disk_is_noticed_beforehand(cached, finished, call, cache, monkeypatch, tmp_path):
+    """For the whole run together."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     result = call("--teacher_cache", cache if cached else tmp_path / "cache")
-    refusal(result, f"{what} takes .* GB but only .* GB are free; make room or choose another")
+    parts = "the teacher cache .*and the checkpoints .* and the trained model"
+    refusal(result, f"{parts} .*take .* GB but only .* GB are free; make room or choose another")
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--ema_decay", 0.5], ["--lora_r", 2], ["--w_bits", 4, "--pack", True]], ids=str
+)
+def test_the_room_that_is_asked_for_is_what_is_taken(flags, call, monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr(train, "check_disks", lambda needs: asked.update({what: size for _, size, what in needs}))
+    assert call(*flags, "--max_steps", 1, "--save_steps", 1, "--eval_strategy", "no").returncode == 0
+    for what, folder, count in (("checkpoints", "out/checkpoint-1", 3), ("trained model", "local/models/model", 1)):
+        taken = count * sum(file.stat().st_size for file in (tmp_path / folder).glob("*.safetensors"))
+        assert 0.6 * taken < asked[f"the {what}"] <= taken  # headers weigh much here, and sgd keeps nothing
+
+
+def test_a_model_of_another_run_is_not_overwritten(finished, call, tmp_path):
+    """Noticed before the work; the run itself may go on into it."""
+    shutil.copytree(finished.folder / "local", tmp_path / "local")
+    before = student(tmp_path)
+    refusal(call(), f"models/model: was written by {finished.folder}/out; move it or choose another")
+    assert distance(student(tmp_path), before) == 0 and not (tmp_path / "out").exists()
+
+
+def test_names_say_model_bits_and_run(pipeline_folder, tmp_path):
+    for flags, name in (
+        (["--output_dir", "out/mine"], "1.58bit-mine"), (["--w_bits", "2", "--output_dir", "x"], "2bit-x"),
+        (["--output_dir", f"o/{pipeline_folder.name}-1.58bit"], "1.58bit"),
+    ):  # fmt: skip
+        model_args, _, _ = process_args(["--input_model_filename", str(pipeline_folder), *flags])
+        assert model_args.output_model_filename == f"{pipeline_folder.name}-{name}"
+
+
+def test_two_jobs_do_not_write_to_one_folder(call, tmp_path):
+    with locked(tmp_path / "out"):
+        refusal(call(), f"out: process {os.getpid()} is writing there")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("trainer_state.json", "", "-4/trainer_state.json: cannot be read .*; checkpoint-3 is whole: --resume"),
+        ("trainer_state.json", '{"global_step": 4}', "_state.json: lacks global_step or log_history; checkpoint-3"),
+        ("settings.json", '{"w_bi', "checkpoint-4/settings.json: cannot be read .*; checkpoint-3 is whole"),
+        ("training_state.safetensors", "cut", "training_state.safetensors: cannot be read .*; checkpoint-3 is whole"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_a_whole_one(file, text, message, finished, call, tmp_path):
+    shutil.copytree(finished.folder / "out", tmp_path / "out")
+    (tmp_path / "out/checkpoint-4" / file).write_text(text)
+    refusal(call(*FINISHED), message)
+    shutil.rmtree(tmp_path / "out/checkpoint-3")
+    refusal(call(*FINISHED), "no other checkpoint is whole: choose another --output_dir")
+
+
+def test_steps_that_make_no_sense_are_refused(finished, call):
+    refusal(call(*FINISHED, "--max_steps", 2, folder=finished.folder), "checkpoint-4: is beyond --max_steps 2; choose")
+    refusal(call("--max_steps", 0), "--max_steps must be at least 1; leave it out to train for", 2)
+
+
+def test_without_a_first_evaluation_nothing_stands_for_it(call, tmp_path):
+    result = call("--eval_on_start", False, "--eval_steps", 2)
+    assert result.returncode == 0
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["start"] is None and summary["final"]["step"] == 4
+    assert re.search(r"^velocity NMSE +- +[\d.e-]+$", result.stdout, re.MULTILINE)
+
+
+def test_out_of_memory_says_what_was_done_and_which_flag_to_change(call, monkeypatch, tmp_path):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.FluxQATTrainer, "compute_loss", full)
+        result = call("--eval_on_start", False)
+        refusal(result, "out of memory while step 1 is trained, 2 a batch: try a smaller --per_device_train_batch_size")
+        flags = ["--eval_on_start", False, "--per_device_train_batch_size", 1]
+        refusal(call(*flags), "out of memory while step 1 .*: try --gradient_checkpointing True")
+        result = call(*flags, "--gradient_checkpointing", True)
+        refusal(result, "out of memory while step 1 .*: try --lora_r 32 --lora_alpha 32, or --fsdp full_shard")
+    monkeypatch.setattr(train.FluxQATTrainer, "_velocity_error", full)
+    refusal(call(), "out of memory while step 0 is evaluated, 8 a batch: try ")
 
 
 @pytest.mark.parametrize(("flags", "code"), [(["--resume_from_checkpoint", "no/where"], 1), (["--w_bits", 9], 2)])
@@ -706,6 +792,7 @@ def test_the_shell_script_leaves_the_documented_outputs(pipeline_folder, tmp_pat
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     expected = {"metrics.jsonl", "curves.png", "summary.json", "eval/steps.png", "eval/step-0.png", "eval/step-2.png"}
+    expected |= {"eval/prompts.json"}
     expected |= {f"checkpoint-2/{file}" for file in CHECKPOINT}
     expected |= {f"eval/{row}/sample_00{i}.png" for row in ("teacher", "step_0", "step_2") for i in range(2)}
     found = set(files(out))
@@ -716,8 +803,55 @@ def test_the_shell_script_leaves_the_documented_outputs(pipeline_folder, tmp_pat
         assert Image.open(out / file).size == (scenes.SIZE, scenes.SIZE)
     summary = json.loads((out / "summary.json").read_text())
     assert 0 <= summary["final"]["eval_scene_score"] <= 1 and "eval_scene_score_teacher" in summary["final"]
-    assert FluxTransformer2DModel.from_pretrained(tmp_path / "local/models" / name).config.w_bits == 0
+    model = tmp_path / "local/models" / f"{name}-out"
+    assert FluxTransformer2DModel.from_pretrained(model).config.w_bits == 0
+    assert re.search(r"2/2 \[.*(it/s|s/it)", result.stderr)  # progress and remaining time
     [cache] = os.listdir(tmp_path / "local/teacher_cache")
     assert re.fullmatch(rf"{pipeline_folder.name}-[0-9a-f]{{8}}", cache)
     assert "1.58 bit, clip_init mse, learning rate 0.0005: training " in result.stdout
     assert re.search(r"^velocity NMSE +[\d.e-]+ +[\d.e-]+$", result.stdout, re.MULTILINE)
+
+
+@pytest.fixture
+def two_ranks(pipeline_folder, tmp_path):
+    """1_run_train.sh on two processes, started in a group of its own, once its first checkpoint is there."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    flags = ["--num_train_prompts", 4, "--num_images", 2, "--num_inference_steps", 2, "--max_steps", 100_000]
+    flags += ["--save_steps", 1, "--device", "cpu", "--local_dir", tmp_path / "local", "--output_dir", tmp_path / "out"]
+    process = subprocess.Popen(
+        ["bash", str(ROOT / "1_run_train.sh"), *map(str, [2, 2, 1, *flags, "--report_to", "none", "--resolution", 64])],
+        env=os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "MODEL": str(pipeline_folder)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "out/checkpoint-2").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    yield process
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def said(stderr: str) -> list[str]:
+    """What stands on stderr besides progress bars and transformers' remarks."""
+    lines = [part.rsplit("\r", 1)[-1] for part in stderr.splitlines()]
+    return [line for line in lines if line.strip() and "it/s" not in line and "[transformers]" not in line
+            and "%|" not in line]  # fmt: skip
+
+
+def test_ctrl_c_ends_both_ranks_in_a_line(two_ranks):
+    os.killpg(two_ranks.pid, signal.SIGINT)
+    _, stderr = two_ranks.communicate(timeout=60)
+    assert two_ranks.returncode == 130
+    assert len(said(stderr)) == 1, stderr
+    assert re.search(r"interrupted: .*checkpoint-\d+ is saved; the same command goes on from it$", said(stderr)[0])
+
+
+def test_a_rank_that_is_killed_ends_the_other_and_is_named(two_ranks, tmp_path):
+    ranks = [int(line.split()[0]) for line in (tmp_path / "out/.flux158-lock").read_text().splitlines()]
+    os.kill(ranks[1], signal.SIGKILL)
+    _, stderr = two_ranks.communicate(timeout=60)
+    assert two_ranks.returncode == 128 + signal.SIGKILL
+    assert said(stderr)[-1] == "rank 1 was killed (SIGKILL); the others were ended", stderr
+    for rank in ranks:
+        with pytest.raises(ProcessLookupError):
+            os.kill(rank, 0)

@@ -23,6 +23,7 @@ from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
 from models.utils_quant import quantize_codes
 from utils import scenes, trainer
 from utils.datautils import TeacherCache, Trajectories, fill_cache
+from utils.folders import whole_folder
 from utils.process_args import process_args
 from utils.teacher import Teacher, TeacherSettings
 from utils.trainer import FluxQATTrainer, choose_parameters, parameter_groups
@@ -725,6 +726,39 @@ def test_the_strip_has_a_row_for_the_teacher_and_every_snapshot_in_the_order_of_
             for column in range(3):
                 cell = strip[top + 52 * row :, left + 68 * column :][:48, :64]
                 assert (cell == (*color, 10 * column)).all()
+
+
+def test_pictures_of_an_earlier_run_do_not_stay(tmp_path):
+    """Those after the checkpoint's step, and all of them if the prompts are others; the user's are left alone."""
+
+    def left(step, prompts) -> set[str]:
+        trainer.restore_pictures(tmp_path, step, prompts)
+        return {path.name for path in tmp_path.iterdir()} - {"prompts.json"}
+
+    def draw():
+        for step in (0, 2, 10):
+            (tmp_path / f"step_{step}").mkdir(exist_ok=True)
+            (tmp_path / f"step-{step}.png").touch()
+        (tmp_path / "step_by_step").mkdir(exist_ok=True)
+
+    draw()
+    assert left(-1, ["a"]) == {"step_by_step"}
+    draw()
+    assert left(2, ["a"]) == {"step_by_step", "step_0", "step-0.png", "step_2", "step-2.png"}
+    draw()
+    assert left(2, ["b"]) == {"step_by_step"}
+
+
+def test_checkpoints_of_the_lowest_steps_go_first_whenever_they_were_written(tmp_path):
+    for step in (10, 2, 9):
+        with whole_folder(tmp_path / f"checkpoint-{step}") as part:
+            (part / "config.json").touch()
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1/mine.txt").touch()
+    trainer.rotate(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-10", "checkpoint-9"]
+    trainer.rotate(tmp_path, None)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize("scored", [True, False])

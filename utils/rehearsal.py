@@ -6,8 +6,9 @@
     python -m utils.rehearsal --output /data/rehearsal --list
 
 The first step makes the pipeline (utils/make_random_flux.py): 34 GB in the shapes of FLUX.1-dev, or 20 MB with the
-same structure. `--model` puts it elsewhere, in memory for instance. STEPS says what is run and what must hold
-afterwards. Each step's exit status, wall time, peak memory and written bytes are measured from outside; it writes
+same structure. `--model` puts it elsewhere, in memory for instance, or names one that is there already. STEPS says what
+is run and what must hold afterwards. Each step's exit status, wall time, peak memory and written bytes are measured
+from outside; it writes
 
     OUTPUT/rehearsal.json    a row a step, after every step; --only replaces the rows of the steps it names
     OUTPUT/rehearsal.md      the same as a table
@@ -50,12 +51,13 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton")
 SCALES = {
     "flux": {
         "config": "flux-dev", "images": 2, "steps": 28, "prompts": 4, "max_steps": 10, "save_steps": 5, "rank": 32,
+        "all": "--optim adamw_torch_8bit --learning_rate 2e-5 --clip_learning_rate 1e-4",
         "compile": "--torch_compile True", "calibration": 2, "stride": 7, "block_steps": 2,
         "bench": "--resolution 1024 --cpp_wrapper --rounds 5",
     },
     "small": {
         "config": "small", "images": 2, "steps": 4, "prompts": 4, "max_steps": 40, "save_steps": 5, "rank": 4,
-        "compile": "", "calibration": 2, "stride": 2, "block_steps": 2, "bench": "--rounds 1",
+        "all": "", "compile": "", "calibration": 2, "stride": 2, "block_steps": 2, "bench": "--rounds 1",
     },
 }  # fmt: skip
 
@@ -75,7 +77,9 @@ class Step:
     gpus: int = 0  # that it needs, at least
     gib: float = 0  # of memory that its GPU must have; on a smaller one it must fail in one line
     peak: float = math.inf  # GiB of a GPU at most, at scale flux
+    disk_gb: float = 0  # that must be free, at scale flux
     reads: tuple[str, ...] = ()  # of earlier steps
+    makes: str = ""  # it is left out where this exists
     clears: tuple[str, ...] = ()  # before it starts
     drops: tuple[str, ...] = ()  # once it has ended
     reports: dict[str, tuple[str, ...]] = field(default_factory=dict)  # JSON file -> what to copy from it
@@ -88,34 +92,37 @@ TRAIN = (
     f"{CACHE} --max_steps {{max_steps}} --save_steps {{save_steps}} --eval_steps {{max_steps}} --logging_steps 1 "
     "--output_model_filename student --pack True {compile} "
 )
-LORA = "MODEL={model} bash 1_run_train.sh 1 1 1 --local_dir {work}/lora --output_dir {work}/lora/train " + TRAIN
-LORA += "--lora_r {rank} --lora_alpha {rank}"
-ALL = "MODEL={model} bash 1_run_train.sh 1 1 1 --local_dir {work}/all --output_dir {work}/all/train " + TRAIN
-FSDP = "MODEL={model} bash 1_run_train.sh 2 1 1 --local_dir {work}/fsdp --output_dir {work}/fsdp/train " + TRAIN
-FSDP += "--fsdp full_shard"
-DDP = "MODEL={model} bash 1_run_train.sh 2 1 1 --local_dir {work}/ddp --output_dir {work}/ddp/train " + TRAIN
-DDP += "--lora_r {rank} --lora_alpha {rank}"
+
+
+def training(processes: int, name: str, flags: str) -> str:
+    """1_run_train.sh, writing to the folder `name`."""
+    folders = f"--local_dir {{work}}/{name} --output_dir {{work}}/{name}/train"
+    return f"MODEL={{model}} bash 1_run_train.sh {processes} 1 1 {folders} {TRAIN} {flags}"
+
+
 RUN = "python run.py --model_id {model} --num_images 0 --output_path {work}/"
 CALIBRATION = " --calibration_prompts {calibration} --calibration_stride {stride} --steps {steps} --batch_size 1"
 CALIBRATED = RUN + "calibrated --method calibrated" + CALIBRATION
 TEST = "python test.py {work}/mse 0 --num_images {images} --steps {steps} --batch_size 1 --output_dir {work}/"
 PACKED = (2.6e9, 5e6)
+LORA = "--lora_r {rank} --lora_alpha {rank}"
+FSDP = "{all} --fsdp full_shard"
+NOT_KEPT = " --save_strategy no"  # a checkpoint of all weights has 71 GB
 
 
-def trained(folder: str, checkpoint: tuple[float, float]) -> dict:
-    """What a training must leave in `folder`, and what of its summary is worth a row."""
-    return {
-        "holds": {
-            f"{folder}/models/student": PACKED, f"{folder}/train/summary.json": None,
-            f"{folder}/train/eval/steps.png": None, f"{folder}/train/checkpoint-*[05]": checkpoint,
-        },
-        "reports": {f"{folder}/train/summary.json": ("seconds_per_step", "trained_parameters")},
-    }  # fmt: skip
+def trained(folder: str, checkpoints: tuple[float, float] | None = None) -> dict:
+    """What a training must leave in `folder`, `checkpoints` being the bytes of those kept, and what of its summary is
+    worth a row."""
+    holds = {f"{folder}/models/student": PACKED, f"{folder}/train/summary.json": None}
+    holds |= {f"{folder}/train/eval/steps.png": None}
+    if checkpoints:
+        holds |= {f"{folder}/train/checkpoint-*[05]": checkpoints}
+    return {"holds": holds, "reports": {f"{folder}/train/summary.json": ("seconds_per_step", "trained_parameters")}}
 
 
 STEPS = (
     Step(
-        "make", "python -m utils.make_random_flux --config {config} --whole --output {model}", clears=("{model}",),
+        "make", "python -m utils.make_random_flux --config {config} --whole --output {model}", makes="{model}",
         holds={"{model}/transformer/*.safetensors": (23.9e9, 17e6), "{model}": (33.9e9, 21e6)}, limit=300,
     ),
     Step(
@@ -129,23 +136,41 @@ STEPS = (
         + CACHE, clears=("cache", "cache_run"), holds={"cache/**/*.safetensors": (0.2e9, 1e6)},
     ),
     Step(
-        "lora_killed", LORA, clears=("lora",), reads=("cache",), kill="lora/train/checkpoint-{save_steps}", peak=32,
+        "lora_killed", training(1, "lora", LORA), clears=("lora",), reads=("cache",),
+        kill="lora/train/checkpoint-{save_steps}", peak=32,
     ),
     Step(
-        "lora_resumed", LORA, reads=("lora/train/checkpoint-{save_steps}",), says="going on from", drops=("lora",),
-        peak=32, **trained("lora", (8e9, 30e6)),
+        "lora_resumed", training(1, "lora", LORA), reads=("lora/train/checkpoint-{save_steps}",), drops=("lora",),
+        says="going on from", peak=32, **trained("lora", (8e9, 30e6)),
     ),
-    Step("all_killed", ALL, clears=("all",), reads=("cache",), kill="all/train/checkpoint-{save_steps}", gib=130),
     Step(
-        "all_resumed", ALL, reads=("all/train/checkpoint-{save_steps}",), says="going on from", drops=("all",), gib=130,
-        **trained("all", (150e9, 250e6)),
+        "all", training(1, "all", "{all}" + NOT_KEPT), clears=("all",), reads=("cache",), drops=("all",), gib=124,
+        scales=("flux",), **trained("all"),
     ),
-    Step("fsdp_killed", FSDP, clears=("fsdp",), reads=("cache",), kill="fsdp/train/checkpoint-{save_steps}", gpus=2),
     Step(
-        "fsdp_resumed", FSDP, reads=("fsdp/train/checkpoint-{save_steps}",), says="going on from", drops=("fsdp",),
-        gpus=2, **trained("fsdp", (150e9, 250e6)),
+        "all_killed", training(1, "all", "{all}"), clears=("all",), reads=("cache",),
+        kill="all/train/checkpoint-{save_steps}", gib=124, disk_gb=150,
     ),
-    Step("ddp", DDP, clears=("ddp",), reads=("cache",), drops=("ddp",), gpus=2, **trained("ddp", (8e9, 30e6))),
+    Step(
+        "all_resumed", training(1, "all", "{all}"), reads=("all/train/checkpoint-{save_steps}",), drops=("all",),
+        says="going on from", gib=124, **trained("all", (150e9, 250e6)),
+    ),
+    Step(
+        "fsdp", training(2, "fsdp", FSDP + NOT_KEPT), clears=("fsdp",), reads=("cache",), drops=("fsdp",), gpus=2,
+        peak=76, **trained("fsdp"),
+    ),
+    Step(
+        "fsdp_killed", training(2, "fsdp", FSDP), clears=("fsdp",), reads=("cache",),
+        kill="fsdp/train/checkpoint-{save_steps}", gpus=2, disk_gb=150,
+    ),
+    Step(
+        "fsdp_resumed", training(2, "fsdp", FSDP), reads=("fsdp/train/checkpoint-{save_steps}",), drops=("fsdp",),
+        says="going on from", gpus=2, **trained("fsdp", (150e9, 250e6)),
+    ),
+    Step(
+        "ddp", training(2, "ddp", LORA), clears=("ddp",), reads=("cache",), drops=("ddp",), gpus=2,
+        **trained("ddp", (8e9, 30e6)),
+    ),
     Step(
         "threshold", RUN + "threshold --method threshold", clears=("threshold",), drops=("threshold",),
         holds={"threshold/transformer": PACKED, "threshold/metrics.json": None},
@@ -353,11 +378,11 @@ class Stage:
     def fill(self, text: str) -> str:
         return text.format(**self.words)
 
-    def path(self, text: str) -> str:
-        return str(self.work / self.fill(text))  # an absolute path stays one
-
     def find(self, text: str) -> list[Path]:
-        return [Path(path) for path in sorted(glob.glob(self.path(text), recursive=True))]
+        """What a path or pattern under {work} stands for."""
+        plain = {name: glob.escape(self.words[name]) for name in ("model", "work")}
+        pattern = os.path.join(plain["work"], text.format(**self.words | plain))  # an absolute path stays one
+        return [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
 
     def remove(self, texts: tuple[str, ...]) -> None:
         for text in texts:
@@ -456,10 +481,15 @@ def play(step: Step, stage: Stage, machine: dict) -> dict:
         return row | {"skipped": f"needs {step.gpus} GPU{'s' * (step.gpus > 1)}"}
     if missing := [stage.fill(text) for text in step.reads if not stage.find(text)]:
         return row | {"skipped": f"needs {missing[0]} of an earlier step"}
+    if step.makes and stage.find(step.makes):
+        return row | {"skipped": f"{stage.fill(step.makes)} is there already"}
     logs = stage.output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     stage.work.mkdir(exist_ok=True)
     stage.remove(step.clears)
+    free = shutil.disk_usage(stage.work).free / 1e9
+    if stage.scale == "flux" and free < step.disk_gb:
+        return row | {"skipped": f"needs {step.disk_gb} GB of disk, {free:.0f} are free"}
     row |= run_command(step, stage, logs)
     must_fail = bool(stage.scale == "flux" and gpus and gpus[0]["gib"] < step.gib)
     output = (logs / f"{step.name}.log").read_text(errors="replace")
@@ -500,8 +530,10 @@ def write_whole(file: Path, text: str) -> None:
 
 def rehearse(steps: list[Step], stage: Stage, play: Callable[..., dict] = play) -> list[dict]:
     """Run the steps, keep the rows of those that are not run again, write the records after every step."""
-    stage.output.mkdir(parents=True, exist_ok=True)
     file, machine = stage.output / "rehearsal.json", describe_machine()
+    if stage.work.exists() and not file.exists():
+        raise ValueError(f"{stage.work}: not of a rehearsal (no {file.name} beside it); choose another --output")
+    stage.output.mkdir(parents=True, exist_ok=True)
     rows = {}
     if file.exists():
         found = json.loads(file.read_text())
@@ -509,14 +541,18 @@ def rehearse(steps: list[Step], stage: Stage, play: Callable[..., dict] = play) 
             raise ValueError(f"{file}: of --scale {found['scale']}; choose another --output for {stage.scale}")
         rows = {row["name"]: row for row in found["rows"]}
     played = []
+
+    def record() -> None:
+        ordered = [rows[step.name] for step in STEPS if step.name in rows]
+        found = {"scale": stage.scale, "machine": machine, "rows": ordered}
+        write_whole(file, json.dumps(found, indent=2) + "\n")
+        write_whole(file.with_suffix(".md"), table(ordered))
+
+    record()  # from here on the folders are a rehearsal's, to be cleared by it
     for step in steps:
         log.info("%s: %s", step.name, stage.fill(step.command))
-        row = play(step, stage, machine) | {"commit": machine["commit"]}
-        rows[step.name] = row
-        ordered = [rows[step.name] for step in STEPS if step.name in rows]
-        record = {"scale": stage.scale, "machine": machine, "rows": ordered}
-        write_whole(file, json.dumps(record, indent=2) + "\n")
-        write_whole(file.with_suffix(".md"), table(ordered))
+        row = rows[step.name] = play(step, stage, machine) | {"commit": machine["commit"]}
+        record()
         played.append(row)
         log.info("%s: %s", step.name, row.get("skipped") or row["problem"] or f"{row['seconds']:.0f} s")
     return played
@@ -525,7 +561,7 @@ def rehearse(steps: list[Step], stage: Stage, play: Callable[..., dict] = play) 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the records and of what the steps write")
-    parser.add_argument("--model", type=Path, help="where the pipeline of random weights lies; default: OUTPUT/model")
+    parser.add_argument("--model", type=Path, help="the pipeline, made where there is none; default: OUTPUT/model")
     parser.add_argument("--scale", choices=SCALES, default="flux", help="flux: 12 B parameters and T5-XXL, on a GPU")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps, in their order; default: all")
     parser.add_argument("--list", action="store_true", help="print the steps and their commands, and run nothing")
