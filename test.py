@@ -159,7 +159,7 @@ def check_benchmark(folder: Path, wanted: dict) -> None:
 
 def write_benchmark(pipe: FluxPipeline, args: argparse.Namespace, items: list[dict], folder: Path) -> None:
     """GenEval's layout: folder/00000/metadata.jsonl and samples/00000.png …; what is there already is left alone."""
-    names = ("dtype", "mode", "seed", "steps", "guidance_scale", "resolution", "samples_per_prompt")
+    names = ("dtype", "mode", "attention", "seed", "steps", "guidance_scale", "resolution", "samples_per_prompt")
     settings = {name: getattr(args, name) for name in names}
     settings["weights"] = fingerprint(pipe.transformer)
     settings["text_encoders"] = [fingerprint(encoder) for encoder in (pipe.text_encoder, pipe.text_encoder_2)]
