@@ -15,6 +15,7 @@ row. The pictures and the table come together at the end, in the place of an ear
                                                                  (--pack True: as small as its bits)
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -202,6 +203,8 @@ def compare(model_args, data_args, training_args) -> None:
         save_grid(grid, prompts, part / "grid.png")
         write_json(part / "metrics.json", {"prompts": prompts, "rows": rows})
     print_table(rows, with_scores)
+    if bad := [row["name"] for row in rows if not math.isfinite(row.get("nmse", 0.0))]:
+        raise ValueError(f"{', '.join(bad)}: the transformer puts out numbers that are not finite; try another --dtype")
     log.info("pictures: %s; quantized transformers: %s", samples / "grid.png", cache)
 
 

@@ -20,6 +20,7 @@ Teacher and checkpoint draw the same prompts from the same noise. It writes
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 
@@ -360,6 +361,8 @@ def judge(args: argparse.Namespace) -> None:
             save_grid({name: images[:GRID_PROMPTS]}, prompts[:GRID_PROMPTS], part / "grid.png")
     write_json(args.output_dir / "metrics.json", metrics)
     print_table(metrics)
+    if not math.isfinite(metrics.get("nmse", 0.0)):
+        raise ValueError(f"{args.checkpoint}: its velocities or its teacher's are not finite; try another --dtype")
     log.info("pictures: %s; figures: %s", samples / "grid.png", args.output_dir / "metrics.json")
 
 

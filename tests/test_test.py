@@ -230,6 +230,17 @@ def test_pictures_of_another_checkpoint_do_not_stay(checkpoints, call, pipeline_
     assert result.metrics["w_bits"] == 0
 
 
+def test_what_is_not_finite_is_an_error_and_no_nan_in_json(checkpoints, call, tmp_path):
+    spoilt = shutil.copytree(checkpoints["sanity"], tmp_path / "spoilt")
+    [file] = spoilt.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["proj_out.bias"][:] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    result = call(spoilt, "--num_images", 1, "--resolution", 64)
+    assert result.returncode == 1 and "spoilt: its velocities or its teacher's are not finite" in result.line
+    assert result.metrics["nmse"] is None and result.metrics["nmse_by_step"][0] is None
+
+
 def test_ctrl_c_is_one_line(checkpoints, call, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt

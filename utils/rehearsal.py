@@ -177,11 +177,11 @@ STEPS = (
         reports={"threshold/metrics.json": ("seconds", "peak_rss_bytes")},
     ),
     Step(
-        "calibrated_killed", CALIBRATED, clears=("calibrated", "calibrated.partial"),
-        kill="calibrated.partial/transformer_blocks.1.safetensors", peak=24,
+        "calibrated_killed", CALIBRATED, clears=("calibrated",),
+        kill="calibrated/.flux158-work/transformer_blocks.1.safetensors", peak=24,
     ),
     Step(
-        "calibrated_resumed", CALIBRATED, reads=("calibrated.partial",), drops=("calibrated",), peak=24,
+        "calibrated_resumed", CALIBRATED, reads=("calibrated/.flux158-work",), drops=("calibrated",), peak=24,
         holds={"calibrated/transformer": PACKED, "calibrated/metrics.json": None},
         reports={"calibrated/metrics.json": ("seconds", "peak_rss_bytes")},
     ),
@@ -215,7 +215,7 @@ STEPS = (
     ),
     Step(
         "bench", "python bench.py --config {model} --output {work}/bench {bench}", clears=("bench",), drops=("bench",),
-        holds={"bench/bench.json": None, "bench/bench.png": None},
+        holds={"bench/*.json": None, "bench/*.png": None},
     ),
 )  # fmt: skip
 
