@@ -124,6 +124,7 @@ def test_help_shows_what_a_script_uses_or_its_own_flags_first(capsys):
     with pytest.raises(SystemExit, match="0"):
         process_args(["--help"], "What it does.", ["w_bits", "seed"])
     text = capsys.readouterr().out
+    assert "(default: 42)" in text and "(default: None)" not in text
     assert "What it does." in text and "--w_bits" in text and "--seed" in text and len(text.splitlines()) < 20
     assert "--learning_rate" not in text and "Accepted as well, without effect here: train.py's flags" in text
     with pytest.raises(SystemExit, match="0"):

@@ -424,11 +424,11 @@ def test_write_that_fails_leaves_no_checkpoint(call, pipeline_folder, tmp_path, 
     assert not list((tmp_path / "cache").iterdir())
 
 
-@pytest.mark.parametrize("pack", [False, True])
-@pytest.mark.parametrize(("w_bits", "lora_r"), [(0, 0), (3, 0), (4, 2), (16, 0)])
+@pytest.mark.parametrize(
+    ("w_bits", "lora_r", "pack"),
+    [(0, 0, False), (0, 0, True), (3, 0, False), (3, 0, True), (4, 2, False), (16, 0, False), (16, 0, True)],
+)
 def test_the_room_asked_for_is_what_a_transformer_takes(pack, w_bits, lora_r, pipeline_folder, tmp_path):
-    if pack and lora_r:
-        pytest.skip("a LoRA is packed into the codes")
     args = SimpleNamespace(lora_r=lora_r, pack=pack)
     plain = diffusers.FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer")
     settings = {"w_bits": w_bits, "lora_r": lora_r}

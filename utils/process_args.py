@@ -245,7 +245,10 @@ class _Parser(ArgumentParser, transformers.HfArgumentParser):
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The description as it stands, and default values."""
+    """The description as it stands, and default values where there are some."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def make_parser(description: str | None, used: Collection[str] | None) -> _Parser:
