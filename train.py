@@ -304,7 +304,8 @@ def advice(training_args, model_args) -> str:
 def saved_so_far() -> str:
     """What Ctrl-C leaves, in words."""
     words = [part for word in sys.argv for part in word.split("=", 1)]
-    folder = Path(words[words.index("--output_dir") + 1] if "--output_dir" in words[:-1] else "output")
+    given = dict(zip(words, words[1:], strict=False))  # of a flag given twice, the last one counts
+    folder = Path(given.get("--output_dir", "output"))
     last = get_last_checkpoint(folder) if folder.is_dir() else None
     return f"{last} is saved; the same command goes on from it" if last else "no checkpoint yet; what is cached is kept"
 
