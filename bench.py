@@ -4,7 +4,7 @@
     python bench.py --config flux-schnell --resolution 512
     python bench.py --config tiny-flux --device cpu                              # on a laptop, in seconds
     python bench.py --config flux-dev --device cpu --layers --no_steps           # its matrix multiplications only
-    python bench.py --config MY_MODEL                                            # a transformer's or pipeline's folder
+    python bench.py --model MY_MODEL                                             # a transformer's or pipeline's folder
 
 The transformer gets random ternary weights on the device itself; every rival holds the same numbers in its own form, so
 that the relative error ‖y − y_ref‖/‖y_ref‖ of the velocity says what that form costs. The reference is the uncompiled
@@ -21,20 +21,23 @@ H100), --cpp_wrapper halves its part for the compiled ones.
                before it): its own, whatever else is on the card; only on CUDA
     disk       bytes of its tensors in a checkpoint
 
-It writes OUTPUT/bench.json with every figure and OUTPUT/bench.png, a chart of the steps.
+It writes OUTPUT_DIR/NAME.json with every figure and OUTPUT_DIR/NAME.png, a chart of the steps. NAME is made of the
+command: the first one above writes flux-dev_resolution_1024_512_layers_load.json. Given again, a command replaces its
+own figures and no others.
 """
 
 import argparse
 import contextlib
 import gc
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -45,9 +48,9 @@ from torch import Tensor, nn
 
 from models.kernels import MODES
 from models.modeling_flux_quant import DEFAULT_SETTINGS, MODULATION, FluxTransformer2DModel
-from models.packing import PackedLinear, row_chunks, store_codes, unpack_trits
+from models.packing import PackedLinear, decode, store_codes
 from utils.cuda_graph import captured
-from utils.folders import check_disk
+from utils.folders import check_disk, scratch_folder, tidy, whole_file, write_json
 from utils.metrics import nmse
 from utils.random_flux import CONFIGS
 from utils.rivals import (
@@ -64,7 +67,21 @@ from utils.rivals import (
     twin,
     why_not,
 )
-from utils.utils import ROOT, device_name, empty_cache, get_logger, pick_device, run_script
+from utils.sampling import set_attention
+from utils.utils import (
+    DTYPES,
+    ROOT,
+    ArgumentParser,
+    check_counts,
+    check_resolution,
+    check_seed,
+    device_name,
+    empty_cache,
+    from_root,
+    get_logger,
+    pick_device,
+    run_script,
+)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 (the backend is to be chosen first)
@@ -83,7 +100,7 @@ def read_config(name: str) -> tuple[dict, int, list[int]]:
     """Architecture, T5 tokens and pixels a side of a --config; ValueError if it is neither a name nor a folder."""
     if name in TEXT_TOKENS:
         return CONFIGS[name], TEXT_TOKENS[name], [1024, 512]
-    folder = ROOT / "assets" / name if name == "tiny-flux" else Path(name)
+    folder = ROOT / "assets" / name if name == "tiny-flux" else Path(from_root(name))
     found = [path for path in (folder / "config.json", folder / "transformer" / "config.json") if path.is_file()]
     if not found:
         names = ", ".join((*TEXT_TOKENS, "tiny-flux"))
@@ -256,8 +273,7 @@ def bench_layers(args: argparse.Namespace, whole: nn.Module, packed: FluxTransfo
     held = dict(packed.named_modules())  # on a CPU a block of each kind, of all that `whole` has
     rows = []
     for (modulation, n, k), names in layer_shapes(whole).items():
-        # q, k and v may share what is made of their input; an attention's output layer has its own.
-        chosen = [max(names, key=lambda name: "to_out" in name)]
+        chosen = names[:1]
         if modulation:  # so short that a launch would count, were it not for the next ones behind it
             chosen = [name for name in names if name in held][:IN_A_ROW]
         counts = {1} if modulation else tokens
@@ -326,9 +342,9 @@ def layer_times(
 def bench_load(args: argparse.Namespace, packed: FluxTransformer2DModel) -> dict:
     """Seconds from a packed checkpoint, read once before, to a transformer on the device; its bytes."""
     check_disk(args.output, model_bytes(packed)[1], "the packed checkpoint")
-    with tempfile.TemporaryDirectory(dir=args.output) as folder:
+    with scratch_folder(args.output) as folder:
         packed.save_pretrained(folder)
-        size = sum(file.stat().st_size for file in Path(folder).iterdir())
+        size = sum(file.stat().st_size for file in folder.iterdir())
 
         def load() -> None:
             FluxTransformer2DModel.from_pretrained(folder, device_map=str(args.device), dtype=args.dtype)
@@ -338,8 +354,8 @@ def bench_load(args: argparse.Namespace, packed: FluxTransformer2DModel) -> dict
 
 
 def bench_decoding(args: argparse.Namespace, packed: FluxTransformer2DModel) -> dict[str, float]:
-    """Ternary codes a second, 1e9 of them (GB, at a byte each), that come out of their form on disk, five a byte: of
-    the largest layer, by one thread of the CPU and by the device."""
+    """Ternary codes a second, 1e9 of them (GB, at a byte each), that go from their form on disk, five a byte, to four a
+    byte in memory: of the largest layer, by one thread of the CPU and by the device."""
     layer = max((m for m in packed.modules() if isinstance(m, PackedLinear)), key=lambda m: m.weight_codes.numel())
     codes, k = layer.codes().cpu(), layer.in_features
     stored, threads, rates = store_codes(codes, 0), torch.get_num_threads(), {}
@@ -347,12 +363,11 @@ def bench_decoding(args: argparse.Namespace, packed: FluxTransformer2DModel) -> 
     for device in dict.fromkeys([torch.device("cpu"), args.device]):
         given = stored.to(device)
 
-        def decode(given=given) -> None:
-            for rows in row_chunks(*codes.shape):  # as from_pretrained does
-                unpack_trits(given[rows], k)
+        def call(given=given) -> None:
+            decode(given, 0, k)
 
-        decode()
-        rates[device.type] = codes.numel() / 1e9 / statistics.median(seconds(decode, device) for _ in range(5 * RUNS))
+        call()
+        rates[device.type] = codes.numel() / 1e9 / statistics.median(seconds(call, device) for _ in range(5 * RUNS))
     torch.set_num_threads(threads)
     return rates
 
@@ -414,17 +429,23 @@ def chart(rows: list[dict], title: str, file: Path) -> None:
     panels[0].invert_yaxis()
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
-    partial = file.with_name(file.name + ".tmp")
-    figure.savefig(partial, format="png", dpi=120)
+    with whole_file(file) as part:
+        figure.savefig(part, format="png", dpi=120)
     pyplot.close(figure)
-    os.replace(partial, file)
 
 
-def save(figures: dict, file: Path) -> None:
-    """Written after each part, so that a part that is cut off costs no other."""
-    partial = file.with_name(file.name + ".tmp")
-    partial.write_text(json.dumps(figures, indent=1) + "\n")
-    os.replace(partial, file)
+def command_name(words: list[str]) -> str:
+    """A file's name for the figures of a command: its words but the output folder's, such as "tiny-flux_device_cpu"."""
+    kept, previous = [], None
+    for word in words:
+        output = re.match("--output(_dir)?(=|$)", word) or previous in ("--output", "--output_dir")
+        if not output and word not in ("--config", "--model"):
+            kept.append(re.sub(r"[^\w.]+", "-", Path(word).name).strip("-"))
+        previous = word
+    name = "_".join(kept) or "bench"
+    if len(name) <= 150:
+        return name
+    return f"{name[:130]}_{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def versions() -> dict[str, str | None]:
@@ -439,11 +460,9 @@ def versions() -> dict[str, str | None]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message} (see --help)\n")
-    parser.add_argument(
-        "--config", default="tiny-flux", help=f"{', '.join(TEXT_TOKENS)}, tiny-flux or a model's folder"
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", "--config", dest="config", default="tiny-flux",
+                        help=f"{', '.join(TEXT_TOKENS)}, tiny-flux or a model's folder")  # fmt: skip
     parser.add_argument("--resolution", type=int, nargs="+", metavar="PIXELS",
                         help="a side, multiples of 16; default: the autoencoder's size, else 1024 512")  # fmt: skip
     parser.add_argument("--text_tokens", type=int, help="default: what the pipeline pads its prompts to")
@@ -452,27 +471,31 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--load", action="store_true", help="also time loading a packed checkpoint from a warm disk, and decoding codes"
     )
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help="of ours; default: both")
+    parser.add_argument("--attention", metavar="NAME", help="of ours, one of diffusers' backends, such as sage, flash "
+                        "or _flash_3; default: torch's own, as all rivals have")  # fmt: skip
     parser.add_argument("--no_steps", action="store_true", help="leave the denoising steps out")
     parser.add_argument("--device", help="default: cuda if there, else mps, else cpu")
-    parser.add_argument("--dtype", dest="dtype_name", choices=["float32", "float16", "bfloat16"],
+    parser.add_argument("--dtype", dest="dtype_name", choices=DTYPES,
                         help="of full precision and activations; default: bfloat16 on CUDA, else float32")  # fmt: skip
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
     parser.add_argument("--cpp_wrapper", action="store_true", help="compile the calls of the kernels as well, to C++: "
                         "the CPU needs about half as long for a step")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=10, help=f"turns of each rival, {RUNS} timed runs in each")
     parser.add_argument("--seed", type=int, default=42, help="of weights and inputs")
-    parser.add_argument("--output", type=Path, default=Path("output/bench"), help="folder of bench.json and bench.png")
+    parser.add_argument("--output_dir", "--output", dest="output", type=Path, default=Path("output/bench"),
+                        help="where figures and chart go")  # fmt: skip
     args = parser.parse_args(argv)
     try:
         args.device = pick_device(args.device)
+        if args.attention:
+            set_attention(args.attention)
         args.architecture, text_tokens, sizes = read_config(args.config)
         args.text_tokens = text_tokens if args.text_tokens is None else args.text_tokens
         args.resolution = args.resolution or sizes
-        if bad := [size for size in args.resolution if size < 16 or size % 16]:
-            raise ValueError(f"--resolution must be a multiple of 16, got {bad[0]}")
-        for name in ("rounds", "text_tokens"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+        for size in args.resolution:
+            check_resolution(size)
+        check_counts(args, "rounds", "text_tokens")
+        check_seed(args.seed)
         if args.no_steps and not (args.layers or args.load):
             raise ValueError("--no_steps leaves nothing to measure: add --layers or --load")
         gpu = args.device.type == "cuda"
@@ -490,9 +513,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = parse_args(words)
+    file = args.output / f"{command_name(words)}.json"
     torch._dynamo.config.recompile_limit = 64  # of a block's code, which all rivals share
-    args.output.mkdir(parents=True, exist_ok=True)
+    check_disk(args.output, 0, "the figures")
+    tidy(args.output)
     whole = skeleton(args.architecture, args.dtype)
     weights = sum(n * k * len(names) for (_, n, k), names in layer_shapes(whole).items())
     config, note = args.architecture, None
@@ -501,10 +527,13 @@ def main(argv: list[str] | None = None) -> None:
         note = f"one block of each kind: all of the {weights / 1e9:.1f} B block weights are too many for {args.device}"
         log.info(note)
     packed = random_packed(config, args.dtype, args.device, args.seed)
+    if args.attention:
+        set_attention(args.attention, packed)
     figures = {
-        "command": shlex.join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)]),
+        "command": shlex.join(["python", "bench.py", *words]),
         "config": args.config, "architecture": config, "note": note, "block_weights": weights,
         "resolution": args.resolution, "text_tokens": args.text_tokens, "dtype": args.dtype_name, "batch_size": 1,
+        "attention": args.attention,
         "compile": args.compile, "cpp_wrapper": args.cpp_wrapper, "rounds": args.rounds, "runs_a_round": RUNS,
         "seed": args.seed, "device": device_name(args.device),
         "host": f"{os.cpu_count()} CPU cores, {platform.platform()}", "threads": torch.get_num_threads(),
@@ -514,23 +543,23 @@ def main(argv: list[str] | None = None) -> None:
         figures["steps"] = bench_steps(args, packed)
         print("\n" + table(figures["steps"], STEP_COLUMNS) + "\n")
         title = f"{args.config}, {figures['device']}, torch {torch.__version__}" + (f"\n{note}" if note else "")
-        chart(figures["steps"], title, args.output / "bench.png")
-        save(figures, args.output / "bench.json")
+        chart(figures["steps"], title, file.with_name(f"{command_name(words)}.png"))
+        write_json(file, figures, indent=1)  # after each part, so that a part that is cut off costs no other
     if args.layers:
         figures["layers"] = bench_layers(args, whole, packed)
         print("\n" + table(figures["layers"], LAYER_COLUMNS) + "\n")
-        save(figures, args.output / "bench.json")
+        write_json(file, figures, indent=1)
     if args.load:
         figures["load"] = bench_load(args, packed) | {"decoded_gb_per_second": bench_decoding(args, packed)}
         print("packed checkpoint: {bytes:,} bytes on disk, loaded in {seconds:.2f} s".format(**figures["load"]))
         rates = figures["load"]["decoded_gb_per_second"]
         print("codes decoded: " + ", ".join(f"{rate:.2f} GB/s on {device}" for device, rate in rates.items()) + "\n")
-        save(figures, args.output / "bench.json")
-    log.info("figures: %s", args.output / "bench.json")
+        write_json(file, figures, indent=1)
+    log.info("figures: %s", file)
     for row in figures.get("steps", []) + figures.get("layers", []):
         if row["rival"].startswith(("ours", args.dtype_name)) and "problem" in row:
             raise ValueError(f"{row['rival']}: {row['problem']}")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "parts that were finished are written; the same command starts again")

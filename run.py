@@ -1,8 +1,8 @@
 """One-shot ternarization: a FLUX pipeline in, a small quantized one out, no training.
 
-    python run.py --model_id assets/tiny-flux --output_path output/oneshot                     # 1.58 bit, calibrated
-    python run.py --model_id assets/tiny-flux --output_path output/oneshot2 --w_bits 2
-    python run.py --model_id black-forest-labs/FLUX.1-dev --output_path flux-ternary --method mse --num_images 0
+    python run.py --model assets/tiny-flux --output_dir output/oneshot                         # 1.58 bit, calibrated
+    python run.py --model assets/tiny-flux --output_dir output/oneshot2 --w_bits 2
+    python run.py --model black-forest-labs/FLUX.1-dev --output_dir flux-ternary --method mse --num_images 0
 
     --method calibrated   codes that keep the outputs on the teacher's own trajectories (see utils/oneshot.py)
     --method mse          each row at its error-minimal step size; tensor by tensor, within a few GB of memory
@@ -11,10 +11,10 @@
 
 It writes
 
-    OUTPUT_PATH/                       the whole pipeline, for FluxPipeline.from_pretrained and test.py
-    OUTPUT_PATH/samples/               teacher and quantized pictures of a few prompts, and grid.png
-    OUTPUT_PATH/metrics.json           layers, bytes, weight errors, seconds, memory
-    OUTPUT_PATH.partial/               while it calibrates or trains: what the same command goes on from after a kill
+    OUTPUT_DIR/                        the whole pipeline, for FluxPipeline.from_pretrained and test.py
+    OUTPUT_DIR/samples/                teacher and quantized pictures of a few prompts, and grid.png
+    OUTPUT_DIR/metrics.json            layers, bytes, weight errors, seconds, memory
+    OUTPUT_DIR/.flux158-work/          while it calibrates or trains: what the same command goes on from after a kill
 """
 
 import argparse
@@ -41,9 +41,9 @@ from models.kernels import MODES
 from models.modeling_flux_quant import FluxTransformer2DModel, is_quantized
 from models.packing import FORMAT, PackedLinear, PackedWriter, disk_row_bytes, row_chunks, store_codes
 from models.utils_quant import check_bits, code_grid
-from utils.blockwise import STARTS, Settings, train_block, used_steps
+from utils.blockwise import STARTS, Settings, channel_weights, train_block, used_steps
 from utils.checkpoints import bits_name
-from utils.folders import check_disk, whole_folder
+from utils.folders import PREFIX, check_disk, is_empty, locked, scratch_folder, whole_folder, write_json
 from utils.oneshot import INGREDIENTS, METHODS, calibrate, round_weight
 from utils.pictures import save_grid, save_images
 from utils.prompts import pick_prompts
@@ -55,9 +55,24 @@ from utils.sampling import (
     load_pipeline,
     native_size,
     place,
+    set_attention,
     unplace,
 )
-from utils.utils import device_name, empty_cache, get_logger, pick_device, run_script
+from utils.utils import (
+    DTYPES,
+    ROOT,
+    ArgumentParser,
+    check_counts,
+    check_guidance,
+    check_resolution,
+    check_seed,
+    device_name,
+    empty_cache,
+    from_root,
+    get_logger,
+    pick_device,
+    run_script,
+)
 from utils.walk import Work, block_names, fingerprint, record_calls, split_calls, stored_tensors, walk
 
 log = get_logger("run")
@@ -72,9 +87,11 @@ MANY_BLOCKWISE = {
 }  # fmt: skip
 FEW_BLOCKWISE = {
     "calibration_prompts": 256, "calibration_stride": 4, "block_steps": 500, "block_batch_size": 16,
-    "block_micro_batch_size": 4, "block_checkpointing": True, "lookahead": 2, "batch_size": 8,
+    "block_micro_batch_size": 2, "block_checkpointing": True, "lookahead": 2, "batch_size": 8,
 }  # fmt: skip
 WITH_CALLS = ("calibrated", "blockwise")  # methods that look at the teacher's trajectories
+WEIGHED = 8  # calls by which channel weights are found
+HOW = ("micro_batch_size", "checkpointing", "compile")  # what may change when a block-wise training goes on
 CALL_TOKENS = 8192  # that go through a block at a time: one picture of 1024 pixels, or many small ones
 KINDS = ("norm", "attn", "ff", "proj")  # of layers, by a part of their name
 
@@ -93,7 +110,7 @@ def local_pipeline(model_id: str) -> Path:
         kind = json.loads((folder / "model_index.json").read_text())["transformer"][1]
         config = json.loads(file.read_text())
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{model_id}: not a pipeline with a transformer ({error!r}); check --model_id") from None
+        raise ValueError(f"{model_id}: not a pipeline with a transformer ({error!r}); check --model") from None
     if kind != "FluxTransformer2DModel" or config.get("_class_name") != kind:
         raise ValueError(f"{model_id}: its transformer is a {kind}, expected a FluxTransformer2DModel")
     if is_quantized(config):
@@ -131,10 +148,12 @@ def packed_bytes(source: Path, w_bits: int) -> int:
 
 
 class Errors:
-    """Squared errors and energies of the weights, by kind of layer; why which layers fell back to mse."""
+    """Squared errors and energies of the weights, by kind of layer; why which layers fell back to mse; the error and
+    the seconds of each block that was trained."""
 
     def __init__(self):
         self.fell_back: dict[str, str] = {}
+        self.blocks: dict[str, dict] = {}
         self.sums = {kind: [0.0, 0.0, 0] for kind in KINDS}
 
     def add(self, name: str, error: float, energy: float) -> None:
@@ -198,11 +217,6 @@ def stream(source: Path, target: Path, args: argparse.Namespace, errors: Errors)
     writer.close(dict(skeleton.config))
 
 
-def work_folder(args: argparse.Namespace) -> Path:
-    """Where finished blocks are kept until the pipeline is written."""
-    return args.output_path.with_name(args.output_path.name + ".partial")
-
-
 def block_settings(args: argparse.Namespace) -> Settings:
     """The flags of block-wise training."""
     compile = args.device.type == "cuda" if args.block_compile is None else args.block_compile
@@ -210,8 +224,21 @@ def block_settings(args: argparse.Namespace) -> Settings:
         w_bits=args.w_bits, start=args.block_start, steps=args.block_steps, batch_size=args.block_batch_size,
         micro_batch_size=args.block_micro_batch_size, learning_rate=args.block_learning_rate,
         lookahead=args.lookahead, loss_power=args.block_loss_power, local_loss=args.block_local_loss,
+        weigh_channels=args.block_weigh_channels,
         freeze_codes=args.block_freeze_codes, checkpointing=args.block_checkpointing, compile=compile, seed=args.seed,
     )  # fmt: skip
+
+
+def work_folder(args: argparse.Namespace) -> Path:
+    """Recorded calls and finished blocks: in the output folder, which may be the only place to write to."""
+    return args.output_path / f"{PREFIX}work"
+
+
+def remove_work(args: argparse.Namespace) -> None:
+    """Nothing goes on from them once the pipeline is written."""
+    if work_folder(args).exists():
+        with scratch_folder(args.output_path) as doomed:  # what a kill leaves of it is tidied
+            work_folder(args).rename(doomed / "work")
 
 
 def along_calls(pipe: FluxPipeline, target: Path, args: argparse.Namespace, errors: Errors) -> None:
@@ -234,6 +261,7 @@ def along_calls(pipe: FluxPipeline, target: Path, args: argparse.Namespace, erro
         settings["without"] = args.without
     else:
         settings |= asdict(block_settings(args)) | {"early_share": args.block_early_share}
+        settings = {name: value for name, value in settings.items() if name not in HOW}
     settings["weights"] = fingerprint(transformer)
     work = Work(work_folder(args), settings)
     calls = work.calls()
@@ -259,6 +287,8 @@ def along_calls(pipe: FluxPipeline, target: Path, args: argparse.Namespace, erro
     for block in block_names(transformer):
         notes = work.notes(block)
         errors.fell_back |= notes.get("fell_back", {})
+        if args.method == "blockwise":
+            errors.blocks[block] = {name: notes[name] for name in ("error", "seconds")}
         for name, (error, energy) in notes["layers"].items():
             errors.add(name, error, energy)
     writer = PackedWriter(target)
@@ -272,14 +302,28 @@ def blockwise(
     transformer: FluxTransformer2DModel, calls: list[dict], work: Work, settings: dict, args: argparse.Namespace
 ) -> tuple[FluxTransformer2DModel, Work]:
     """Train the blocks along the calls, round after round; the used-up transformer and the last round's work."""
-    disk, before = work_folder(args) if args.activations_on_disk else None, None
+    disk, before, weights = work_folder(args) if args.activations_on_disk else None, None, None
+    tokens = sum(call[name].shape[:-1].numel() for call in calls for name in ("hidden_states", "encoder_hidden_states"))
+    size = 3 * tokens * transformer.inner_dim * transformer.dtype.itemsize  # both streams, and the targets
+    samples = sum(len(call["hidden_states"]) for call in calls)
+    log.info("%d samples, whose hidden states take %.1f GB of %s", samples, size / 1e9, "disk" if disk else "memory")
+    if disk is not None:
+        check_disk(disk, size, "what block-wise training keeps of the samples")
+    if args.block_weigh_channels:
+        weights = channel_weights(transformer, calls[:: max(1, len(calls) // WEIGHED)][:WEIGHED], args.device)
     for number in range(args.block_rounds):
         if number:
             work = Work(work_folder(args) / f"round_{number}", settings)
             source = local_pipeline(args.model_id) / "transformer"
             transformer = FluxTransformer2DModel.from_pretrained(source, dtype=transformer.dtype)
-        treat = partial(train_block, transformer=transformer, settings=block_settings(args), before=before)
-        walk(transformer, calls, args.w_bits, treat, work, args.device, disk)
+        more = {"settings": block_settings(args), "before": before, "weights": weights}
+        treat = partial(train_block, transformer=transformer, **more)
+        try:
+            walk(transformer, calls, args.w_bits, treat, work, args.device, disk)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"out of device memory ({error}); go on with a lower --block_micro_batch_size, or --block_checkpointing"
+            ) from None
         before = work
     return transformer, work
 
@@ -339,26 +383,31 @@ def add_block_flags(parser: argparse.ArgumentParser) -> None:
                        help="how often to go through all blocks: from the second round on each also makes up for those "
                        "after it")  # fmt: skip
     group.add_argument("--activations_on_disk", action="store_true",
-                       help="keep the samples' hidden states beside OUTPUT_PATH, if host memory is short")  # fmt: skip
+                       help="keep the samples' hidden states in OUTPUT_DIR, if host memory is short")  # fmt: skip
     group.add_argument("--block_loss_power", type=float, default=0.5,
                        help="a sample's error counts to this power: below 1 hard samples count less")  # fmt: skip
     group.add_argument("--block_local_loss", type=float, default=0.0,
                        help="weight of the block's own outputs beside those after K blocks")  # fmt: skip
+    group.add_argument("--block_weigh_channels", action=argparse.BooleanOptionalAction, default=False,
+                       help="where K blocks do not reach the velocity, weigh each channel by what its error does to "
+                       "that")  # fmt: skip
     group.add_argument("--block_freeze_codes", type=float, default=0.1,
                        help="for this last part of the steps the codes stay and the rest is trained")  # fmt: skip
     group.add_argument("--block_early_share", type=float, default=0.8,
                        help="share of the samples from the first quarter of the denoising steps")  # fmt: skip
     group.add_argument("--block_checkpointing", action=argparse.BooleanOptionalAction,
-                       help="compute a block's activations twice instead of keeping them; default: above "
-                       f"{MANY_PIXELS} pixels")  # fmt: skip
+                       help="compute the activations of the blocks ahead twice instead of keeping them; default: "
+                       f"above {MANY_PIXELS} pixels")  # fmt: skip
     group.add_argument("--block_compile", action=argparse.BooleanOptionalAction,
                        help="compile the blocks; default: on CUDA. It takes a minute or so")  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_id", default="assets/tiny-flux", help="the FLUX pipeline: a folder or a hub id")
-    parser.add_argument("--output_path", type=Path, default=Path("output/oneshot"), help="must not hold anything yet")
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", "--model_id", dest="model_id", default="assets/tiny-flux",
+                        help="the FLUX pipeline: a folder or a hub id")  # fmt: skip
+    parser.add_argument("--output_dir", "--output_path", dest="output_path", type=Path, default=Path("output/oneshot"),
+                        help="must not hold anything yet")  # fmt: skip
     parser.add_argument("--method", choices=(*METHODS, "blockwise"), default="calibrated")
     parser.add_argument("--w_bits", type=int, default=0, help="0 (1.58 bit, ternary), 1 to 8")
     parser.add_argument("--threshold_ratio", type=float, default=0.05, help="with --method threshold")
@@ -374,8 +423,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help=f"leave out of the calibration: {', '.join(INGREDIENTS)}")  # fmt: skip
     add_block_flags(parser)
     parser.add_argument("--num_images", type=int, default=4, help="sample pairs to draw; 0: none")
-    parser.add_argument("--prompts_json", help="a JSON list of prompts to draw; default: the model's evaluation set")
-    parser.add_argument("--steps", type=int, default=28, help="denoising steps")
+    parser.add_argument("--prompts", help="a text file, one prompt a line, or a JSON list of prompts; default: the "
+                        "model's evaluation set")  # fmt: skip
+    parser.add_argument("--prompts_json", help="the same, a JSON list only")
+    parser.add_argument("--num_inference_steps", "--steps", dest="steps", type=int, default=28, help="denoising steps")
     parser.add_argument("--guidance_scale", type=float, default=3.5)
     parser.add_argument("--resolution", type=int, help="pixels a side; default: what the autoencoder was made for")
     parser.add_argument("--batch_size", type=int, help="pictures drawn at a time; default: 8; blockwise up to "
@@ -384,12 +435,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "only the component that computes; sequential: what does not fit streams layer by "
                         "layer")  # fmt: skip
     parser.add_argument("--mode", choices=MODES, default="exact", help="to draw in; fast: 8-bit activations")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA")
+    parser.add_argument("--attention", metavar="NAME", help="of the quantized model, one of diffusers' backends, "
+                        "such as sage, flash or _flash_3; default: torch's own")  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--device", help="default: cuda if there, else mps, else cpu")
     parser.add_argument("--seed", type=int, default=42, help="picture i starts from the noise of seed + i")
     args = parser.parse_args(argv)
     try:
         args.device = pick_device(args.device)
+        if args.attention:
+            set_attention(args.attention)
         check_offload(args.offload, args.device)
         if check_bits(args.w_bits) >= 16:
             raise ValueError(f"--w_bits {args.w_bits}: nothing to quantize; use 0 to 8")
@@ -397,9 +452,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise ValueError(f"--method threshold is a ternary rule: --w_bits must be 0, got {args.w_bits}")
         if not 0 <= args.threshold_ratio < 1:
             raise ValueError(f"--threshold_ratio must be at least 0 and below 1, got {args.threshold_ratio}")
-        for name in ("calibration_prompts", "calibration_stride", "steps", "batch_size"):
-            if getattr(args, name) is not None and getattr(args, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+        check_counts(args, "calibration_prompts", "calibration_stride", "steps", "batch_size")
+        check_counts(args, "num_images", least=0)
+        check_resolution(args.resolution)
+        check_guidance(args.guidance_scale)
+        check_seed(args.seed)
+        if args.prompts and args.prompts_json:
+            raise ValueError("--prompts and --prompts_json: give one of them")
         for name in ("block_steps", "block_batch_size", "block_micro_batch_size", "block_rounds"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
@@ -409,15 +468,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for name in ("block_learning_rate", "block_loss_power"):
             if getattr(args, name) <= 0:
                 raise ValueError(f"--{name} must be above 0, got {getattr(args, name)}")
-        for name in ("block_freeze_codes", "block_early_share"):
-            if not 0 <= getattr(args, name) < 1:
-                raise ValueError(f"--{name} must be at least 0 and below 1, got {getattr(args, name)}")
+        if not 0 <= args.block_freeze_codes <= 1:
+            raise ValueError(f"--block_freeze_codes must be 0 to 1, got {args.block_freeze_codes}")
+        if not 0 < args.block_early_share < 1:
+            raise ValueError(f"--block_early_share must be above 0 and below 1, got {args.block_early_share}")
         if args.memory_gib is not None and args.memory_gib <= 0:
             raise ValueError(f"--memory_gib must be above 0, got {args.memory_gib:g}")
-        if args.num_images < 0:
-            raise ValueError(f"--num_images must not be negative, got {args.num_images}")
     except ValueError as error:
         parser.error(str(error))
+    args.model_id = from_root(args.model_id)
     return args
 
 
@@ -432,25 +491,27 @@ def choose_sizes(args: argparse.Namespace) -> None:
             setattr(args, name, value)
 
 
-def read_prompts(pipe: FluxPipeline, args: argparse.Namespace) -> list[str]:
-    """The prompts to draw; ValueError if --prompts_json is not a list of strings."""
-    if args.prompts_json is None:
-        return pick_prompts(pipe, args.num_images)[0]
-    try:
-        prompts = json.loads(Path(args.prompts_json).read_text(encoding="utf-8-sig"))
-        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError("no list of strings")
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"--prompts_json {args.prompts_json}: cannot be read as a JSON list ({error})") from None
-    return list(prompts)[: args.num_images]
+def lasting_name(model: str) -> str:
+    """By which test.py finds the teacher again from another folder: a path from the root, assets/… of the repository,
+    a hub id."""
+    folder = Path(model).resolve()
+    if not folder.is_dir():
+        return model
+    return str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT / "assets") else folder)
 
 
 def main() -> None:
     args = parse_args()
+    with locked(args.output_path):
+        quantize(args)
+
+
+def quantize(args: argparse.Namespace) -> None:
+    """Write the quantized pipeline, and pictures of it beside its teacher's."""
     started = time.time()
+    if not is_empty(args.output_path):
+        raise ValueError(f"--output_dir {args.output_path}: exists and is not empty; choose another")
     source = local_pipeline(args.model_id)
-    if args.output_path.exists() and (not args.output_path.is_dir() or any(args.output_path.iterdir())):
-        raise ValueError(f"--output_path {args.output_path}: exists and is not empty; choose another")
     rest = sum(f.stat().st_size for f in source.rglob("*.safetensors") if f.parent.name != "transformer")
     copies = 2 if args.method in WITH_CALLS else 1  # the finished blocks, and the pipeline
     packed = copies * packed_bytes(source / "transformer", args.w_bits)
@@ -459,13 +520,14 @@ def main() -> None:
     name = bits_name(args.w_bits)
 
     pipe, teacher_images, prompts, errors = None, None, [], Errors()
-    with whole_folder(args.output_path) as folder:  # a place that cannot be written to shows here
+    with whole_folder(args.output_path, "run.py") as folder:
         if args.method in WITH_CALLS or args.num_images:
             pipe = load_pipeline(str(source), dtype)
             args.resolution = args.resolution or native_size(pipe)
             choose_sizes(args)
         if args.num_images:
-            prompts = read_prompts(pipe, args)
+            file, flag = args.prompts_json or args.prompts, "--prompts_json" if args.prompts_json else "--prompts"
+            prompts, _ = pick_prompts(pipe, args.num_images, file, flag=flag)
             teacher_images = draw(pipe, prompts, args, "teacher")
         quantizing = time.time()
         if args.method in WITH_CALLS:
@@ -477,8 +539,8 @@ def main() -> None:
         quantizing = time.time() - quantizing
         copy_rest(source, folder)
         metrics = {
-            "model": args.model_id, "method": args.method, "w_bits": args.w_bits, "without": args.without,
-            "mode": args.mode,
+            "model": lasting_name(args.model_id), "method": args.method, "w_bits": args.w_bits, "without": args.without,
+            "mode": args.mode, "attention": args.attention,
             "bytes_before": folder_bytes(source / "transformer"),
             "bytes_after": folder_bytes(folder / "transformer"),
             "layers": errors.table(), "seconds": round(quantizing, 1),
@@ -486,21 +548,25 @@ def main() -> None:
             "peak_rss_bytes": peak_rss(), "peak_device_bytes": peak_device(args.device), "fell_back": errors.fell_back,
             "device": device_name(args.device), "torch": torch.__version__,
             "diffusers": diffusers.__version__,
-            "blockwise": asdict(block_settings(args)) if args.method == "blockwise" else None,
+            "blockwise": asdict(block_settings(args)) if args.method == "blockwise" else None, "blocks": errors.blocks,
         }  # fmt: skip
         if args.num_images:
             student = FluxTransformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)
             pipe.register_modules(transformer=student.set_inference_mode(args.mode))
+            if args.attention:
+                set_attention(args.attention, student)
             images = draw(pipe, prompts, args, name)
             save_images(teacher_images, folder / "samples" / "full")
             save_images(images, folder / "samples" / f"bits_{args.w_bits}")
             save_grid({"full": teacher_images, name: images}, prompts, folder / "samples" / "grid.png")
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    shutil.rmtree(work_folder(args), ignore_errors=True)
+        write_json(folder / "metrics.json", metrics)
+    remove_work(args)
 
     print(f"\n{'layers':<10}{'number':>8}{'weight error':>14}")
     for kind, row in metrics["layers"].items():
         print(f"{kind:<10}{row['layers']:>8}{row['weight_error']:>14.4f}")
+    if args.method in WITH_CALLS:
+        print(f"{args.method} keeps what the layers put out, not their weights: an error twice that of mse is usual.")
     for layer, why in errors.fell_back.items():
         print(f"{layer}: not calibrated but rounded by mse: {why}")
     before, after = metrics["bytes_before"], metrics["bytes_after"]
@@ -512,4 +578,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "recorded calls and finished blocks are kept; the same command goes on")

@@ -1,25 +1,25 @@
 """Judge a quantized checkpoint against its teacher, or draw the pictures that outside benchmarks judge.
 
-    python test.py output/sanity/cache/bits_0 0                                  # what sanity.py left
+    python test.py output/sanity/cache/bits_0                                    # what sanity.py left
     python test.py output/models/tiny-flux-1.58bit 0 --num_images 1200           # what train.py left
-    python test.py output/train/run/checkpoint-200 0                             # one of its checkpoints
-    python test.py CHECKPOINT 0 --model black-forest-labs/FLUX.1-dev --offload   # the real one on a 24 GB card
-    python test.py CHECKPOINT 0 --offload sequential                             # on an 8 GB card
-    python test.py output/oneshot 0 --mode fast --compile                        # 8-bit activations, at full speed
-    python test.py CHECKPOINT 0 --geneval evaluation_metadata.jsonl              # GenEval's folders, four a prompt
+    python test.py output/train/run/checkpoint-200                               # one of its checkpoints
+    python test.py CHECKPOINT --model black-forest-labs/FLUX.1-dev --offload     # the real one on a 24 GB card
+    python test.py CHECKPOINT --offload sequential                               # on an 8 GB card
+    python test.py output/oneshot --mode fast --compile                          # 8-bit activations, at full speed
+    python test.py CHECKPOINT --geneval evaluation_metadata.jsonl                # GenEval's folders, four a prompt
 
-CHECKPOINT is a transformer or a whole pipeline, W_BITS what it was quantized to (0: 1.58 bit). Teacher and checkpoint
-draw the same prompts from the same noise. It writes
+CHECKPOINT is a transformer or a whole pipeline; W_BITS, what it was quantized to (0: 1.58 bit), is checked if given.
+Teacher and checkpoint draw the same prompts from the same noise. It writes
 
     OUTPUT_DIR/samples/{full,bits_W}/sample_000.png …    the pictures
     OUTPUT_DIR/samples/grid.png                          teacher, checkpoint and their difference
     OUTPUT_DIR/metrics.json                              everything that was measured
-    OUTPUT_DIR/geneval/bits_W/00000/…                    with --geneval or --prompt_list, and nothing else
+    OUTPUT_DIR/geneval/CHECKPOINT/00000/…                with --geneval or --prompt_list, and nothing else
+    OUTPUT_DIR/geneval/CHECKPOINT/manifest.json          what they were drawn with: nothing else goes beside them
 """
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
@@ -29,13 +29,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.kernels import MODES
+from models.modeling_flux_quant import FluxTransformer2DModel, is_quantized
 from models.packing import PackedLinear, disk_row_bytes
 from utils import scenes
 from utils.checkpoints import bits_name, check_shapes, load_student, transformer_folder
 from utils.cuda_graph import compile_steps
-from utils.metrics import learned_scores, nmse, psnr, scene_score, ssim
-from utils.pictures import save_grid, save_images, to_pil
-from utils.prompts import pick_prompts
+from utils.folders import check_target, locked, read_json, whole_folder, write_json, write_text
+from utils.metrics import learned_scores, psnr, scene_score, ssim, velocity_nmse
+from utils.pictures import save_grid, save_images, save_png, to_pil
+from utils.prompts import pick_prompts, read_prompts, read_text
 from utils.sampling import (
     OFFLOADS,
     check_offload,
@@ -45,20 +47,42 @@ from utils.sampling import (
     native_size,
     place,
     record_velocities,
+    set_attention,
 )
-from utils.utils import device_name, get_logger, pick_device, run_script
+from utils.utils import (
+    DTYPES,
+    ArgumentParser,
+    check_counts,
+    check_guidance,
+    check_resolution,
+    check_seed,
+    device_name,
+    from_root,
+    get_logger,
+    pick_device,
+    run_script,
+)
+from utils.walk import fingerprint
 
 log = get_logger("test")
+OWNER = "test.py"
 NMSE_PROMPTS = 24  # the velocity error is measured along the teacher's trajectories of so many prompts
 GRID_PROMPTS = 8
+MOST_SAMPLES = 100  # of a benchmark's prompt: sample j of prompt i starts from the noise of seed + 100 i + j
 
 
 def find_teacher(checkpoint: Path) -> str:
-    """The pipeline that run.py made `checkpoint` from, if it is such a pipeline, else the embedded one."""
-    try:
-        return json.loads((checkpoint / "metrics.json").read_text())["model"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "assets/tiny-flux"
+    """The pipeline that run.py made `checkpoint` from, if it is such a pipeline or its transformer, else the embedded
+    one. ValueError if it is remembered as a folder that is gone."""
+    for folder in (checkpoint, *([checkpoint.resolve().parent] if checkpoint.resolve().name == "transformer" else [])):
+        try:
+            model = from_root(json.loads((folder / "metrics.json").read_text())["model"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if Path(model).is_absolute() and not Path(model).exists():
+            raise ValueError(f"{checkpoint}: was made from {model}, which is gone; name its teacher with --model")
+        return model
+    return from_root("assets/tiny-flux")
 
 
 def resident_bytes(model: nn.Module) -> int:
@@ -81,50 +105,81 @@ def prepare(pipe: FluxPipeline, args: argparse.Namespace) -> None:
         compile_steps(pipe.transformer)
 
 
-def velocity_errors(transformer: nn.Module, calls: list[tuple[dict, Tensor]], steps: int) -> dict:
-    """NMSE of the velocity at the teacher's own states, over all and for each denoising step."""
-    device = next(transformer.parameters()).device
-    predictions, targets = [[] for _ in range(steps)], [[] for _ in range(steps)]
-    for number, (inputs, velocity) in enumerate(tqdm(calls, desc="velocity error", leave=False)):
-        here = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-        with torch.no_grad():
-            predictions[number % steps].append(transformer(**here)[0].float().cpu())
-        targets[number % steps].append(velocity.float().cpu())
-    by_step = [nmse(torch.cat(p), torch.cat(t)) for p, t in zip(predictions, targets, strict=True)]
-    whole = nmse(torch.cat(sum(predictions, [])), torch.cat(sum(targets, [])))
-    return {"nmse": whole, "nmse_by_step": by_step}
-
-
-def write_geneval(pipe: FluxPipeline, args: argparse.Namespace, folder: Path) -> None:
-    """GenEval's layout: folder/00000/metadata.jsonl and samples/00000.png …; what is there already is left alone."""
-    file = args.geneval or args.prompt_list
-    wanted = 'JSON lines with a "prompt"' if args.geneval else "UTF-8 text, a prompt a line"
+def read_items(args: argparse.Namespace) -> list[dict]:
+    """What a benchmark asks for: a dict with a "prompt" for each; ValueError if the file holds none."""
+    if args.prompt_list:
+        return [{"prompt": prompt} for prompt in read_prompts(args.prompt_list, "--prompt_list")]
     try:
-        lines = [line for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        items = [json.loads(line) if args.geneval else {"prompt": line.strip()} for line in lines]
-        prompts = [item["prompt"] for item in items]
-        if not all(isinstance(prompt, str) for prompt in prompts):
+        lines = [line for line in read_text(args.geneval, "--geneval").split("\n") if line.strip()]
+        items = [json.loads(line) for line in lines]
+        if not all(isinstance(item["prompt"], str) for item in items):
             raise TypeError("a prompt that is no string")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: cannot be read as {wanted} ({error!r})") from None
-    if not prompts:
-        raise ValueError(f"{file}: no prompts in it; write {wanted}")
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f'--geneval {args.geneval}: cannot be read as JSON lines with a "prompt" ({type(error).__name__}: {error})'
+        ) from None
+    if not items:
+        raise ValueError(f'--geneval {args.geneval}: no prompts in it; write JSON lines with a "prompt"')
+    return items
+
+
+def benchmark_folder(args: argparse.Namespace) -> Path:
+    """OUTPUT_DIR/geneval/ and the checkpoint's name: its run's too where it is one of several."""
+    folder = args.checkpoint.resolve()
+    if folder.name == "transformer":
+        folder = folder.parent
+    run = f"{folder.parent.name}-" if folder.name.startswith("checkpoint-") else ""
+    return args.output_dir / "geneval" / f"{run}{folder.name}"
+
+
+def check_benchmark(folder: Path, wanted: dict) -> None:
+    """ValueError, naming what differs, unless pictures of these settings may go into `folder`: it has none yet, or
+    those of the same settings, of no more prompts and no more samples of each."""
+    file = folder / "manifest.json"
+    if not file.exists():
+        if any(folder.glob("[0-9]*")):
+            raise ValueError(f"{folder}: holds pictures but no manifest.json; move it or choose another --output_dir")
+        return
+    found = read_json(file)
+    for name, value in wanted.items():
+        have = found.get(name)
+        if name == "samples_per_prompt" and isinstance(have, int) and have <= value:
+            continue
+        if name == "items" and isinstance(have, list):
+            number = next((i for i, item in enumerate(have) if value[i : i + 1] != [item]), None)
+            if number is None:
+                continue
+            name, have, value = f"prompt {number}", have[number], value[number] if number < len(value) else "none"
+        if have != value:
+            raise ValueError(
+                f"{folder}: its pictures were drawn with another {name}: found {str(have)[:80]}, asked for "
+                f"{str(value)[:80]}; move it or choose another --output_dir"
+            )
+
+
+def write_benchmark(pipe: FluxPipeline, args: argparse.Namespace, items: list[dict], folder: Path) -> None:
+    """GenEval's layout: folder/00000/metadata.jsonl and samples/00000.png …; what is there already is left alone."""
+    names = ("dtype", "mode", "seed", "steps", "guidance_scale", "resolution", "samples_per_prompt")
+    settings = {name: getattr(args, name) for name in names}
+    settings["weights"] = fingerprint(pipe.transformer)
+    settings["text_encoders"] = [fingerprint(encoder) for encoder in (pipe.text_encoder, pipe.text_encoder_2)]
+    check_benchmark(folder, settings | {"items": items})
+    write_json(folder / "manifest.json", {"checkpoint": str(args.checkpoint), **settings, "items": items})
+    prepare(pipe, args)
     done = 0
-    for number, (item, prompt) in enumerate(zip(items, tqdm(prompts, desc="prompts", unit="prompt"), strict=True)):
+    for number, item in enumerate(tqdm(items, desc="prompts", unit="prompt")):
         samples = folder / f"{number:05d}" / "samples"
-        samples.mkdir(parents=True, exist_ok=True)
-        (samples.parent / "metadata.jsonl").write_text(json.dumps(item) + "\n", encoding="utf-8")
+        write_text(samples.parent / "metadata.jsonl", json.dumps(item) + "\n")
+        samples.mkdir(exist_ok=True)
         missing = [i for i in range(args.samples_per_prompt) if not (samples / f"{i:05d}.png").exists()]
         for i in missing:
             [image] = generate_images(
-                pipe, [prompt], args.seed + number * args.samples_per_prompt + i, num_inference_steps=args.steps,
+                pipe, [item["prompt"]], args.seed + number * MOST_SAMPLES + i, num_inference_steps=args.steps,
                 guidance_scale=args.guidance_scale, size=args.resolution,
             )  # fmt: skip
-            partial = samples / f"{i:05d}.tmp"
-            to_pil(image).save(partial, format="PNG")
-            os.replace(partial, samples / f"{i:05d}.png")
+            save_png(to_pil(image), samples / f"{i:05d}.png")
             done += 1
-    log.info("%s: %d prompts, %d pictures drawn now", folder, len(prompts), done)
+    log.info("%s: %d prompts, %d pictures drawn now", folder, len(items), done)
 
 
 def print_table(metrics: dict) -> None:
@@ -146,39 +201,47 @@ def print_table(metrics: dict) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a quantized transformer, or a pipeline with one")
-    parser.add_argument("w_bits", type=int, help="what it was quantized to; 0 is 1.58 bit")
+    parser.add_argument("w_bits", type=int, nargs="?", help="to check: what it was quantized to; 0 is 1.58 bit")
     parser.add_argument("--model", help="the teacher; default: what run.py made CHECKPOINT from if it is from there, "
                         "else assets/tiny-flux")  # fmt: skip
     parser.add_argument("--output_dir", type=Path, default=Path("test"), help="pictures and figures go here")
     parser.add_argument("--num_images", type=int, default=24, help="pictures to draw and to measure on")
-    parser.add_argument("--prompts", help="a text file, one prompt a line; default: the model's evaluation set")
+    parser.add_argument("--prompts", help="a text file, one prompt a line, or a JSON list of prompts; default: the "
+                        "model's evaluation set")  # fmt: skip
     parser.add_argument("--geneval", metavar="METADATA.jsonl", help="draw GenEval's prompts in its folder layout")
-    parser.add_argument("--prompt_list", metavar="FILE", help="the same for a text file, one prompt a line")
-    parser.add_argument("--samples_per_prompt", type=int, default=4, help="with --geneval or --prompt_list")
+    parser.add_argument("--prompt_list", metavar="FILE", help="the same for a file as of --prompts")
+    parser.add_argument("--samples_per_prompt", type=int, default=4,
+                        help=f"with --geneval or --prompt_list; at most {MOST_SAMPLES}")  # fmt: skip
     parser.add_argument("--no_teacher", action="store_true", help="draw with the checkpoint only")
     parser.add_argument("--offload", nargs="?", const="model", choices=OFFLOADS, help="to draw, keep on the device "
                         "only the component that computes; sequential: what does not fit streams layer by "
                         "layer")  # fmt: skip
     parser.add_argument("--mode", choices=MODES, default="exact", help="to compute in; fast: 8-bit activations")
+    parser.add_argument("--attention", metavar="NAME", help="of the quantized model, one of diffusers' backends, "
+                        "such as sage, flash or _flash_3; default: torch's own")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="compile the transformer, on CUDA into CUDA graphs: "
                         "a minute or two at the start, then faster")  # fmt: skip
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--device", help="default: cuda if there, else mps, else cpu")
     parser.add_argument("--seed", type=int, default=42, help="picture i starts from the noise of seed + i")
     parser.add_argument("--batch_size", type=int, default=8, help="pictures drawn at a time")
-    parser.add_argument("--steps", type=int, default=28, help="denoising steps")
+    parser.add_argument("--num_inference_steps", "--steps", dest="steps", type=int, default=28, help="denoising steps")
     parser.add_argument("--guidance_scale", type=float, default=3.5)
     parser.add_argument("--resolution", type=int, help="pixels a side; default: what the autoencoder was made for")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # or W_BITS would have to stand right after CHECKPOINT
     try:
         args.device = pick_device(args.device)
-        for name in ("num_images", "samples_per_prompt", "batch_size", "steps", "resolution"):
-            if getattr(args, name) is not None and getattr(args, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
-        if args.resolution and args.resolution % 16:
-            raise ValueError(f"--resolution must be a multiple of 16, got {args.resolution}")
+        if args.attention:
+            set_attention(args.attention)
+        args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
+        check_counts(args, "num_images", "samples_per_prompt", "batch_size", "steps")
+        check_resolution(args.resolution)
+        check_guidance(args.guidance_scale)
+        check_seed(args.seed)
+        if args.samples_per_prompt > MOST_SAMPLES:
+            raise ValueError(f"--samples_per_prompt must be at most {MOST_SAMPLES}, got {args.samples_per_prompt}")
         if args.geneval and args.prompt_list:
             raise ValueError("--geneval and --prompt_list: give one of them")
         if args.offload and args.compile:
@@ -186,36 +249,55 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         check_offload(args.offload, args.device)
     except ValueError as error:
         parser.error(str(error))
+    args.checkpoint = Path(from_root(str(args.checkpoint)))
+    args.model = None if args.model is None else from_root(args.model)
     return args
+
+
+def load(args: argparse.Namespace) -> tuple[FluxTransformer2DModel, FluxPipeline]:
+    """The checkpoint, and the pipeline that it was quantized from."""
+    dtype = getattr(torch, args.dtype)
+    student = load_student(transformer_folder(args.checkpoint), dtype, w_bits=args.w_bits)
+    if args.mode != "exact":
+        student.set_inference_mode(args.mode)
+    if args.attention:
+        set_attention(args.attention, student)
+    args.model = args.model or find_teacher(args.checkpoint)
+    pipe = load_pipeline(args.model, dtype)
+    check_shapes(args.checkpoint, student.config, args.model, pipe.transformer, "--model")
+    args.w_bits = student.config.w_bits
+    args.resolution = args.resolution or native_size(pipe)
+    return student, pipe
 
 
 def main() -> None:
     args = parse_args()
-    device = args.device
-    default = "bfloat16" if device.type == "cuda" else "float32"
-    dtype = getattr(torch, args.dtype or default)
-
-    folder = transformer_folder(args.checkpoint)
-    student = load_student(folder, dtype, w_bits=args.w_bits)
-    if args.mode != "exact":
-        student.set_inference_mode(args.mode)
-    model = args.model or find_teacher(args.checkpoint)
-    pipe = load_pipeline(model, dtype)
-    check_shapes(args.checkpoint, student.config, model, pipe.transformer, "--model")
-    args.resolution = args.resolution or native_size(pipe)
-    name = bits_name(args.w_bits)
     if args.geneval or args.prompt_list:
-        pipe.register_modules(transformer=student)
-        prepare(pipe, args)
-        write_geneval(pipe, args, args.output_dir / "geneval" / f"bits_{args.w_bits}")
-        return
+        items, folder = read_items(args), benchmark_folder(args)
+        with locked(folder):
+            student, pipe = load(args)
+            pipe.register_modules(transformer=student)
+            write_benchmark(pipe, args, items, folder)
+    else:
+        with locked(args.output_dir):
+            judge(args)
 
+
+def judge(args: argparse.Namespace) -> None:
+    """Draw with the teacher and with the checkpoint, and measure how they differ."""
+    device, samples = args.device, args.output_dir / "samples"
+    check_target(samples, OWNER)
+    if (args.output_dir / "metrics.json").exists() and "checkpoint" not in read_json(args.output_dir / "metrics.json"):
+        raise ValueError(f"{args.output_dir}: holds a metrics.json of something else; choose another --output_dir")
+    student, pipe = load(args)
+    if is_quantized(pipe.transformer.config) and not args.no_teacher:
+        raise ValueError(f"{args.model}: already quantized; the teacher must be full precision, or use --no_teacher")
+    folder, name, model = transformer_folder(args.checkpoint), bits_name(args.w_bits), args.model
+    dtype = pipe.transformer.dtype
     prompts, source = pick_prompts(pipe, args.num_images, args.prompts)
     with_scores = args.resolution == scenes.SIZE and all(scenes.parse(prompt) for prompt in prompts)
     log.info("%s (%s) against %s, %s on %s", folder, name, model, dtype, device)
     log.info("%d prompts: %s; %d pixels, seed %d", len(prompts), source, args.resolution, args.seed)
-    samples = args.output_dir / "samples"
-    samples.mkdir(parents=True, exist_ok=True)
 
     def draw(prompts: list[str], seed: int, desc: str, steps: int = args.steps) -> Tensor:
         return generate_images(
@@ -232,7 +314,6 @@ def main() -> None:
             teacher_images = draw(first, args.seed, "teacher")
         if rest:
             teacher_images = torch.cat([teacher_images, draw(rest, args.seed + len(first), "teacher")])
-        save_images(teacher_images, samples / "full")
 
     # 2. The checkpoint in its place.
     drop_transformer(pipe)
@@ -241,7 +322,8 @@ def main() -> None:
     metrics = {
         "checkpoint": str(args.checkpoint), "w_bits": args.w_bits, "model": model, "prompts": len(prompts),
         "prompt_source": source, "seed": args.seed, "steps": args.steps, "guidance_scale": args.guidance_scale,
-        "resolution": args.resolution, "dtype": str(dtype), "mode": args.mode, "compile": args.compile,
+        "resolution": args.resolution, "dtype": str(dtype), "mode": args.mode, "attention": args.attention,
+        "compile": args.compile,
         "batch_size": args.batch_size, "device": device_name(device), "torch": torch.__version__,
     }  # fmt: skip
     if args.compile:  # what is timed next finds the compiled code
@@ -249,9 +331,8 @@ def main() -> None:
     started = time.time()
     images = draw(prompts, args.seed, name)
     metrics["seconds_per_image"] = (time.time() - started) / len(prompts)
-    save_images(images, samples / f"bits_{args.w_bits}")
     if calls:
-        metrics |= velocity_errors(student, calls, args.steps)
+        metrics["nmse"], metrics["nmse_by_step"] = velocity_nmse(student, calls, args.steps)
 
     # 3. The figures.
     if teacher_images is not None:
@@ -264,19 +345,23 @@ def main() -> None:
     metrics["disk_bytes"] = sum(file.stat().st_size for file in folder.glob("diffusion_pytorch_model*.safetensors"))
     metrics["resident_bytes"] = resident_bytes(student)
     metrics["bits_per_weight"] = bits_per_weight(student)
-    if teacher_images is not None:
-        shown = range(min(GRID_PROMPTS, len(prompts)))
-        rows = {
-            prompts[i]: torch.stack([teacher_images[i], images[i], (teacher_images[i] - images[i]).abs()])
-            for i in shown
-        }
-        save_grid(rows, ["full", name, "difference"], samples / "grid.png")
-    else:
-        save_grid({name: images[:GRID_PROMPTS]}, prompts[:GRID_PROMPTS], samples / "grid.png")
-    (args.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (args.output_dir / "metrics.json").unlink(missing_ok=True)  # the pictures beside it are about to be others
+    with whole_folder(samples, OWNER) as part:
+        save_images(images, part / f"bits_{args.w_bits}")
+        if teacher_images is not None:
+            save_images(teacher_images, part / "full")
+            shown = range(min(GRID_PROMPTS, len(prompts)))
+            rows = {
+                prompts[i]: torch.stack([teacher_images[i], images[i], (teacher_images[i] - images[i]).abs()])
+                for i in shown
+            }
+            save_grid(rows, ["full", name, "difference"], part / "grid.png")
+        else:
+            save_grid({name: images[:GRID_PROMPTS]}, prompts[:GRID_PROMPTS], part / "grid.png")
+    write_json(args.output_dir / "metrics.json", metrics)
     print_table(metrics)
     log.info("pictures: %s; figures: %s", samples / "grid.png", args.output_dir / "metrics.json")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "what --geneval or --prompt_list has drawn is kept; the same command goes on")

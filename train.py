@@ -331,7 +331,7 @@ def main() -> None:
 def fill(cache: TeacherCache, source: Teacher, training_args) -> None:
     size, device = training_args.per_device_eval_batch_size, training_args.device
     with memory_named("the teacher draws", "try a smaller --per_device_eval_batch_size", device):
-        fill_cache(cache, source, size, device, training_args.compile_blocks)
+        fill_cache(cache, source, size, device, training_args.compile_blocks or None)
 
 
 def train(model_args, data_args, training_args) -> None:

@@ -47,11 +47,16 @@ FP8_BITS = 4  # codes up to so many bits are exact in e4m3: integers to 16
 GELU_SCALE = 2 * math.sqrt(2 / math.pi)
 _CPU_ROWS = 1024  # of a product on a CPU: a few MB of cache
 _CHUNK = 2**20  # codes worked on at a time: bounds the memory of packing and unpacking, and fits a cache
+_CHUNK_ON_GPU = 2**24  # where a few launches are to be enough for a layer
 
 
-def row_chunks(rows: int, in_features: int) -> Iterator[slice]:
-    """Slices of the rows of a matrix, some million elements each; all rows for torch.compile, which fuses the steps."""
-    size = max(1, rows if torch.compiler.is_compiling() else _CHUNK // in_features)
+def row_chunks(rows: int, in_features: int, device: torch.device | None = None) -> Iterator[slice]:
+    """Slices of the rows of a matrix, as many elements as fit a CPU's cache each, or more where `device` is no CPU.
+
+    All rows for torch.compile, which fuses the steps.
+    """
+    elements = _CHUNK if device is None or device.type == "cpu" else _CHUNK_ON_GPU
+    size = max(1, rows if torch.compiler.is_compiling() else elements // in_features)
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
 
@@ -390,15 +395,17 @@ def kept(layer: nn.Module, dtype: torch.dtype) -> Tensor | None:
     sizes are written to or lie elsewhere; writing through their `.data` goes unnoticed, as it does in autograd.
     """
     codes, alpha = layer.weight_codes, layer.weight_clip_val
-    small = codes.device.type == "cpu" and layer.out_features * layer.in_features <= KEPT
-    if not small or torch.compiler.is_compiling() or in_triton(codes, layer.w_bits) or torch.is_inference(codes):
+    if torch.compiler.is_compiling() or codes.is_inference() or layer.out_features * layer.in_features > KEPT:
         return None
     state = dtype, codes.data_ptr(), codes._version, alpha.data_ptr(), alpha._version
-    if layer.kept is None or layer.kept[0] != state:
-        unpack = integers if dtype == torch.int8 else partial(_dequantize, alpha=alpha)
-        weight = unpack(codes, w_bits=layer.w_bits, in_features=layer.in_features, dtype=dtype)
-        layer.kept = state, weight, codes.detach(), alpha.detach()  # no other tensor gets their addresses
-    return layer.kept[1]
+    if layer.kept is not None and layer.kept[0] == state:
+        return layer.kept[1]
+    if codes.device.type != "cpu" or in_triton(codes, layer.w_bits):
+        return None
+    unpack = integers if dtype == torch.int8 else partial(_dequantize, alpha=alpha)
+    weight = unpack(codes, w_bits=layer.w_bits, in_features=layer.in_features, dtype=dtype)
+    layer.kept = state, weight, codes.detach(), alpha.detach()  # no other tensor gets their addresses
+    return weight
 
 
 # -------------------------------------------------------------------------------------------------------------- exact

@@ -18,7 +18,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -34,6 +34,8 @@ from models.utils_quant import ALPHA_FLOOR, Fp32Parameters, QuantizeLinear, chec
 FORMAT = 1
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 TRITS = 5  # a byte: 3^5 = 243 of its 256 values
+PROBLEMS = ("a byte holds no five ternary codes", "the padding is not zero")  # of codes on disk
+LOADERS = 8  # threads, each with one layer in its hands
 MARGIN = 0.05  # of the distance between two levels: adopt_codes keeps so far from a threshold
 
 # ------------------------------------------------------------------------------------------------- codes and bytes
@@ -49,10 +51,12 @@ def disk_row_bytes(in_features: int, w_bits: int) -> int:
     return -(-in_features // TRITS) if w_bits == 0 else row_bytes(in_features, w_bits)
 
 
-def _pad(codes: Tensor, per_byte: int) -> Tensor:
-    """[rows, in] as [rows, per_byte, ⌈in / per_byte⌉], zeros at the end."""
+def _pad(codes: Tensor, per_byte: int, value: int = 0) -> Tensor:
+    """[rows, in] as [rows, per_byte, ⌈in / per_byte⌉], `value` where there is none."""
     columns = -(-codes.shape[1] // per_byte)
-    return F.pad(codes, (0, columns * per_byte - codes.shape[1])).view(len(codes), per_byte, columns)
+    if missing := columns * per_byte - codes.shape[1]:
+        codes = F.pad(codes, (0, missing), value=value)
+    return codes.unflatten(1, (per_byte, columns))
 
 
 def pack_codes(codes: Tensor, w_bits: int) -> Tensor:
@@ -81,21 +85,27 @@ def pack_trits(codes: Tensor) -> Tensor:
     return (value + (value * 13 + 242) // 243).to(torch.uint8)  # 256 = 243 + 13: all fits 16 bits
 
 
+def _digits(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The digits of bytes [rows, columns] in base 3, [rows, 5·columns] (uint8), and whether a byte holds no five."""
+    rest = packed.to(torch.int16)
+    digits = torch.empty(len(packed), TRITS, packed.shape[1], dtype=torch.uint8, device=packed.device)
+    for i in range(TRITS):
+        torch.bitwise_right_shift(rest.mul_(3), 8, out=digits[:, i])
+        rest &= 255
+    return digits.flatten(1), rest.max() > 242
+
+
+def _refuse(wrong: Tensor) -> None:
+    for problem, found in zip(PROBLEMS, wrong.tolist(), strict=True):
+        if found:
+            raise ValueError(problem)
+
+
 def unpack_trits(packed: Tensor, in_features: int) -> Tensor:
     """Bytes [rows, ⌈in/5⌉] back to ternary codes [rows, in_features] (int8); ValueError on bytes that none gives."""
-    rest = packed.to(torch.int16)
-    carry = torch.empty_like(rest)
-    codes = torch.empty(len(packed), TRITS, packed.shape[1], dtype=torch.int8, device=packed.device)
-    for i in range(TRITS):
-        rest *= 3
-        codes[:, i] = torch.bitwise_right_shift(rest, 8, out=carry)
-        rest &= 255
-    if rest.max() > 242:
-        raise ValueError("a byte holds no five ternary codes")
-    codes = codes.view(len(packed), -1).sub_(1)
-    if codes[:, in_features:].any():
-        raise ValueError("the padding is not zero")
-    return codes[:, :in_features]
+    digits, impossible = _digits(packed)
+    _refuse(torch.stack([impossible, (digits[:, in_features:] != 1).any()]))
+    return digits.view(torch.int8).sub_(1)[:, :in_features]
 
 
 def store_codes(codes: Tensor, w_bits: int) -> Tensor:
@@ -111,16 +121,35 @@ def to_disk(packed: Tensor, w_bits: int, in_features: int) -> Tensor:
     return torch.cat([store_codes(unpack_codes(part, 0, in_features), 0) for part in parts])
 
 
+def decode(stored: Tensor, w_bits: int, in_features: int) -> tuple[Tensor, Tensor]:
+    """Codes as on disk to codes as in memory, and which of PROBLEMS they have (bool [2]), on the same device.
+
+    Nothing waits for the device: what is wrong is looked up when all layers are on their way.
+    """
+    wrong = torch.zeros(len(PROBLEMS), dtype=torch.bool, device=stored.device)
+    chunks = list(row_chunks(len(stored), in_features, stored.device))
+    if w_bits:
+        if stored.shape[1] * 8 > w_bits * in_features:  # padding that is not zero is lost on the way
+            for rows in chunks:
+                again = pack_codes(unpack_codes(stored[rows], w_bits, in_features), w_bits)
+                wrong[1] |= (again != stored[rows]).any()
+        return stored, wrong
+    packed = torch.empty(len(stored), row_bytes(in_features, 0), dtype=torch.uint8, device=stored.device)
+    for rows in chunks:
+        digits, impossible = _digits(stored[rows])
+        wrong |= torch.stack([impossible, (digits[:, in_features:] != 1).any()])
+        fields = _pad(digits[:, :in_features], 4, value=1)
+        byte = fields[:, 3].clone()
+        for i in (2, 1, 0):
+            byte.bitwise_left_shift_(2).bitwise_or_(fields[:, i])
+        packed[rows] = byte.add_(0x55).bitwise_xor_(0xAA)  # (d + 1) ^ 2 is d − 1 in two bits, for all four at a time
+    return packed, wrong
+
+
 def from_disk(stored: Tensor, w_bits: int, in_features: int) -> Tensor:
     """Codes as on disk to codes as in memory, on the same device; ValueError on what no codes give."""
-    if w_bits:
-        for rows in row_chunks(len(stored), in_features):  # padding that is not zero is lost on the way
-            if not torch.equal(pack_codes(unpack_codes(stored[rows], w_bits, in_features), w_bits), stored[rows]):
-                raise ValueError("the padding is not zero")
-        return stored
-    packed = torch.empty(len(stored), row_bytes(in_features, 0), dtype=torch.uint8, device=stored.device)
-    for rows in row_chunks(len(stored), in_features):
-        packed[rows] = pack_codes(unpack_trits(stored[rows], in_features), 0)
+    packed, wrong = decode(stored, w_bits, in_features)
+    _refuse(wrong)
     return packed
 
 
@@ -246,7 +275,9 @@ class PackedLinear(Fp32Parameters, nn.Linear):
         x = _autocast(input)
         if (dtype := self._token_dtype(x)) is not None:
             return kernels.fast_linear(x, dtype, [self])[0]
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        bias = self.bias
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
         if not kernels.wants_gradient(x, bias) and (weight := kernels.kept(self, x.dtype)) is not None:
             return F.linear(x, weight, bias)
         return kernels.exact_linear(x, self.weight_codes, self.weight_clip_val, bias, self.w_bits)
@@ -381,43 +412,71 @@ def read_index(folder: Path, config: dict) -> dict:
 def load_packed(model: nn.Module, folder: Path, index: dict, dtype: torch.dtype | None, device: torch.device) -> None:
     """Fill `model`, built on the meta device, from a packed folder; `dtype` is that of what is not quantized.
 
-    Every tensor's name, shape and dtype, the range of the codes and their padding are checked: ValueError names the
-    first that is wrong. No weight is ever larger than its codes.
+    Codes travel to a GPU as they are on disk and are decoded there, several layers at a time, while the shards'
+    checksums are computed. Every tensor's name, shape and dtype, the range of the codes and their padding are checked:
+    ValueError names the first that is wrong. No weight is ever larger than its codes.
     """
     weight_map, digests = index["weight_map"], index["metadata"]["sha256"]
     wanted = {name for name, _ in model.named_parameters()}
     for names, problem in ((wanted - set(weight_map), "is missing"), (set(weight_map) - wanted, "is not expected")):
         if names:
             raise ValueError(f"{folder}: {min(names)} {problem} in the index; it does not belong to config.json")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a thread a layer, not one a part of each step
+    try:
+        with ThreadPoolExecutor() as hashing, ThreadPoolExecutor(LOADERS) as loading:
+            verified = [hashing.submit(_verify, folder / name, digests[name]) for name in sorted(digests)]
+            try:
+                _fill(model, folder, weight_map, dtype, device, loading)
+            finally:
+                for each in verified:  # of a damaged file that is said, and not what followed from it
+                    each.result()
+    finally:
+        torch.set_num_threads(threads)
 
-    def verify(name: str) -> None:
-        file = folder / name
-        try:
-            digest = _file_digest(file)
-        except OSError as error:
-            raise ValueError(f"{file}: cannot be read ({error.strerror}); save or download it again") from None
-        if digest != digests[name]:
-            raise ValueError(f"{file}: damaged (its SHA-256 differs from the index); save or download it again")
 
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(verify, sorted(digests)))
-    for shard in sorted(digests):
-        file = folder / shard
-        names = {name for name, where in weight_map.items() if where == shard}
+def _verify(file: Path, wanted: str) -> None:
+    """ValueError unless the file's SHA-256 is the one of the index."""
+    try:
+        digest = _file_digest(file)
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror}); save or download it again") from None
+    if digest != wanted:
+        raise ValueError(f"{file}: damaged (its SHA-256 differs from the index); save or download it again")
+
+
+def _fill(
+    model: nn.Module, folder: Path, weight_map: dict[str, str], dtype: torch.dtype | None, device: torch.device,
+    pool: ThreadPoolExecutor,
+) -> None:  # fmt: skip
+    """Give `model` its parameters, a thread of the pool each; ValueError on the first that is wrong."""
+    problems, flags = [], []
+    reading = device if device.type == "cuda" else torch.device("cpu")  # the others lack one or the other operation
+    for shard in sorted(set(weight_map.values())):
+        file, names = folder / shard, sorted(name for name, where in weight_map.items() if where == shard)
         try:
-            with safe_open(file, framework="pt", device=str(device)) as tensors:
-                if set(tensors.keys()) != names:
-                    odd = min(set(tensors.keys()) ^ names)
-                    raise ValueError(f"{file}: holds other tensors than the index says, such as {odd}")
-                for name in sorted(names):
+            with safe_open(file, framework="pt", device=str(reading)) as tensors:
+                if odd := set(tensors.keys()) ^ set(names):
+                    raise ValueError(f"{file}: holds other tensors than the index says, such as {min(odd)}")
+
+                def load(name: str, file=file, tensors=tensors) -> tuple[list[str], Tensor]:
                     path, _, kind = name.rpartition(".")
-                    module = model.get_submodule(path)
-                    found = tensors.get_slice(name)
+                    module, found = model.get_submodule(path), tensors.get_slice(name)
                     _check_tensor(file, name, found.get_shape(), found.get_dtype(), module, kind)
-                    value = _finish(file, name, tensors.get_tensor(name), module, kind, dtype)
-                    setattr(module, kind, nn.Parameter(value, requires_grad=False))
+                    value, found, wrong = _finish(tensors.get_tensor(name), module, kind, dtype)
+                    setattr(module, kind, nn.Parameter(value.to(device), requires_grad=False))
+                    return [f"{file}: {name}{problem}" for problem in found], wrong
+
+                loaded = [pool.submit(load, name) for name in names]
+                wait(loaded)  # the file stays open as long as one reads
+                for found, wrong in (each.result() for each in loaded):
+                    problems += found
+                    flags.append(wrong)
         except SafetensorError as error:
             raise ValueError(f"{file}: not a whole safetensors file ({error}); save or download it again") from None
+    for problem, found in zip(problems, torch.cat(flags).tolist(), strict=True):
+        if found:
+            raise ValueError(problem)
 
 
 def _check_tensor(file: Path, name: str, shape: list[int], dtype: str, module: nn.Module, kind: str) -> None:
@@ -433,17 +492,16 @@ def _check_tensor(file: Path, name: str, shape: list[int], dtype: str, module: n
         raise ValueError(f"{file}: {name} is {dtype} {list(shape)}, expected {' or '.join(sorted(dtypes))} {expected}")
 
 
-def _finish(file: Path, name: str, tensor: Tensor, module: nn.Module, kind: str, dtype: torch.dtype | None) -> Tensor:
-    """The stored tensor as it is kept in memory; ValueError on values that cannot be."""
-    if isinstance(module, PackedLinear) and kind == "weight_codes":
-        try:
-            return from_disk(tensor, module.w_bits, module.in_features)
-        except ValueError as error:
-            raise ValueError(f"{file}: {name}: {error}") from None
-    if not tensor.isfinite().all():
-        raise ValueError(f"{file}: {name} holds NaN or inf")
-    if isinstance(module, PackedLinear) and kind == "weight_clip_val":
-        if not (tensor > 0).all():
-            raise ValueError(f"{file}: {name} holds step sizes that are not positive")
-        return tensor
-    return tensor if dtype is None else tensor.to(dtype)
+def _finish(
+    tensor: Tensor, module: nn.Module, kind: str, dtype: torch.dtype | None
+) -> tuple[Tensor, tuple[str, ...], Tensor]:
+    """The stored tensor as it is kept in memory, what can be wrong with it, and whether it is (bool, on its device)."""
+    packed = isinstance(module, PackedLinear)
+    if packed and kind == "weight_codes":
+        codes, wrong = decode(tensor, module.w_bits, module.in_features)
+        return codes, tuple(f": {problem}" for problem in PROBLEMS), wrong
+    low, high = tensor.aminmax()  # NaN if one is
+    wrong = torch.stack([~(low.isfinite() & high.isfinite()), low <= 0])
+    if packed and kind == "weight_clip_val":
+        return tensor, (" holds NaN or inf", " holds step sizes that are not positive"), wrong
+    return tensor if dtype is None else tensor.to(dtype), (" holds NaN or inf",), wrong[:1]

@@ -18,6 +18,40 @@ import pytest  # noqa: E402
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", type=Path, metavar="FILE", help="write commit, machine and result into FILE")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """With --record: one line of what was tested where and how it went, then the names of what failed."""
+    if not (file := config.getoption("--record")):
+        return
+    import diffusers
+    import torch
+    import transformers
+
+    git = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    commit = os.environ.get("COMMIT") or subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, diffusers, transformers))
+    stats = {name: terminalreporter.stats.get(name, []) for name in ("passed", "failed", "error", "skipped")}
+    counts = ", ".join(f"{len(reports)} {name}" for name, reports in stats.items())
+    failed = [f"{report.outcome} {report.nodeid}" for report in stats["failed"] + stats["error"]]
+    line = f"commit {commit or 'unknown'}, {', '.join(gpus) or 'no GPU'}, {versions}: {counts}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join([line, *failed]) + "\n")
+    terminalreporter.write_line(line)
+
+
 @pytest.fixture(scope="session")
 def run() -> Callable[..., subprocess.CompletedProcess]:
     """run("sanity.py", "--w_bits", 0, NAME="value") starts a script in the repository root, without the hub.

@@ -35,8 +35,16 @@ def small_model(dtype=torch.float32):
 
 
 def measured(tmp_path, *flags):
-    bench.main(["--device", "cpu", "--rounds", "1", "--output", str(tmp_path / "out"), *map(str, flags)])
-    return json.loads((tmp_path / "out" / "bench.json").read_text())
+    bench.main(command(tmp_path, *flags))
+    return figures(tmp_path, *flags)
+
+
+def command(tmp_path, *flags):
+    return ["--device", "cpu", "--rounds", "1", "--output", str(tmp_path / "out"), *map(str, flags)]
+
+
+def figures(tmp_path, *flags):
+    return json.loads((tmp_path / "out" / f"{bench.command_name(command(tmp_path, *flags))}.json").read_text())
 
 
 def velocity(model, args, size):
@@ -106,8 +114,9 @@ def test_resident_and_disk_bytes_follow_from_the_bits():
 def test_bench_measures_every_rival(folder, tmp_path, capsys):
     found = measured(tmp_path, "--config", folder, "--resolution", 32, 48, "--layers", "--load", "--text_tokens", 7)
     printed = capsys.readouterr().out
-    assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["bench.json", "bench.png"]
+    name = "device_cpu_rounds_1_model_resolution_32_48_layers_load_text_tokens_7"
+    assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [f"{name}.json", f"{name}.png"]
     assert found["seed"] == 42 and found["device"] and found["versions"]["torch"] == torch.__version__
     assert found["command"].startswith("python bench.py --device cpu") and found["text_tokens"] == 7
 
@@ -234,7 +243,7 @@ def test_a_rival_that_fails_is_a_row_and_one_of_ours_an_error(folder, tmp_path, 
     monkeypatch.setattr(FluxTransformer2DModel, "set_inference_mode", lambda self, mode: fails(None))
     with pytest.raises(ValueError, match="^ours exact, eager: RuntimeError: no luck$"):
         measured(tmp_path, "--config", folder, "--resolution", 32)
-    rows = {row["rival"]: row for row in json.loads((tmp_path / "out" / "bench.json").read_text())["steps"]}
+    rows = {row["rival"]: row for row in figures(tmp_path, "--config", folder, "--resolution", 32)["steps"]}
     assert rows["float32, eager"]["ms"] > 0
 
 
@@ -262,10 +271,14 @@ def test_architectures_have_the_published_size(name, parameters, tokens):
     [
         (["--config", "nowhere"], "--config nowhere: use one of flux-dev, flux-schnell, tiny-flux, or a folder"),
         (["--resolution", "1000"], "--resolution must be a multiple of 16, got 1000"),
-        (["--resolution", "512", "0"], "--resolution must be a multiple of 16, got 0"),
+        (["--resolution", "512", "0"], "--resolution must be at least 16 and at most 8192, got 0"),
+        (["--resolution", "65536"], "--resolution must be at least 16 and at most 8192, got 65536"),
+        (["--seed", str(2**64)], "--seed must be at least 0 and at most 4294967295"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--text_tokens", "0"], "--text_tokens must be at least 1, got 0"),
         (["--device", "abacus"], "--device abacus is not available here"),
+        (["--attention", "brisk"], "--attention brisk: `backend='brisk'` must be one of"),
+        (["--attention", "_native_npu"], "--attention _native_npu: NPU Attention backend '_native_npu' is not usable"),
         (["--mode", "brisk"], "argument --mode: invalid choice: 'brisk'"),
         (["--no_steps"], "--no_steps leaves nothing to measure"),
         (["--device", "cpu", "--cpp_wrapper"], "--cpp_wrapper is a way to compile: add --compile"),
@@ -310,3 +323,28 @@ def test_the_script_ends_in_one_line(run, tmp_path):
     result = run("bench.py", "--config", "nowhere", "--output", tmp_path / "out")
     assert result.returncode == 2 and result.stderr.strip().splitlines()[-1].startswith("bench.py: error: --config")
     assert not (tmp_path / "out").exists()
+
+
+def test_each_command_has_a_file_of_its_own():
+    """Those of README, whose later ones once replaced the figures of the first; the output folder does not count."""
+    commands = {
+        "--config tiny-flux --device cpu": "tiny-flux_device_cpu",
+        "--model tiny-flux --device cpu --output_dir a/b": "tiny-flux_device_cpu",
+        "--config flux-dev --resolution 1024 512 --cpp_wrapper": "flux-dev_resolution_1024_512_cpp_wrapper",
+        "--config flux-dev --layers --load --no_steps --output=x": "flux-dev_layers_load_no_steps",
+        "--config flux-dev --device cpu --layers --no_steps": "flux-dev_device_cpu_layers_no_steps",
+        "--config=../my/model": "model",
+        "": "bench",
+    }
+    for words, name in commands.items():
+        assert bench.command_name(words.split()) == name
+    long = [bench.command_name(["--mode", "x" * 300, last]) for last in ("a", "b")]
+    assert max(map(len, long)) <= 150 and long[0] != long[1]
+
+
+def test_names_that_every_script_takes():
+    line = "--model flux-dev --output_dir o --dtype float16 --seed 1 --resolution 64 --device cpu"
+    args = bench.parse_args(line.split())
+    assert (args.config, str(args.output), args.dtype, args.seed) == ("flux-dev", "o", torch.float16, 1)
+    args = bench.parse_args("--config flux-dev --output o --device cpu".split())
+    assert (args.config, str(args.output)) == ("flux-dev", "o")

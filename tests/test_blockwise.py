@@ -177,6 +177,44 @@ def test_pictures_of_two_sizes_are_refused(recorded, teacher, first):
         window(first, teacher, Settings(**SMALL), lookahead=1)
 
 
+def test_a_channel_weighs_what_its_error_does_to_the_velocity(recorded, teacher):
+    """Against diffusers' own backward pass from the same directions to what the first block puts out."""
+    calls = recorded[0][:2]
+    found = blockwise.channel_weights(teacher, calls, CPU, seed=5)
+    generator, kept, squares = torch.Generator().manual_seed(5), [], ([], [])
+
+    def leaves(module, args, output):
+        kept[:] = [tensor.detach().requires_grad_(True) for tensor in output]
+        return tuple(kept)
+
+    hook = teacher.transformer_blocks[0].register_forward_hook(leaves)
+    for call in calls:
+        velocity = teacher(**call)[0]
+        velocity.backward(torch.randn(velocity.shape, generator=generator))
+        for square, leaf in zip(squares, kept, strict=True):
+            square.append(leaf.grad.double().square().flatten(0, 1).mean(0))
+    hook.remove()
+    for kind, square in zip(("text", "image"), squares, strict=True):
+        torch.testing.assert_close(found["transformer_blocks.0"][kind].double(), sum(square) / 2, atol=0, rtol=1e-3)
+    last = found["single_transformer_blocks.0"]
+    assert not last["text"].any() and last["image"].all()
+
+
+def test_weighted_channels_are_weighed_against_each_other_and_text_against_image(teacher, first):
+    settings, generator = Settings(**SMALL, loss_power=1), torch.Generator().manual_seed(0)
+    weights = {kind: torch.rand(32, generator=generator) for kind in ("text", "image")}
+    trained = quantized_copy(first, 2)
+    found = Window(first.streams, [first.module], [trained], None, settings, weights)
+    batch = found.fetch(torch.arange(12))
+    with torch.no_grad():
+        loss = found.loss(batch).item()
+        inputs = {"hidden_states": batch["in.image"], "encoder_hidden_states": batch["in.text"], "temb": batch["temb"]}
+        made = dict(zip(("text", "image"), trained(**inputs, **found.rest), strict=True))
+    squares = {kind: (made[kind] - batch[f"1.{kind}"]).double().square() * weights[kind] for kind in made}
+    expected = sum(square.mean() for square in squares.values()) / weights["image"].double().mean()
+    assert loss == pytest.approx((expected / batch["1.image"].double().square().mean()).item(), rel=1e-4)
+
+
 # ---------------------------------------------------------------------------------------------------------- the walk
 
 

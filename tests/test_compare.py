@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import run as script
 from utils import compare_oneshot, compare_recipes, compare_training_step
 from utils.process_args import process_args
 from utils.processes import run_logged, spread
@@ -119,6 +120,14 @@ def test_oneshot_figures_become_a_table(tmp_path, monkeypatch):
     row = dict(zip(cells(head), cells(rows[0]), strict=True))
     assert (row["bits"], row["of teacher"], row["MB"], row["seconds"]) == ("1.58", "62.5%", "5.2", "61")
     assert len(json.loads((tmp_path / "oneshot.json").read_text())) == 3
+
+
+def test_every_way_to_train_block_by_block_is_one_that_run_knows():
+    for name, (_, flags) in compare_oneshot.RECIPES.items():
+        args = script.parse_args(["--method", "blockwise", *flags])
+        assert args.method == "blockwise" and args.block_steps, name
+        told = compare_oneshot.describe({"name": f"{name}_0", "run": {"without": []}})
+        assert told == f"block-wise: {compare_oneshot.RECIPES[name][0]}"
 
 
 def test_a_failed_call_is_one_line_that_names_the_log(tmp_path):

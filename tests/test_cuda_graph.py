@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from utils import cuda_graph
 
+pytestmark = pytest.mark.on_gpu
+
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 
@@ -89,7 +91,7 @@ def test_steps_compile(transformer, captures, monkeypatch):
     assert len(captures) == GPU
 
 
-@pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
+@pytest.mark.gpu
 def test_a_captured_step_reads_its_inputs_anew():
     x = torch.randn(4, device=DEVICE)
     replay, output = cuda_graph.captured(lambda: F.relu(x) * 2)

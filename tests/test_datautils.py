@@ -38,7 +38,7 @@ from utils.datautils import (
     rebuild_latents,
     trajectory_bytes,
 )
-from utils.teacher import Teacher, TeacherSettings, prompt_seeds
+from utils.teacher import PARTS, Teacher, TeacherSettings, prompt_seeds
 from utils.tokenizers import TEXT_LENGTH
 
 ROOT = Path(__file__).parents[1]
@@ -338,14 +338,16 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from utils.datautils import TeacherCache, fill_cache
-from utils.teacher import Teacher, TeacherSettings
+from utils.teacher import PARTS, Teacher, TeacherSettings
 
 model, folder, log, seconds, batch_size, prompts, seeds, settings = sys.argv[1:]
 state, settings, draw, store = PartialState(cpu=True), json.loads(settings), Teacher.draw, TeacherCache.store
 
-def drawn(teacher, embeds, pooled, seeds, asked):
+def drawn(teacher, text, noise, asked):
+    if os.environ.get("FAILS") == str(state.process_index):
+        raise ValueError("this rank fails")
     time.sleep(float(seconds_of[asked.num_inference_steps]))
-    return draw(teacher, embeds, pooled, seeds, asked)
+    return draw(teacher, text, noise, asked)
 
 def stored(cache, i, tensors):
     store(cache, i, tensors)
@@ -476,9 +478,9 @@ def test_what_another_run_draws_is_not_drawn_here_unless_it_dies(claim, teacher,
 def run_two_ranks(script, run):
     """run_two_ranks(cache, NAME="value") fills a cache with two processes of gloo, in pairs of prompts."""
 
-    def call(cache: Path, **environment: str) -> subprocess.CompletedProcess:
+    def call(cache: Path, seconds: float = 1, **environment: str) -> subprocess.CompletedProcess:
         launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-        return run(*launcher, *script(cache, 1, batch_size=2), PYTHONPATH=str(ROOT), **environment)
+        return run(*launcher, *script(cache, seconds, batch_size=2), PYTHONPATH=str(ROOT), **environment)
 
     return call
 
@@ -497,6 +499,13 @@ def test_a_disk_that_is_too_small_stops_every_rank(run_two_ranks, tmp_path):
     assert result.returncode != 0 and "the teacher cache takes" in result.stderr
     assert list(times(tmp_path / "shared")) == ["manifest.json"]
     assert not list(tmp_path.glob("log.*"))  # nothing was drawn for nothing either
+
+
+def test_a_rank_that_fails_ends_the_other_in_the_middle_of_its_work(run_two_ranks, tmp_path):
+    """Which would take half an hour; the call itself is given five minutes."""
+    result = run_two_ranks(tmp_path / "shared", seconds=1800, FAILS="1")
+    assert result.returncode != 0 and "ValueError: this rank fails" in result.stderr
+    assert not contents(tmp_path / "shared")
 
 
 def test_a_second_run_that_fills_the_same_cache_at_the_same_time_does_no_harm(teacher, pristine, tmp_path, monkeypatch):
@@ -636,23 +645,45 @@ def test_text_encoders_and_transformer_are_never_there_together(teacher, pristin
     assert contents(tmp_path) == contents(pristine)
 
 
-def test_compiled_blocks_draw_the_same_pictures(teacher, pristine, tmp_path, monkeypatch):
-    """With a compiler that changes nothing: what is counted is which modules are compiled, and when."""
+def test_blocks_are_compiled_where_that_saves_time(teacher, pristine, tmp_path, monkeypatch):
+    """With a compiler that changes nothing: what counts is which modules are compiled, and when. Five prompts of 60
+    seconds are worth it on a GPU, of 40 they are not."""
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *args, **more: compiled.append(type(self).__name__))
-    cache = request(tmp_path, teacher)
-    fill_cache(cache, teacher, 2, CPU, compile_blocks=True)
-    assert sorted(compiled) == ["FluxSingleTransformerBlock", "FluxTransformerBlock"]
-    assert contents(tmp_path) == contents(pristine)
-    compiled.clear()
-    fill(tmp_path / "by default", teacher, batch_size=2)
-    assert not compiled  # on a CPU
+    blocks = ["FluxSingleTransformerBlock", "FluxTransformerBlock"]
+    fill_cache(request(tmp_path / "asked", teacher), teacher, 2, CPU, compile_blocks=True)
+    assert sorted(compiled) == blocks and contents(tmp_path / "asked") == contents(pristine)
+
+    on_gpu, text = SimpleNamespace(type="cuda"), None
+    for seconds, device, expected in ((60, on_gpu, blocks), (40, on_gpu, []), (60, CPU, [])):
+        compiled.clear()
+        cache = fill(tmp_path / "whole", teacher)
+        filling = datautils._Filling(cache, teacher, 2, device, None, dict.fromkeys(range(len(PROMPTS))))
+        monkeypatch.setattr(filling, "seconds", lambda text, seconds=seconds: seconds)
+        teacher.load("transformer", device=CPU)
+        with filling:
+            filling.prepare(text)
+        assert sorted(compiled) == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_fills_a_cache_that_the_cpu_rebuilds(compiled, dtype, pipeline_folder, tmp_path):
+    """Every state is rebuilt before it is written; grown step by step it is, to the last byte, what it is at once."""
+    teacher, device = Teacher(str(pipeline_folder), dtype), torch.device("cuda")
+    for name, counts in (("at once", [5]), ("grown", [1, 4, 5])):
+        for count in counts:
+            fill_cache(request(tmp_path / name, teacher, PROMPTS[:count]), teacher, 2, device, compiled)
+    assert len(contents(tmp_path / "grown")) == 5
+    assert contents(tmp_path / "grown") == contents(tmp_path / "at once")
+    assert all(sample["velocity"].isfinite().all() for sample in request(tmp_path / "grown", teacher))
 
 
 # -------------------------------------------------------------------------------------- growing, used in part
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [2, 3])
 def test_a_cache_grows_and_what_is_there_is_used(batch_size, teacher, tmp_path, monkeypatch):
     """To the same bytes as one made at once, whatever the batches were."""
     prompts = scenes.train_prompts(7)
@@ -697,6 +728,11 @@ def test_another_prompt_or_other_noise_at_a_place_costs_that_place_alone(cache, 
     assert new == {changed.file(2).name, changed.file(3).name}
     assert {name: contents(cache)[name] for name in before} == before
     assert not same(changed[2 * STEPS]["hidden_states"], request(cache, teacher)[2 * STEPS]["hidden_states"])
+
+
+def test_the_same_prompt_from_the_same_noise_is_drawn_once(teacher, tmp_path):
+    cached = fill(tmp_path, teacher, ["a", "b", "a"], seeds=[5, 5, 5], batch_size=3)
+    assert len(contents(tmp_path)) == 2 and cached.file(0) == cached.file(2) != cached.file(1)
 
 
 def test_the_noise_of_training_prompts_goes_with_the_prompt_not_with_its_place(teacher, tmp_path, monkeypatch):
@@ -995,6 +1031,7 @@ def test_the_online_teacher_gives_what_a_cache_would_and_draws_each_prompt_once_
     online = OnlineTeacher(own, TeacherSettings(**SETTINGS), PROMPTS, seeds, keep=2, device=CPU)
     assert len(online) == len(cached) and online.description == cached.description
     calls = []
+    own.load(*PARTS, device=CPU)
     own.pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
     sampler = ShuffledSamples(len(PROMPTS), STEPS, seed=0, window=2)
     for epoch in range(2):

@@ -51,6 +51,12 @@ def write(folder: Path, version: dict[str, str], owner: str = "") -> None:
             (part / name).write_text(text)
 
 
+@pytest.fixture
+def quick_disk(monkeypatch):
+    """Nothing is really brought to the disk, which would take most of the time; the call is still one of CALLS."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 def killed_at(number: int, work) -> bool:
     """Do `work` in a process that ends, as by kill -9, just before its `number`-th call of one of CALLS."""
     if (child := os.fork()) == 0:
@@ -106,7 +112,7 @@ def test_whole_folder_replaces_all_or_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("before", [{}, OLD])
-def test_killed_at_any_moment_one_whole_version_is_found(before, tmp_path):
+def test_killed_at_any_moment_one_whole_version_is_found(before, tmp_path, quick_disk):
     """Then the next call finds nothing in its way and leaves nothing behind."""
     folder, moments = tmp_path / "run" / "model", 0
     while True:
@@ -128,7 +134,7 @@ def test_killed_at_any_moment_one_whole_version_is_found(before, tmp_path):
     assert moments > 20
 
 
-def test_killed_while_removing_nothing_half_is_left_under_the_name(tmp_path):
+def test_killed_while_removing_nothing_half_is_left_under_the_name(tmp_path, quick_disk):
     folder, moments = tmp_path / "checkpoint-1", 0
     write(folder, OLD, "run")
     while killed_at(moments, lambda: remove_folder(folder, "run")):
@@ -324,9 +330,11 @@ def test_one_process_has_an_output_folder(hold, tmp_path):
         with locked(folder):
             pass
     kill(first)
-    (folder / f"{folders.PART}0").mkdir()
+    (folder / "deep" / f"{folders.PART}0").mkdir(parents=True)
+    (folder / "deep" / f"{folders.PART}1.png").write_bytes(b"half")
     with locked(folder):
-        assert [path.name for path in folder.iterdir()] == [folders.LOCK]
+        assert not list((folder / "deep").iterdir())
+        (folder / "deep").rmdir()
         with pytest.raises(ValueError, match=f"process {os.getpid()} is writing there"), locked(folder):
             pass
     assert list(folder.iterdir()) == []

@@ -453,8 +453,11 @@ def test_weights_move_no_further_than_to_the_codes_they_are_given(w_bits, layerw
 
 @pytest.mark.parametrize("settings", [{"w_bits": 0}, {"w_bits": 3, "lora_r": 2}, {"w_bits": 4}])
 def test_a_model_starts_from_another_ones_codes(settings, pipeline_folder):
+    """And from what else a block-wise training changes: norms. All in all it computes the same."""
     bits = settings["w_bits"]
     packed = student(pipeline_folder, w_bits=bits).pack()
+    for name in ("transformer_blocks.0.attn.norm_q.weight", "single_transformer_blocks.0.attn.norm_k.weight"):
+        packed.get_parameter(name).data.mul_(1.5)
     model = FluxTransformer2DModel.from_pretrained(pipeline_folder / "transformer", **settings).eval()
     assert not torch.equal(output(model), output(packed))
     assert model.start_from(packed) is model
@@ -757,6 +760,30 @@ def test_packing_and_unpacking_for_the_disk_need_little_memory(w_bits):
         memory = packing.from_disk(stored, w_bits, columns)
     with bounded(peak=packing.disk_row_bytes(columns, w_bits) * rows * 2 + 20e6):  # the chunks, and put together
         assert torch.equal(packing.to_disk(memory, w_bits, columns), stored)
+
+
+@pytest.mark.parametrize("w_bits", BITS)
+def test_decoding_waits_for_no_device(w_bits):
+    """On the meta device there is nothing to wait for: a question to the host would be an error."""
+    stored = torch.empty(7, packing.disk_row_bytes(1001, w_bits), dtype=torch.uint8, device="meta")
+    packed, wrong = packing.decode(stored, w_bits, 1001)
+    assert packed.shape == (7, packing.row_bytes(1001, w_bits)) and packed.dtype == torch.uint8
+    assert wrong.shape == (len(packing.PROBLEMS),) and wrong.is_meta
+
+
+def test_loading_leaves_the_number_of_threads_as_it_was(ternary, tmp_path):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        FluxTransformer2DModel.from_pretrained(ternary[1])
+        assert torch.get_num_threads() == 2
+        shutil.copytree(ternary[1], tmp_path, dirs_exist_ok=True)
+        next(tmp_path.glob("*.safetensors")).write_bytes(b"")
+        with pytest.raises(ValueError, match="damaged"):
+            FluxTransformer2DModel.from_pretrained(tmp_path)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 # What a packed model cannot do

@@ -17,6 +17,8 @@ from models.utils_quant import code_grid, init_clip_val, quantize, quantize_code
 from utils import rounding
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.on_gpu
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BITS = [0, 1, 2, 4] if INTERPRETED else [0, 1, 2, 3, 4, 8]

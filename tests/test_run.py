@@ -1,7 +1,9 @@
 """run.py from end to end on a pipeline of random weights: what it writes, what it refuses, what it leaves behind."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ import run as script
 from models.modeling_flux_quant import FluxTransformer2DModel
 from models.packing import PackedWriter
 from models.utils_quant import init_clip_val, quantize
+from utils.folders import locked
 
 FAST = ("--steps", 2, "--device", "cpu", "--calibration_prompts", 2, "--calibration_stride", 1)
 
@@ -25,7 +28,7 @@ def call(pipeline_folder, tmp_path, start, capsys):
         capsys.readouterr()
         code = start(script.main, "run.py", "--model_id", model, "--output_path", folder, *fast, *flags)
         lines = capsys.readouterr().err.strip().splitlines()
-        return SimpleNamespace(returncode=code, line=lines[-1] if lines else "", folder=folder)
+        return SimpleNamespace(returncode=code, line=lines[-1] if lines else "", lines=len(lines), folder=folder)
 
     return call
 
@@ -39,7 +42,9 @@ def copy(pipeline_folder, tmp_path):
 @pytest.mark.parametrize(("method", "bits"), [("threshold", 0), ("mse", 2), ("calibrated", 3)])
 def test_it_writes_a_pipeline_that_one_call_loads(method, bits, call, pipeline_folder):
     mode = "fast" if method == "threshold" else "exact"
-    result = call("--method", method, "--w_bits", bits, "--num_images", 2, "--mode", mode)
+    result = call(
+        "--method", method, "--w_bits", bits, "--num_images", 2, "--mode", mode, "--attention", "_native_math"
+    )
     assert result.returncode == 0, result.line
     written = {str(file.relative_to(result.folder / "samples")) for file in (result.folder / "samples").rglob("*.png")}
     names = ("full", f"bits_{bits}")
@@ -64,7 +69,7 @@ def test_it_writes_a_pipeline_that_one_call_loads(method, bits, call, pipeline_f
     )
     assert (metrics["bytes_before"], metrics["bytes_after"]) == (before, after)
     assert sum(row["layers"] for row in metrics["layers"].values()) == len(quantized)
-    assert metrics["mode"] == mode
+    assert (metrics["mode"], metrics["attention"]) == (mode, "_native_math")
     assert 10**8 < metrics["peak_rss_bytes"] < 10**11
     assert metrics["gb_per_second"] == pytest.approx(before / metrics["seconds"] / 1e9, rel=1, abs=1e-3)
     assert (metrics["torch"], metrics["device"][-9:]) == (torch.__version__, "CPU cores")
@@ -76,6 +81,70 @@ def test_the_published_flags_and_prompts_of_ones_own(call, tmp_path):
                   "--prompts_json", tmp_path / "prompts.json")  # fmt: skip
     assert result.returncode == 0, result.line
     assert len(list((result.folder / "samples/full").glob("*.png"))) == 2
+
+
+def test_names_that_every_script_takes(tmp_path):
+    line = "--model m --num_inference_steps 3 --output_dir o --prompts p --dtype float16 --num_images 2 --seed 1"
+    args = script.parse_args([*line.split(), "--resolution", "64", "--device", "cpu"])
+    assert (args.model_id, args.steps, str(args.output_path), args.prompts) == ("m", 3, "o", "p")
+    args = script.parse_args("--model_id m --steps 3 --output_path o --prompts_json p --device cpu".split())
+    assert (args.model_id, args.steps, str(args.output_path), args.prompts_json) == ("m", 3, "o", "p")
+
+
+@pytest.mark.parametrize("content", ['"abc"', '[["a"]]', '{"a": 1}', "7"])
+def test_json_that_is_no_list_of_prompts(content, call, tmp_path):
+    (tmp_path / "prompts").write_text(content)
+    result = call("--method", "threshold", "--prompts_json", tmp_path / "prompts")
+    assert result.returncode == 1 and "expected a JSON list of strings, one for each prompt" in result.line
+    assert not result.folder.exists()
+
+
+def test_the_teacher_is_remembered_wherever_one_is(call, pipeline_folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(pipeline_folder.parent)
+    result = call("--method", "mse", "--num_images", 0, model=pipeline_folder.name)
+    assert json.loads((result.folder / "metrics.json").read_text())["model"] == str(pipeline_folder.resolve())
+    assert script.lasting_name("black-forest-labs/FLUX.1-dev") == "black-forest-labs/FLUX.1-dev"
+    assert script.lasting_name(str(script.ROOT / "assets" / "tiny-flux")) == "assets/tiny-flux"
+
+
+@pytest.mark.parametrize("kind", ["there already", "link", "."])
+def test_it_writes_within_a_folder_that_is_there(kind, call, monkeypatch, tmp_path):
+    """As at a mount point, beside which nothing may be written."""
+    place = tmp_path / "beside" / "place"
+    place.mkdir(parents=True)
+    folder = {"there already": place, "link": tmp_path / "link", ".": Path(".")}[kind]
+    if kind == "link":
+        folder.symlink_to(place)
+    monkeypatch.chdir(place)
+    written, mkdir = [], Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", lambda path, *how, **more: written.append(path) or mkdir(path, *how, **more))
+    inode = place.stat().st_ino
+    result = call("--method", "mse", "--num_images", 1, folder=folder)
+    assert result.returncode == 0, result.line
+    assert place.stat().st_ino == inode and [path.name for path in place.parent.iterdir()] == ["place"]
+    assert all(path.resolve().is_relative_to(place) for path in written)
+    assert FluxPipeline.from_pretrained(place).transformer.config.packed
+    assert not [path.name for path in place.iterdir() if path.name.startswith(".flux158-")]
+
+
+def test_two_at_once_in_one_folder(call, tmp_path):
+    with locked(tmp_path / "out"):
+        result = call("--method", "mse", "--num_images", 0)
+        assert result.returncode == 1 and f"out: process {os.getpid()} is writing there" in result.line
+    assert call("--method", "mse", "--num_images", 0).returncode == 0
+
+
+def test_the_users_own_folders_beside_it_are_left_alone(call, tmp_path):
+    for name in ("out.tmp", "out.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.tex").write_text("mine")
+    assert call("--method", "mse", "--num_images", 0).returncode == 0
+    assert all((tmp_path / name / "thesis.tex").read_text() == "mine" for name in ("out.tmp", "out.partial"))
+
+
+def test_all_files_are_as_readable(call):
+    folder = call("--method", "threshold", "--num_images", 0).folder
+    assert len({file.stat().st_mode & 0o777 for file in folder.rglob("*") if file.is_file()}) == 1
 
 
 @pytest.mark.parametrize(("pixels", "prompts"), [(64, 5), (80, 3)])
@@ -114,13 +183,13 @@ def test_an_interruption_leaves_no_half_pipeline(call, monkeypatch, tmp_path, me
         raise kind
 
     monkeypatch.setattr(PackedWriter, "close", stop)
+    result = call("--method", method, "--num_images", 0)
     if kind is KeyboardInterrupt:
-        with pytest.raises(KeyboardInterrupt):
-            call("--method", method, "--num_images", 0)
+        assert result.returncode == 130 and result.line.startswith("run.py: interrupted: ")
     else:
-        result = call("--method", method, "--num_images", 0)
-        assert result.returncode == 1 and "No space left on device" in result.line
-    assert [file.name for file in tmp_path.iterdir()] == ["out.partial"] * (method == "calibrated")
+        assert result.returncode == 1 and f"{tmp_path / 'out'}: No space left on device; make room" in result.line
+    assert [file.name for file in tmp_path.iterdir()] == ["out"] * (method == "calibrated")
+    assert not any(file.name != ".flux158-work" for file in (tmp_path / "out").glob("*"))
 
 
 def test_a_calibration_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(run, call, pipeline_folder, tmp_path):
@@ -141,9 +210,9 @@ def test_a_calibration_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(ru
     )
     words = ("--model_id", pipeline_folder, "--output_path", tmp_path / "out", *FAST, *flags)
     assert run("-c", script_text, *words).returncode == -9
-    kept = tmp_path / "out.partial"
+    kept = tmp_path / "out" / ".flux158-work"
     names = {"manifest.json", "calls.safetensors", "transformer_blocks.0.safetensors"}
-    assert {file.name for file in kept.iterdir()} == names and not (tmp_path / "out").exists()
+    assert {file.name for file in kept.iterdir()} == names
 
     refused = call("--w_bits", 3, "--num_images", 0)
     assert refused.returncode == 1 and f"{kept}: begun with w_bits=2, now w_bits=3; delete it" in refused.line
@@ -151,7 +220,7 @@ def test_a_calibration_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(ru
     before = {name: (kept / name).stat().st_mtime_ns for name in names}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "record_calls", None)
-        patch.setattr("shutil.rmtree", lambda *args, **kwargs: None)
+        patch.setattr(script, "remove_work", lambda args: None)
         assert call(*flags).returncode == 0
     assert {name: (kept / name).stat().st_mtime_ns for name in names} == before
     [one], [other] = ((folder / "transformer").glob("*.safetensors") for folder in (whole, tmp_path / "out"))
@@ -167,13 +236,13 @@ BLOCKWISE = ("--method", "blockwise", "--w_bits", 2, "--num_images", 0, "--block
 
 def test_blockwise_trains_norms_along_and_goes_on_from_the_round_before(call, pipeline_folder, tmp_path, monkeypatch):
     """Two rounds: the second one starts where one round ends. Without a step, nothing but the codes changes."""
-    kept = tmp_path / "out.partial"
+    kept = tmp_path / "out" / ".flux158-work"
     with monkeypatch.context() as patch:
-        patch.setattr("shutil.rmtree", lambda *args, **kwargs: None)
+        patch.setattr(script, "remove_work", lambda args: None)
         result = call(*BLOCKWISE, "--block_rounds", 2, "--activations_on_disk")
     assert result.returncode == 0, result.line
     once = call(*BLOCKWISE, folder=tmp_path / "once")
-    assert once.returncode == 0 and not (tmp_path / "once.partial").exists()
+    assert once.returncode == 0 and not (tmp_path / "once" / ".flux158-work").exists()
     names = {"manifest.json", "transformer_blocks.0.safetensors", "single_transformer_blocks.0.safetensors"}
     assert {file.name for file in (kept / "round_1").iterdir()} == names
     [single] = (once.folder / "transformer").glob("*.safetensors")
@@ -190,6 +259,28 @@ def test_blockwise_trains_norms_along_and_goes_on_from_the_round_before(call, pi
     assert (settings["steps"], settings["batch_size"], settings["lookahead"]) == (3, 2, 1)
 
 
+def test_large_pictures_are_trained_on_in_smaller_batches(call, monkeypatch):
+    monkeypatch.setattr(script, "MANY_PIXELS", 64)
+    result = call("--method", "blockwise", "--num_images", 0, "--block_steps", 1, "--block_weigh_channels")
+    assert result.returncode == 0, result.line
+    settings = json.loads((result.folder / "metrics.json").read_text())["blockwise"]
+    found = {name: settings[name] for name in ("batch_size", "micro_batch_size", "checkpointing", "lookahead", "steps")}
+    assert found == {"batch_size": 16, "micro_batch_size": 2, "checkpointing": True, "lookahead": 2, "steps": 1}
+
+
+def test_too_little_device_memory_is_one_line_that_says_what_to_do(call, monkeypatch, tmp_path):
+    """And what it says can be done: the same training goes on with smaller micro-batches."""
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "train_block", full)
+        result = call(*BLOCKWISE)
+    assert result.returncode == 1 and "Tried to allocate 2 GiB); go on with a lower --block_micro" in result.line
+    assert call(*BLOCKWISE, "--block_micro_batch_size", 1).returncode == 0
+
+
 def test_what_block_wise_training_was_begun_with_is_kept_to(call, monkeypatch, tmp_path):
     def stop(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -199,7 +290,7 @@ def test_what_block_wise_training_was_begun_with_is_kept_to(call, monkeypatch, t
         assert call(*BLOCKWISE).returncode == 1
     refused = call(*BLOCKWISE, "--block_learning_rate", 1e-3)
     assert refused.returncode == 1
-    assert f"{tmp_path}/out.partial: begun with learning_rate=0.0005, now learning_rate=0.001" in refused.line
+    assert f"{tmp_path}/out/.flux158-work: begun with learning_rate=0.0005, now learning_rate=0.001" in refused.line
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(call, tmp_path):
@@ -275,15 +366,26 @@ def test_a_damaged_transformer_is_named_and_nothing_is_left(call, copy, fault):
         (("--model_id", "nowhere"), 1, "nowhere: neither a folder nor"),
         (("--method", "threshold", "--w_bits", 4), 2, "--method threshold is a ternary rule"),
         (("--w_bits", 16), 2, "--w_bits 16: nothing to quantize"),
+        (("--attention", "fastest"), 2, "--attention fastest: `backend='fastest'` must be one of"),
         (("--w_bits", 9), 2, "w_bits=9 is not supported"),
         (("--threshold_ratio", 1), 2, "--threshold_ratio must be at least 0 and below 1"),
-        (("--num_images", -1), 2, "--num_images must not be negative"),
+        (("--num_images", -1), 2, "--num_images must be at least 0, got -1"),
+        (("--num_images", 1201), 1, "--num_images 1201: there are 1200 evaluation scenes"),
+        (("--resolution", 100), 2, "--resolution must be a multiple of 16, got 100"),
+        (("--resolution", 8), 2, "--resolution must be a multiple of 16, got 8"),
+        (("--resolution", 0), 2, "--resolution must be at least 16 and at most 8192, got 0"),
+        (("--resolution", -16), 2, "--resolution must be at least 16 and at most 8192, got -16"),
+        (("--resolution", 65536), 2, "--resolution must be at least 16 and at most 8192, got 65536"),
+        (("--guidance_scale", "nan"), 2, "--guidance_scale must be a finite number, got nan"),
+        (("--seed", 2**64), 2, "--seed must be at least 0 and at most 4294967295"),
+        (("--prompts", "a", "--prompts_json", "b"), 2, "--prompts and --prompts_json: give one of them"),
+        (("--nonsense",), 2, "unrecognized arguments: --nonsense"),
         (("--calibration_prompts", 0), 2, "--calibration_prompts must be at least 1"),
         (("--memory_gib", 0), 2, "--memory_gib must be above 0"),
         (("--block_steps", 0), 2, "--block_steps must be at least 1"),
         (("--lookahead", -1), 2, "--lookahead must not be negative"),
         (("--block_learning_rate", 0), 2, "--block_learning_rate must be above 0"),
-        (("--block_early_share", 1), 2, "--block_early_share must be at least 0 and below 1"),
+        (("--block_early_share", 1), 2, "--block_early_share must be above 0 and below 1"),
         (("--device", "abacus"), 2, "--device abacus is not available here"),
         (("--prompts_json", "nowhere.json"), 1, "--prompts_json nowhere.json: cannot be read"),
     ],
@@ -291,6 +393,7 @@ def test_a_damaged_transformer_is_named_and_nothing_is_left(call, copy, fault):
 def test_errors_are_one_line(flags, status, message, call):
     result = call(*flags)
     assert result.returncode == status and message in result.line
+    assert status == 1 or result.lines == 1
     assert not result.folder.exists()
 
 

@@ -1,5 +1,6 @@
 """Loading a pipeline and its errors, drawing, recording."""
 
+import copy
 import math
 import shutil
 import threading
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from diffusers.models import attention_dispatch
 
 from models.modeling_flux_quant import FluxTransformer2DModel
 from utils import sampling
@@ -22,6 +24,7 @@ from utils.sampling import (
     load_pipeline,
     place,
     record_velocities,
+    set_attention,
     unplace,
 )
 
@@ -277,7 +280,7 @@ def test_a_streamed_pipeline_draws_the_same(pipe, pipeline_folder):
     assert torch.equal(generate_images(streamed, PROMPTS, **SETTINGS), expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("offload", [None, "model", "sequential"])
 @pytest.mark.parametrize("large", [False, True])
 def test_an_offloaded_pipeline_draws_the_same(offload, large, pipeline_folder, monkeypatch):
@@ -302,3 +305,32 @@ def test_what_was_placed_is_taken_back(offload, pipe, pipeline_folder):
     parts = [part for part in placed.components.values() if isinstance(part, torch.nn.Module)]
     assert not any(sampling._is_group_offload_enabled(part) for part in parts)
     assert torch.equal(generate_images(placed, PROMPTS, **SETTINGS), generate_images(pipe, PROMPTS, **SETTINGS))
+
+
+def test_one_model_computes_attention_by_another_backend(pipe, monkeypatch):
+    def backend(*_, **__):
+        raise ZeroDivisionError
+
+    name = attention_dispatch.AttentionBackendName._NATIVE_MATH
+    expected = generate_images(pipe, PROMPTS[:1], **SETTINGS)
+    other = copy.deepcopy(pipe.transformer)
+    set_attention("_native_math", other)
+    teacher = pipe.transformer
+    try:
+        pipe.transformer = other
+        torch.testing.assert_close(generate_images(pipe, PROMPTS[:1], **SETTINGS), expected, rtol=1e-3, atol=1e-3)
+        monkeypatch.setitem(attention_dispatch._AttentionBackendRegistry._backends, name, backend)
+        with pytest.raises(ZeroDivisionError):
+            generate_images(pipe, PROMPTS[:1], **SETTINGS)
+    finally:
+        pipe.transformer = teacher
+    assert torch.equal(generate_images(pipe, PROMPTS[:1], **SETTINGS), expected)
+
+
+@pytest.mark.parametrize(("name", "advice"), [("_native_npu", "install `torch_npu`"), ("fastest", "must be one of")])
+def test_a_backend_of_attention_that_is_not_there_is_one_line(name, advice, pipe, capfd):
+    for model in (None, copy.deepcopy(pipe.transformer)):
+        with pytest.raises(ValueError, match=f"--attention {name}: .*{advice}") as info:
+            set_attention(name, model)
+        assert "\n" not in str(info.value)
+    assert "experimental" not in capfd.readouterr().err

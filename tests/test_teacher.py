@@ -40,8 +40,9 @@ def test_the_fingerprint_is_that_of_the_weights(copied):
         tensors = load_file(file)
         for name, tensor in tensors.items():
             save_file(tensors | {name: tensor + 0.01}, file)
-            assert fingerprint(copied, torch.float32) not in seen, f"{part}.{name}"
-            seen.add(fingerprint(copied, torch.float32))
+            found = fingerprint(copied, torch.float32)
+            assert found not in seen, f"{part}.{name}"
+            seen.add(found)
         save_file(tensors, file)
     assert fingerprint(copied, torch.float32) == expected
 

@@ -15,14 +15,15 @@ What must fit where, beside what utils/walk.py says, for blocks of width d and M
 at 1024 pixels: d 3072, M 4608)
 
     device    the block in fp32, its gradients and two moments (16 bytes a weight: 5.4 GB for a double block), the K
-              blocks after it (0.7 GB each), the activations of a micro-batch (with checkpointing those of one block: 1
-              GB a sample, and 28 MB a sample and block)
+              blocks after it (0.7 GB each), the activations of a micro-batch (about 1 GB a sample and block; with
+              checkpointing those of two blocks)
     host      the targets: M·d values a sample (28 MB), as much as each of the walk's two streams
 """
 
 import copy
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from models.packing import PackedLinear, adopt_codes, from_disk, to_disk
 from models.utils_quant import QuantizeLinear, quantize_codes
 from utils.oneshot import calibrate_block
 from utils.utils import empty_cache, get_logger
-from utils.walk import Block, Streams, Work, block_names, student_parameters
+from utils.walk import Block, Streams, Work, block_names, first_inputs, student_parameters
 
 log = get_logger("blockwise")
 CPU = torch.device("cpu")
@@ -61,6 +62,7 @@ class Settings:
     lookahead: int = 8
     loss_power: float = 0.5
     local_loss: float = 0.0
+    weigh_channels: bool = False
     freeze_codes: float = 0.1
     checkpointing: bool = False
     compile: bool = False
@@ -119,6 +121,60 @@ def batches(samples: int, size: int, seed: int) -> Iterator[Tensor]:
         rest = rest[size:]
 
 
+# ----------------------------------------------------------------------------------------------------- what matters
+
+
+def channel_weights(
+    transformer: nn.Module, calls: list[dict], device: torch.device, seed: int = 0
+) -> dict[str, dict[str, Tensor]]:
+    """How much an error in each channel of a block's outputs matters for the velocity: {block: {"text", "image": [d]}}.
+
+    The mean over samples and tokens of (Jᵀr)², J the Jacobian of the velocity and r normal: the diagonal of JᵀJ
+    (Hutchinson's estimate). All blocks go through the device forwards, then backwards; the inputs of each (M·d values a
+    sample) are kept on the host meanwhile.
+    """
+    streams, names = first_inputs(transformer, calls, device), block_names(transformer)
+    hidden = [tuple(pair) for pair in streams.teacher]
+    inputs, found = [], {}
+    for name in names:
+        block = transformer.get_submodule(name).to(device)
+        inputs.append(hidden)
+        with torch.no_grad():
+            hidden = [_pass(block, pair, streams, i)[0] for i, pair in enumerate(hidden)]
+        block.to(CPU)
+    outside = nn.ModuleList([transformer.norm_out, transformer.proj_out]).to(device)
+    generator, gradients = torch.Generator().manual_seed(seed), []
+    for i, (text, image) in enumerate(hidden):
+        leaf = image.to(device).requires_grad_(True)
+        with torch.enable_grad():
+            velocity = transformer.proj_out(transformer.norm_out(leaf, streams.rest[i]["temb"]))
+        direction = torch.randn(velocity.shape, generator=generator).to(velocity)
+        gradients.append((torch.zeros_like(text), torch.autograd.grad(velocity, leaf, direction)[0].to(CPU)))
+    outside.to(CPU)
+    for name, hidden in zip(reversed(names), reversed(inputs), strict=True):
+        for kind, parts in zip(KINDS, zip(*gradients, strict=True), strict=True):
+            squares = torch.cat([part.float().square().mean(1) for part in parts])  # [samples, d]
+            found.setdefault(name, {})[kind] = squares.mean(0).to(device)
+        block = transformer.get_submodule(name).to(device)
+        gradients = [_pass(block, pair, streams, i, gradients[i])[1] for i, pair in enumerate(hidden)]
+        block.to(CPU)
+    return found
+
+
+def _pass(
+    block: nn.Module, hidden: tuple[Tensor, Tensor], streams: Streams, call: int, gradients: tuple | None = None
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """A block's outputs (text, image) and, with `gradients` of them, its inputs' gradients, all on the CPU."""
+    device, rest = streams.device, streams.rest[call]
+    text, image = (tensor.detach().to(device).requires_grad_(gradients is not None) for tensor in hidden)
+    with torch.set_grad_enabled(gradients is not None):
+        outputs = block(hidden_states=image, encoder_hidden_states=text, **rest)
+    wanted = ()
+    if gradients is not None:
+        wanted = torch.autograd.grad(outputs, (text, image), [g.to(device) for g in gradients])
+    return tuple(output.detach().to(CPU) for output in outputs), tuple(gradient.to(CPU) for gradient in wanted)
+
+
 # --------------------------------------------------------------------------------------------------------- the window
 
 
@@ -149,9 +205,10 @@ def packed_layer(layer: QuantizeLinear, name: str) -> PackedLinear:
     return PackedLinear.from_codes(codes, layer.weight_clip_val, layer.bias, layer.w_bits)
 
 
-def sample_errors(found: Tensor, target: Tensor, energy: Tensor) -> Tensor:
-    """Mean squared error of each sample [B, …], over `energy`, the mean square of all targets: [B]."""
-    return (found.float() - target.float()).square().flatten(1).mean(1) / energy
+def sample_errors(found: Tensor, target: Tensor, energy: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean squared error of each sample [B, …, d], its channels weighted by `weights` [d], over `energy`: [B]."""
+    squares = (found.float() - target.float()).square()
+    return (squares if weights is None else squares * weights).flatten(1).mean(1) / energy
 
 
 def rate_at(step: int, steps: int) -> float:
@@ -170,11 +227,13 @@ class Window:
     teacher   the block and those after it in full precision, to compute the targets with
     student   the block in training, and those after it as they stay
     head      (image tokens, temb) -> velocity [B, L, C], if they end the transformer, else None
+    weights   of the channels of text and image at the window's end, if that is not the transformer's (channel_weights)
     """
 
     def __init__(
         self, streams: Streams, teacher: list[nn.Module], student: list[nn.Module],
         head: Callable[[Tensor, Tensor], Tensor] | None, settings: Settings,
+        weights: dict[str, Tensor] | None = None,
     ):  # fmt: skip
         self.trained, self.blocks, self.head = student[0], student, head
         self.settings, self.device, self.dtype = settings, streams.device, streams.student[0][0].dtype
@@ -190,6 +249,12 @@ class Window:
         held["temb"] = [rest["temb"] for rest in streams.rest]
         self.rows = {name: Rows(tensors, self.device, resident) for name, tensors in held.items()}
         self.energy = {name: self.rows[name].mean_square() for name in targets}
+        self.weights: dict[str, Tensor] = {}
+        if weights is not None and head is None:
+            # One measure for both, in which a text token may matter less than an image token.
+            mean, end = weights["image"].mean(), len(student)
+            self.weights = {f"{end}.{kind}": weights[kind] / mean for kind in KINDS}
+            self.energy[f"{end}.text"] = self.energy[f"{end}.image"]
 
     def _fits(self, size: int) -> bool:
         """Whether the samples may lie on the device: in a quarter of its free memory."""
@@ -212,7 +277,8 @@ class Window:
         found = {}
         for number, block in enumerate(blocks, 1):
             inputs = {"hidden_states": image, "encoder_hidden_states": text, "temb": temb} | self.rest
-            if self.settings.checkpointing and torch.is_grad_enabled():
+            # Not the block in training, whose weights would be quantized twice.
+            if self.settings.checkpointing and torch.is_grad_enabled() and number > 1:
                 text, image = checkpoint(block, **inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 text, image = block(**inputs)
@@ -231,7 +297,10 @@ class Window:
         """The normalized error [B] of each of the outputs, by name."""
         with autocast(self.device, self.dtype):
             outputs = self._outputs(self.blocks, batch["in.text"], batch["in.image"], batch["temb"])
-        return {name: sample_errors(found, batch[name], self.energy[name]) for name, found in outputs.items()}
+        return {
+            name: sample_errors(found, batch[name], self.energy[name], self.weights.get(name))
+            for name, found in outputs.items()
+        }
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         power = self.settings.loss_power
@@ -286,10 +355,14 @@ class Window:
 
 
 class Replayed:
-    """step([batch]) as a CUDA graph, after a few calls that compile and load what a capture must not."""
+    """step([batch]) as a CUDA graph, after a few calls that compile and load what a capture must not.
+
+    Where it cannot be captured, a line says so and steps go on as they are.
+    """
 
     def __init__(self, step: Callable[[list[dict[str, Tensor]]], None], device: torch.device):
         self.step, self.side, self.calls = step, torch.cuda.Stream(device), 0
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, batches: list[dict[str, Tensor]]) -> None:
         self.calls += 1
@@ -300,10 +373,16 @@ class Replayed:
             torch.cuda.current_stream().wait_stream(self.side)
             return
         if self.calls == WARM + 1:
-            self.batch = batches[0]
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.step([self.batch])
+            self.batch, graph = batches[0], torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph):
+                    self.step([self.batch])
+                self.graph = graph
+            except RuntimeError as error:
+                log.info("no CUDA graph of a step: %s", str(error).splitlines()[0])
+        if self.graph is None:
+            self.step(batches)
+            return
         for name, tensor in batches[0].items():
             self.batch[name].copy_(tensor)
         self.graph.replay()
@@ -323,16 +402,18 @@ def quantized_blocks(names: list[str], blocks: list[nn.Module], work: Work, w_bi
 
 
 def train_block(
-    block: Block, transformer: nn.Module, settings: Settings, before: Work | None = None
+    block: Block, transformer: nn.Module, settings: Settings, before: Work | None = None,
+    weights: dict[str, dict[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Train a block of the walk along `transformer`: all its tensors under their full names, as a packed folder stores
     them.
 
     `before` is an earlier walk's: the block goes on from there, and the blocks after it are quantized as they were
-    then, so that it makes up for them too. The block's notes get the "error" at the window's end and, for every linear
-    by its full name, the "layers": [squared error of the weight, its energy]. ValueError if training leaves NaN or inf.
+    then, so that it makes up for them too. `weights` are channel_weights. The block's notes get the "error" at the
+    window's end, "seconds", and for every linear by its full name the "layers": [squared error of the weight, its
+    energy]. ValueError if training leaves NaN or inf.
     """
-    names, device = block_names(transformer), block.streams.device
+    names, device, started = block_names(transformer), block.streams.device, time.time()
     number = names.index(block.name)
     after = [transformer.get_submodule(name) for name in names[number + 1 :][: settings.lookahead]]
     outside = [transformer.norm_out, transformer.proj_out]
@@ -354,7 +435,8 @@ def train_block(
             trained = quantized_copy(block, settings.w_bits, start)
             reaches = number + len(after) == len(names) - 1
             head = velocity if reaches else None
-            window = Window(block.streams, [block.module, *after], [trained, *following], head, settings)
+            at_end = weights and weights[names[number + len(after)]]
+            window = Window(block.streams, [block.module, *after], [trained, *following], head, settings, at_end)
             if settings.compile:
                 torch._dynamo.config.recompile_limit = 64  # both kinds of block, in training, frozen, codes frozen
                 for module in window.blocks:
@@ -366,7 +448,8 @@ def train_block(
             module.to(CPU)
             module._compiled_call_impl = None
         del following
-    log.info("%s: error %.4f", block.name, block.notes["error"])
+    block.notes["seconds"] = round(time.time() - started, 1)
+    log.info("%s: error %.4f, %.0f s", block.name, block.notes["error"], block.notes["seconds"])
     found: dict[str, Tensor] = {}
     block.notes["layers"] = {}
     for path, layer in trained.named_modules():

@@ -26,13 +26,15 @@ def recipe(what: str, steps: int = 1000, power: str = "0.5", **more) -> tuple[st
     """A way to train block by block; `more` flags without their "block_"."""
     words = {"steps": steps, "loss_power": power} | more
     flags = {name if name == "lookahead" else f"block_{name}": value for name, value in words.items()}
-    return what, [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    return what, [str(word) for name, value in flags.items() for word in (f"--{name}", value) if word is not True]
 
 
 RECIPES = {  # name: (what it is, flags of run.py)
     "alone": recipe("1,000 steps, no look ahead", lookahead=0),
     "next2": recipe("1,000 steps, 2 blocks ahead", lookahead=2),
     "next2_local": recipe("1,000 steps, 2 blocks ahead and the block's own outputs", lookahead=2, local_loss=1),
+    "next2_weighted": recipe("1,000 steps, 2 blocks ahead, channels weighted", lookahead=2, weigh_channels=True),
+    "alone_weighted": recipe("1,000 steps, no look ahead, channels weighted", lookahead=0, weigh_channels=True),
     "next4": recipe("1,000 steps, 4 blocks ahead", lookahead=4),
     "velocity": recipe("1,000 steps, to the velocity"),
     "velocity_local": recipe("1,000 steps, to the velocity, and the block's own outputs", local_loss=0.3),
@@ -58,7 +60,7 @@ def cell(what: tuple[str, int, list[str]], environment: Mapping[str, str], args:
         pipeline = folder / "pipeline"
         flags = ["--model_id", args.model, "--output_path", pipeline.absolute(), "--num_images", 0]
         flags += ["--batch_size", args.batch_size, "--w_bits", w_bits, *own]
-        if not pipeline.exists():
+        if not (pipeline / "metrics.json").exists():  # an interrupted run has left the folder, and goes on there
             run_logged(["run.py", *flags, *args.flags], folder / "log.txt", environment)
         flags = ["--model", args.model, "--num_images", args.num_images, "--batch_size", args.batch_size]
         flags += ["--output_dir", (folder / "test").absolute()]

@@ -66,7 +66,8 @@ FORMAT = 2
 THREADS = 8  # that check and write files: most of it is hashing, for which Python lets others run
 ROUND = 1024  # prompts whose text is encoded at a time: 4 GiB of host memory for FLUX.1-dev
 POLL = 0.5  # seconds between looks at what other processes have made
-COMPILE_FROM = 64  # trajectories a rank: compiled blocks save a second each at 1024 pixels, and cost a minute
+SPARE = 16  # batches that others leave to be done; for less a rank does not load the models again
+COMPILE_ABOVE = 240  # seconds of drawing: compiled blocks save a quarter of them, and cost a minute
 
 
 @functools.cache
@@ -206,7 +207,7 @@ def check_manifest(folder: Path, manifest: dict) -> None:
 def default_folder(root: Path, manifest: dict) -> Path:
     """Where in `root` a cache belongs: the model's name and a digest of the rest of the manifest. A cache that has the
     digest under another model's name is taken, for its weights are the same."""
-    rest = {field: value for field, value in manifest.items() if field != "model"}
+    rest = {"format": FORMAT} | {field: value for field, value in manifest.items() if field != "model"}
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:8]
     name = re.sub(r"[^\w.-]+", "_", Path(manifest["model"]).resolve().name)
     return next(iter(sorted(root.glob(f"*-{digest}"))), root / f"{name}-{digest}")
@@ -220,7 +221,7 @@ def trajectory_bytes(manifest: dict) -> int:
 
 
 class TeacherCache(Trajectories):
-    """The trajectories of `prompts` from the noise of `seeds`, in a folder that fill_caches fills; each access opens,
+    """The trajectories of `prompts` from the noise of `seeds`, in a folder that fill_cache fills; each access opens,
     reads and closes one file.
 
     manifest: what Teacher.describe returns.
@@ -292,8 +293,8 @@ def describe(manifest: dict, prompts: Sequence[str], seeds: Sequence[int]) -> di
 class OnlineTeacher(Trajectories):
     """Trajectories made when they are first asked for, of which the last `keep` stay in memory; no files.
 
-    The teacher is loaded onto `device` and stays there. For --teacher_cache off, with `keep` no smaller than the window
-    of ShuffledSamples.
+    The teacher is loaded onto `device` with the first one and stays there. For --teacher_cache off, with `keep` no
+    smaller than the window of ShuffledSamples.
     """
 
     def __init__(
@@ -303,12 +304,12 @@ class OnlineTeacher(Trajectories):
         super().__init__(describe(teacher.describe(settings), prompts, seeds))
         self.teacher, self.settings, self.seeds, self.keep, self.device = teacher, settings, seeds, keep, device
         self.made: OrderedDict[int, Trajectory] = OrderedDict()
-        teacher.load(*PARTS, device=device)
 
     def trajectory(self, index: int) -> Trajectory:
         if index not in self.made:
+            self.teacher.load(*PARTS, device=self.device)
             text = self.teacher.encode([self.prompts[index]], 1, self.device)
-            self.made[index] = self.teacher.draw(*text, [self.seeds[index]], self.settings).trajectory(0)
+            self.made[index] = self.teacher.draw(text, [self.seeds[index]], self.settings).trajectory(0)
             while len(self.made) > self.keep:
                 self.made.popitem(last=False)
         return self.made[index]
@@ -323,7 +324,7 @@ def fill_cache(
     """Make what is missing in the cache or damaged, `batch_size` trajectories at a time, shared by all ranks.
 
     The teacher's models are loaded, onto `device`, only if there is something to make, and dropped afterwards. Its
-    blocks are compiled with `compile_blocks`; by default on CUDA, where there is enough to do. Other processes may fill
+    blocks are compiled with `compile_blocks`; by default on CUDA, where it saves time. Other processes may fill
     the same folder meanwhile: nothing is made twice. Raises ValueError if the folder holds a cache with another
     manifest, cannot be written to, or the disk is too small.
     """
@@ -339,7 +340,7 @@ def fill_cache(
     size = trajectory_bytes(cache.manifest)
     with _one_for_all(state) as first:
         if first:
-            if not os.access(folder, os.W_OK):  # a complete cache may well be read-only
+            if not _may_write(folder):  # a complete cache may well be read-only
                 raise ValueError(f"{folder}: no permission to add what is missing; choose another --teacher_cache")
             check_disk(folder, len(missing) * size, "the teacher cache")
     if state.is_main_process:
@@ -348,8 +349,6 @@ def fill_cache(
             "%s: %d of %d prompts to do, %.2f MiB each: %.2f GiB", folder, len(missing), len(cache.prompts),
             size / 2**20, whole,
         )  # fmt: skip
-    if compile_blocks is None:
-        compile_blocks = device.type == "cuda" and len(missing) >= COMPILE_FROM * state.num_processes
     started = time.time()
     with _Filling(cache, teacher, batch_size, device, compile_blocks, missing) as filling:
         filling.run()
@@ -396,10 +395,15 @@ def _open_folder(cache: TeacherCache) -> None:
                 log.info("%s: made by an earlier version and not used any more; delete it to have its room", older)
 
 
+def _may_write(folder: Path) -> bool:
+    """Whether trajectories may be added, and claimed in the manifest."""
+    return os.access(folder, os.W_OK) and os.access(folder / "manifest.json", os.W_OK)
+
+
 def _remove_leftovers(folder: Path) -> None:
     """Remove the unfinished files of processes that are no more: nobody holds the claims that they had."""
     names = [file for file in folder.glob("*.tmp") if re.fullmatch(r"(manifest|[0-9a-f]{16})\.\d+\.tmp", file.name)]
-    if not names or not os.access(folder, os.W_OK):
+    if not names or not _may_write(folder):
         return
     with _Claims(folder) as claims:
         for name in names:
@@ -424,13 +428,16 @@ class _Claims:
     def __exit__(self, *error) -> None:
         self.file.close()
 
-    def take(self, key: str) -> bool:
-        """Whether this process is to make the trajectory; False if another one does."""
+    def take(self, key: str, patient: bool = False) -> bool:
+        """Whether this process is to make the trajectory; False if another one does. The patient look twice: for a
+        moment it may be another one's look that they see."""
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(key[:7], 16))
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                return False
+                if patient:
+                    time.sleep(0.02)
+                return patient and self.take(key)
             self.kept = False
         return True
 
@@ -457,20 +464,22 @@ def _find_missing(cache: TeacherCache, state: PartialState) -> dict[int, tuple[i
     with ThreadPoolExecutor(THREADS) as pool:
         whole = tqdm(pool.map(cache.holds, mine), "check", len(mine), leave=False, disable=not state.is_main_process)
         bad = [(i, stamp) for i, stamp, holds in zip(mine, stamps, whole, strict=True) if not holds]
-    return dict(sorted(gather_object(bad)))
+    found = dict(sorted(gather_object(bad)))
+    once = {cache.file(i): i for i in reversed(found)}.values()  # a prompt may stand there twice with the same seed
+    return {i: found[i] for i in sorted(once)}
 
 
 class _Filling:
-    """One rank's part in making the `missing` trajectories, without a word to the other ranks: it begins at a place of
-    its own and makes whatever nobody else has made or is making, until all are there.
+    """One rank's part in making the `missing` trajectories, without a word to the other ranks: it makes its share, then
+    what nobody else has made or is making, until all are there.
 
     No collective stands in the way, so a slow rank keeps nobody from working, and one that fails can be ended by its
     launcher at once.
     """
 
     def __init__(
-        self, cache: TeacherCache, teacher: Teacher, batch_size: int, device: torch.device, compile_blocks: bool,
-        missing: dict[int, tuple[int, int] | None],
+        self, cache: TeacherCache, teacher: Teacher, batch_size: int, device: torch.device,
+        compile_blocks: bool | None, missing: dict[int, tuple[int, int] | None],
     ):  # fmt: skip
         self.cache, self.teacher, self.missing = cache, teacher, missing
         self.batch_size, self.device, self.compile_blocks = batch_size, device, compile_blocks
@@ -494,39 +503,58 @@ class _Filling:
             torch.compiler.reset()  # what was compiled holds on to the weights
 
     def run(self) -> None:
-        numbers = list(self.missing)
-        first = len(numbers) * self.state.process_index // self.state.num_processes
-        numbers = numbers[first:] + numbers[:first]
-        while numbers:
-            busy = []
+        numbers, rank, ranks = list(self.missing), self.state.process_index, self.state.num_processes
+        numbers = numbers[len(numbers) * rank // ranks : len(numbers) * (rank + 1) // ranks]
+        while True:
             for start in range(0, len(numbers), ROUND):
-                busy += self.round(numbers[start : start + ROUND])
+                self.round(numbers[start : start + ROUND])
             self.finish(0)
-            numbers = self.given_up(busy)
+            numbers = self.left()
+            if not numbers:
+                return
 
-    def round(self, numbers: list[int]) -> list[int]:
-        """Make what is to be made of these; returns those that others are making."""
-        numbers = [i for i in numbers if not self.there(i)]
+    def round(self, numbers: list[int]) -> None:
+        """Make those of these that nobody else has made or is making."""
+        numbers = [i for i in numbers if not self.there(i) and self.free(i)]
         if not numbers:
-            return []
-        text = self.encode(numbers)
-        busy, batch = [], []
+            return
+        self.claims.take(self.key(numbers[0]))  # so that others see that somebody is at work
+        text, batch = self.encode(numbers), []
         for i in numbers:
-            if not self.claims.take(self.key(i)):
-                busy.append(i)
-            elif self.there(i):
-                self.claims.release(self.key(i))
-            else:
-                batch.append(i)
+            if self.claims.take(self.key(i), patient=True):
+                if self.there(i):
+                    self.claims.release(self.key(i))
+                else:
+                    batch.append(i)
             if len(batch) == self.batch_size:
                 self.draw(batch, text)
                 batch = []
         if batch:
             self.draw(batch, text)
-        return busy
+
+    def left(self) -> list[int]:
+        """What this rank is to make besides its share: much that others have not come to, or all that they have given
+        up. Waits for what they are making."""
+        numbers, looks = list(self.missing), 0
+        while numbers := [i for i in numbers if not self.there(i)]:
+            time.sleep(POLL)
+            looks += 1
+            if looks * POLL == 5:
+                log.info("%s: waiting for %d prompts that other processes draw", self.cache.folder, len(numbers))
+            free = [i for i in numbers if self.free(i)]
+            if len(free) == len(numbers) or len(free) > SPARE * self.batch_size:
+                return free
+        return []
 
     def key(self, i: int) -> str:
         return self.cache.file(i).stem
+
+    def free(self, i: int) -> bool:
+        """Whether nobody else is making this one."""
+        taken = self.claims.take(self.key(i))
+        if taken:
+            self.claims.release(self.key(i))
+        return taken
 
     def there(self, i: int) -> bool:
         """Whether somebody has made this one by now."""
@@ -539,36 +567,39 @@ class _Filling:
             empty_cache(self.device)
         self.teacher.load(*TEXT_ENCODERS, device=self.device)
         prompts = [self.cache.prompts[i] for i in numbers]
-        rows = zip(*self.teacher.encode(prompts, self.batch_size, self.device), strict=True)
-        text = dict(zip(numbers, rows, strict=True))
+        text = dict(zip(numbers, self.teacher.encode(prompts, self.batch_size, self.device), strict=True))
         self.teacher.drop(*TEXT_ENCODERS)
         self.teacher.load("transformer", device=self.device)
         if self.bar is None:
-            if self.compile_blocks:
-                self.teacher.pipe.transformer.compile_repeated_blocks()
-            self.announce(text[numbers[0]])
-            share = math.ceil(len(self.missing) / self.state.num_processes)
-            self.bar = tqdm(total=share, desc="teacher", unit="prompt", disable=not self.state.is_main_process)
+            self.prepare(text[numbers[0]])
         return text
 
-    def announce(self, text: tuple[Tensor, Tensor]) -> None:
-        """Say how long it will take, from two short runs, of which the first warms up."""
+    def prepare(self, text: tuple[Tensor, Tensor]) -> None:
+        """Compile the transformer's blocks if that is asked for or saves time, and say how long it will take."""
+        share, ranks = math.ceil(len(self.missing) / self.state.num_processes), self.state.num_processes
+        seconds = self.seconds(text)
+        if self.compile_blocks is None:
+            self.compile_blocks = self.device.type == "cuda" and share * seconds > COMPILE_ABOVE
+        if self.compile_blocks:
+            self.teacher.pipe.transformer.compile_repeated_blocks()
+            seconds = self.seconds(text)
+        if self.state.is_main_process:
+            minutes = share * seconds / 60
+            log.info("%s: about %.2f s a prompt, %.0f min on %d ranks", self.cache.folder, seconds, minutes, ranks)
+        self.bar = tqdm(total=share, desc="teacher", unit="prompt", disable=not self.state.is_main_process)
+
+    def seconds(self, text: tuple[Tensor, Tensor]) -> float:
+        """How long a prompt takes, from two short runs, of which the first warms up."""
         quick = replace(self.settings, num_inference_steps=2)
-        batch = [torch.stack([tensor] * self.batch_size) for tensor in text]
         for _ in range(2):
             started = time.time()
-            self.teacher.draw(*batch, [0] * self.batch_size, quick).trajectory(0)
-            seconds = (time.time() - started) / 2 * self.settings.num_inference_steps / self.batch_size
-        if self.state.is_main_process:
-            ranks = self.state.num_processes
-            minutes = len(self.missing) * seconds / 60 / ranks
-            log.info("%s: about %.2f s a prompt, %.0f min on %d ranks", self.cache.folder, seconds, minutes, ranks)
+            self.teacher.draw([text] * self.batch_size, [0] * self.batch_size, quick).trajectory(0)
+        return (time.time() - started) / 2 * self.settings.num_inference_steps / self.batch_size
 
     def draw(self, batch: list[int], text: dict[int, tuple[Tensor, Tensor]]) -> None:
         """Have a batch drawn; its trajectories are checked and written while the device goes on with the next."""
         [rows] = full_batches(batch, self.batch_size)
-        embeds, pooled = (torch.stack(tensors) for tensors in zip(*(text[i] for i in rows), strict=True))
-        drawn = self.teacher.draw(embeds, pooled, [self.cache.seeds[i] for i in rows], self.settings)
+        drawn = self.teacher.draw([text[i] for i in rows], [self.cache.seeds[i] for i in rows], self.settings)
         self.pending += [self.pool.submit(self.keep, i, drawn, row) for row, i in enumerate(batch)]
         self.finish(2 * self.batch_size)
         self.bar.update(len(batch))
@@ -581,16 +612,3 @@ class _Filling:
         """Wait until no more than `most` trajectories are to be written; raises what went wrong with one."""
         while len(self.pending) > most:
             self.pending.popleft().result()
-
-    def given_up(self, numbers: list[int]) -> list[int]:
-        """Wait for what others are making; returns what they left undone when they ended."""
-        said = False
-        while numbers := [i for i in numbers if not self.there(i)]:
-            free = [i for i in numbers if self.claims.take(self.key(i))]
-            if free:
-                return free
-            if not said:
-                log.info("%s: waiting for %d prompts that other processes draw", self.cache.folder, len(numbers))
-                said = True
-            time.sleep(POLL)
-        return []

@@ -99,7 +99,8 @@ def locked(folder: Path, join: bool = False) -> Iterator[None]:
             if not join:
                 os.ftruncate(descriptor, 0)
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for the other ranks to join
-                tidy(place)
+                for folder_within, _, _ in os.walk(place):
+                    tidy(Path(folder_within))
             os.write(descriptor, f"{os.getpid()} {platform.node()} {shlex.join(sys.argv)[:100]}\n".encode())
         yield
     finally:
@@ -192,6 +193,11 @@ def check_target(folder: Path, owner: str = "") -> None:
         raise ValueError(f"{folder}: holds {min(strange)}, which is not this program's; move it or choose another")
 
 
+def is_empty(folder: Path) -> bool:
+    """Whether there are no files in `folder`, or no such folder; unfinished parts do not count."""
+    return not _files(folder.resolve())
+
+
 def written_by(folder: Path) -> str | None:
     """The owner of the whole folder `folder`, None if it is none."""
     return _read_record(folder)["owner"]
@@ -213,7 +219,7 @@ def tidy(folder: Path) -> None:
         if path.name == WHOLE:  # if another process is just moving it up, it will be through in a moment
             with contextlib.suppress(FileNotFoundError), _taken(path / LOCK, fcntl.LOCK_EX):
                 _land(folder)
-        else:
+        elif path.name.startswith((PART, LOCK)):
             with contextlib.suppress(OSError), _taken(path / LOCK if path.is_dir() else path):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -379,13 +385,17 @@ def check_disks(needs: Sequence[tuple[Path, int, str]]) -> None:
         verb = "takes"
         if len(on_disk) > 1:
             needed, verb = sum(size for _, size, _ in on_disk), "take"
-            what = " and ".join(f"{what} ({size / 1e9:.1f} GB)" for _, size, what in on_disk)
+            what = " and ".join(f"{what} ({_gigabytes(size)})" for _, size, what in on_disk)
         free = shutil.disk_usage(_nearest(folder)).free
         if free < needed:
             raise ValueError(
-                f"{folder}: {what} {verb} {needed / 1e9:.1f} GB but only {free / 1e9:.1f} GB are free; "
+                f"{folder}: {what} {verb} {_gigabytes(needed)} but only {_gigabytes(free)} are free; "
                 "make room or choose another folder"
             )
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.{1 if size >= 1e8 else 4}f} GB"
 
 
 def check_disk(folder: Path, needed: int, what: str) -> None:

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import scenes
-from utils.folders import whole_folder
+from utils.folders import whole_folder, write_json
 from utils.metrics import psnr, scene_score
 from utils.sampling import generate_images
 from utils.tokenizers import TEXT_LENGTH, make_tokenizers
@@ -601,7 +601,7 @@ def make_output(folder: Path, args: argparse.Namespace, guided: Path, vae: Autoe
     scores = {str(scale): measure(pipe, prompts, scale) for scale in (1.0, 3.5)}
     figures = {
         "scene_score": scores,
-        "stderr": scores["3.5"]["stderr"],
+        "stderr": scores["3.5"].get("stderr", math.nan),  # unknown with a picture a category
         "prompts": len(prompts),
         "seed": 42,
         "last_seed": 41 + len(prompts),
@@ -616,7 +616,7 @@ def make_output(folder: Path, args: argparse.Namespace, guided: Path, vae: Autoe
         },
         "training": note(args),
     }
-    (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
+    write_json(folder / "metrics.json", figures)
     write_card(folder, figures)
     return scores["3.5"]["mean"]
 

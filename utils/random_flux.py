@@ -82,7 +82,7 @@ REST = {  # what stands around the transformer
 }  # fmt: skip
 SHARD_BYTES = {"flux-dev": 10_000_000_000, "flux-schnell": 10_000_000_000, "small": 6_000_000}  # as on the hub
 T5_SHARD_BYTES = {"flux-dev": 5_000_000_000, "flux-schnell": 5_000_000_000, "small": 1_500_000}
-PARTS = {  # of model_index.json; transformers names the tokenizers' classes as FluxPipeline expects them
+PARTS = {  # of model_index.json
     "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
     "text_encoder": ("transformers", "CLIPTextModel"),
     "text_encoder_2": ("transformers", "T5EncoderModel"),

@@ -2,12 +2,13 @@
 
 import gc
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, ModelMixin
 from diffusers.hooks import HookRegistry, apply_group_offloading
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from huggingface_hub.errors import (
@@ -156,6 +157,7 @@ def stop_streaming(part: nn.Module) -> None:
         registry = HookRegistry.check_if_exists_or_initialize(part)
         for name in ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading"):
             registry.remove_hook(name, recurse=True)
+        gc.collect()  # hooks and what they hold refer to each other
     part.to("cpu")
 
 
@@ -306,3 +308,19 @@ def record_inputs(transformer: nn.Module, wanted: Callable[[int], bool]) -> Iter
         yield calls
     finally:
         hook.remove()
+
+
+def set_attention(name: str, model: ModelMixin | None = None) -> None:
+    """Let `model`, and no other, compute attention by the backend that diffusers knows as `name`.
+
+    ValueError if there is none of that name or it is not installed; without a model, that is all.
+    """
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    logger.disabled = True  # it warns of an interface that may change
+    try:
+        (ModelMixin() if model is None else model).set_attention_backend(name)
+    except (RuntimeError, ValueError, ImportError, OSError) as error:
+        raise ValueError(f"--attention {name}: {' '.join(str(error).split())}") from None
+    finally:
+        ModelMixin().set_attention_backend("native")  # diffusers makes it the one of every model
+        logger.disabled = False

@@ -2,7 +2,8 @@
 #
 #     source utils/setup.sh      # goes to the repository root and sets PYTHON
 #
-# PYTHON becomes the first of these that has every package of requirements.txt:
+# A PYTHON that is set already is used as it is: PYTHON=python3.12 bash 0_sanity_check.sh. Otherwise it becomes the first
+# of these that has every package of requirements.txt:
 #   1. the running Python: an activated conda environment or venv, or the system's; versions may differ from the pins
 #   2. .venv in the repository root, if it was made from the present requirements.txt
 #   3. .venv, made or brought up to date now
@@ -68,9 +69,9 @@ PY
 
 CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
-PYTHON=
+PYTHON=${PYTHON:-}
 # An activated .venv of this repository goes through the check against requirements.txt below like an idle one.
-if [ "${VIRTUAL_ENV:-}" != "$PWD/.venv" ]; then
+if [ -z "$PYTHON" ] && [ "${VIRTUAL_ENV:-}" != "$PWD/.venv" ]; then
     PYTHON=$(with_packages python || with_packages python3 || true)
 fi
 if [ -z "$PYTHON" ]; then

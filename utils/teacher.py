@@ -161,7 +161,7 @@ class Teacher:
         missing = [part for part in parts if components[part] is None]
         if missing:
             kept = {part: component for part, component in components.items() if part not in missing}
-            self.pipe = load_pipeline(self.name, self.dtype, **kept)
+            self.pipe = load_pipeline(str(self.folder), self.dtype, **kept)
         for part in ("vae", *parts):  # the pipeline takes its device from the first model that it has
             getattr(self.pipe, part).to(device)
 
@@ -174,8 +174,8 @@ class Teacher:
             empty_cache(device)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Text embeddings [N, S, D] and pooled ones [N, P] of the loaded encoders, on the CPU.
+    def encode(self, prompts: Sequence[str], batch_size: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """Of each prompt, what the loaded encoders make of it, on the CPU: text embedding [S, D] and pooled one [P].
 
         Encoded `batch_size` at a time, the last batch filled up, so that the numbers do not depend on how many there
         are.
@@ -185,16 +185,19 @@ class Teacher:
             embeds, pooled, _ = self.pipe.encode_prompt(
                 batch, None, device=device, max_sequence_length=text_length(self.pipe)
             )
-            rows.append((embeds.cpu(), pooled.cpu()))
-        return tuple(torch.cat(tensors)[: len(prompts)] for tensors in zip(*rows, strict=True))
+            rows += zip(embeds.cpu(), pooled.cpu(), strict=True)
+        return rows[: len(prompts)]
 
     @torch.no_grad()
-    def draw(self, embeds: Tensor, pooled: Tensor, seeds: Sequence[int], settings: TeacherSettings) -> "Drawn":
-        """The loaded transformer's trajectories from the noise of `seeds`, for embeds [B, S, D] and pooled [B, P].
+    def draw(
+        self, text: Sequence[tuple[Tensor, Tensor]], seeds: Sequence[int], settings: TeacherSettings
+    ) -> "Drawn":
+        """The loaded transformer's trajectories from the noise of `seeds`, for as many texts as encode returns them.
 
         Returns without waiting for the device: what it has done is copied to the host behind it.
         """
         pipe, steps = self.pipe, settings.num_inference_steps
+        embeds, pooled = (torch.stack(tensors) for tensors in zip(*text, strict=True))
         noise = initial_noise(pipe, seeds, settings.resolution, self.dtype)
         shape = (steps, *noise.shape)
         states, velocities = (torch.empty(shape, dtype=self.dtype, device=pipe.device) for _ in range(2))
@@ -223,7 +226,7 @@ class Teacher:
         copied = None
         if pipe.device.type == "cuda":
             copied = torch.cuda.Event()
-            copied.record()
+            copied.record(torch.cuda.current_stream(pipe.device))
         return Drawn(type(pipe.scheduler).__name__, noise, *on_host, embeds, pooled, copied)
 
 

@@ -448,7 +448,14 @@ def walk(
                 bar.update()
             # Read back even if it was just made: a walk that goes on later sees the same numbers.
             streams.advance(block.module, student_parameters(block, work.block(name), w_bits))
-            block.module.to("meta")
+            _free(block.module)
+
+
+def _free(module: nn.Module) -> None:
+    """Give a module's memory back, whoever else still holds its parameters, and leave it on the meta device."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.new_empty(0)
+    module.to("meta")
 
 
 def stored_tensors(transformer: nn.Module, work: Work) -> Iterator[tuple[str, Tensor]]:
