@@ -495,10 +495,13 @@ class FluxQATTrainer(transformers.Trainer):
 
 
 class _Average(transformers.TrainerCallback):
-    """Tells the trainer that a step is through."""
+    """Tells the trainer that training begins and that a step is through."""
 
     def __init__(self, trainer: FluxQATTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.average  # noqa: B018 (starts from the first parameters)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.update_average()
