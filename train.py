@@ -59,6 +59,7 @@ from utils.trainer import (
     ONLINE_WINDOW,
     STATE,
     FluxQATTrainer,
+    check_fsdp,
     choose_parameters,
     compile_blocks,
     memory_named,
@@ -327,6 +328,8 @@ def main() -> None:
     elif name in TORCHAO_OPTIMIZERS and importlib.util.find_spec("torchao") is None:
         raise ValueError(f"--optim {name} needs torchao, which is not here: pip install torchao, or choose another")
     training_args.device  # noqa: B018 (joins the other ranks)
+    if training_args.fsdp:
+        check_fsdp(training_args, model_args.lora_r)
     if training_args.do_train:
         with alone(Path(training_args.output_dir)):
             train(model_args, data_args, training_args)
