@@ -59,6 +59,7 @@ from utils.trainer import (
     ONLINE_WINDOW,
     STATE,
     FluxQATTrainer,
+    check_fsdp,
     choose_parameters,
     compile_blocks,
     memory_named,
@@ -70,6 +71,7 @@ from utils.trainer import (
 from utils.utils import device_name, get_logger, pick_dtype, run_script
 
 log = get_logger("train")
+TORCHAO_OPTIMIZERS = ("adamw_torch_8bit", "adamw_torch_4bit")
 
 
 def find_checkpoint(training_args) -> Path | None:
@@ -261,12 +263,17 @@ def is_packed(student: FluxTransformer2DModel, asked: bool | None) -> bool:
     return student.num_parameters() >= LARGE if asked is None else asked
 
 
-def check_room(config: dict, cache, output: Path, model_args, training_args) -> None:
+def check_room(config: dict, cache, output: Path, model_args, training_args, first_step: int) -> None:
     """ValueError unless cache, checkpoints and trained model can be written and there is room for all of them."""
     checkpoint, result = disk_needs(config, model_args, training_args, model_args.pack)
-    folder, limit = Path(training_args.output_dir), training_args.save_total_limit
+    folder, limit = Path(training_args.output_dir), training_args.save_total_limit or 0
     there = len(list(folder.glob("checkpoint-*")))
-    count = 0 if training_args.save_strategy == "no" else max(1, (limit or 2) + 1 - there)  # the oldest goes last
+    most = limit + 1 if limit > 0 else 3  # the oldest goes when the newest is whole
+    if training_args.save_strategy == "no":
+        most = 0
+    elif training_args.save_strategy == "steps" and training_args.max_steps > 0 and training_args.save_steps >= 1:
+        most = min(most, there + -(-(training_args.max_steps - first_step) // int(training_args.save_steps)))
+    count = max(0, most - there)
     needs = [(folder, count * checkpoint, "the checkpoints"), (output, result, "the trained model")]
     if isinstance(cache, TeacherCache):
         needs.insert(0, (Path(cache.folder), cache.bytes_to_write(), "the teacher cache"))
@@ -304,7 +311,8 @@ def advice(training_args, model_args) -> str:
 def saved_so_far() -> str:
     """What Ctrl-C leaves, in words."""
     words = [part for word in sys.argv for part in word.split("=", 1)]
-    folder = Path(words[words.index("--output_dir") + 1] if "--output_dir" in words[:-1] else "output")
+    given = dict(zip(words, words[1:], strict=False))  # of a flag given twice, the last one counts
+    folder = Path(given.get("--output_dir", "output"))
     last = get_last_checkpoint(folder) if folder.is_dir() else None
     return f"{last} is saved; the same command goes on from it" if last else "no checkpoint yet; what is cached is kept"
 
@@ -313,10 +321,15 @@ def main() -> None:
     model_args, data_args, training_args = process_args()
     if len(model_args.w_bits) > 1:
         raise ValueError(f"--w_bits {' '.join(map(str, model_args.w_bits))}: train.py trains one bit width at a time")
-    if "bnb" in training_args.optim.value and importlib.util.find_spec("bitsandbytes") is None:
-        log.info("--optim %s needs bitsandbytes, which is not here: using adamw_torch_fused", training_args.optim.value)
+    name = training_args.optim.value
+    if "bnb" in name and importlib.util.find_spec("bitsandbytes") is None:
+        log.info("--optim %s needs bitsandbytes, which is not here: using adamw_torch_fused", name)
         training_args.optim = transformers.training_args.OptimizerNames.ADAMW_TORCH_FUSED
+    elif name in TORCHAO_OPTIMIZERS and importlib.util.find_spec("torchao") is None:
+        raise ValueError(f"--optim {name} needs torchao, which is not here: pip install torchao, or choose another")
     training_args.device  # noqa: B018 (joins the other ranks)
+    if training_args.fsdp:
+        check_fsdp(training_args, model_args.lora_r)
     if training_args.do_train:
         with alone(Path(training_args.output_dir)):
             train(model_args, data_args, training_args)
@@ -360,10 +373,10 @@ def train(model_args, data_args, training_args) -> None:
         check_settings(checkpoint, settings)
     if window is None:
         cache = eval_data.joined(train_data)
-        check_room(source.config, cache, output, model_args, training_args)
+        check_room(source.config, cache, output, model_args, training_args, first_step)
         fill(cache, source, training_args)
     else:  # the teacher lives in this process and draws for it alone
-        check_room(source.config, None, output, model_args, training_args)
+        check_room(source.config, None, output, model_args, training_args, first_step)
         training_args.dataloader_num_workers, training_args.dataloader_persistent_workers = 0, False
 
     # 2. The student. Unless the teacher is needed on the way, nothing of its pipeline is there but the autoencoder.

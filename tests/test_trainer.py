@@ -577,8 +577,8 @@ def test_checkpoints_hold_safetensors_and_json_only_and_the_last_ones_are_kept(m
     for step in (3, 4):
         folder = tmp_path / "out" / f"checkpoint-{step}"
         assert sorted(file.name for file in folder.iterdir()) == [
-            "config.json", "diffusion_pytorch_model.safetensors", "settings.json", "trainer_state.json",
-            "training_state.safetensors",
+            ".flux158.json", "config.json", "diffusion_pytorch_model.safetensors", "settings.json",
+            "trainer_state.json", "training_state.safetensors",
         ]  # fmt: skip
         assert json.loads((folder / "settings.json").read_text()) == settings
         assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == step
@@ -593,7 +593,7 @@ def test_a_checkpoint_that_cannot_be_written_whole_is_not_there(make, tmp_path, 
 
     made = make(*KEEP)
     made.recorder.at[3] = lambda: monkeypatch.setattr(trained_files, "save_file", save_file)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ValueError, match="checkpoint-3: No space left on device; make room"):
         made.train()
     assert sorted(path.name for path in (tmp_path / "out").glob("check*")) == ["checkpoint-1", "checkpoint-2"]
     load(tmp_path / "out/checkpoint-2")
@@ -640,6 +640,25 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(flags, make, data, tmp
         assert all(torch.equal(codes[name], found) for name, found in all_codes(undisturbed.model).items())
 
 
+@pytest.mark.parametrize(
+    ("flags", "ranks", "lora_r", "message"),
+    [
+        ([], 1, 0, "several processes, and this is one: leave it out"),
+        (["--optim", "adafactor"], 2, 0, "--optim adafactor cannot be spread by --fsdp: use adamw_torch_8bit or"),
+        ([], 2, 4, "of a LoRA that is little: leave out --fsdp or --lora_r"),
+        (["--fsdp_config", '{"version": 1}'], 2, 0, "version 1 keeps flat copies of the weights; use version 2"),
+    ],
+)
+def test_what_fsdp2_cannot_spread_is_refused(flags, ranks, lora_r, message, tmp_path):
+    if "--fsdp_config" in flags:
+        (tmp_path / "fsdp.json").write_text(flags[1])
+        flags = ["--fsdp_config", str(tmp_path / "fsdp.json")]
+    _, _, args = process_args(["--device", "cpu", "--fsdp", "full_shard", *flags])
+    told = SimpleNamespace(fsdp_config=args.fsdp_config, optim=args.optim, world_size=ranks)
+    with pytest.raises(ValueError, match=message):
+        trainer.check_fsdp(told, lora_r)
+
+
 # ---------------------------------------------------------------------------------------------------- frozen codes
 
 
@@ -667,9 +686,13 @@ def test_frozen_codes_stay_while_the_rest_is_trained(flags, make, tmp_path):
         made.train()
         assert all(torch.equal(codes[3][name], found) for name, found in codes[4].items()) == (made is frozen)
     wanted = codes[3]
+    kinds = by_kind(frozen.model)
     for name, parameter in frozen.recorder.weights[2].items():
-        if name.endswith("weight_clip_val") or "proj_out" in name:
+        if name.endswith("weight_clip_val") or name.startswith("proj_out."):
             assert not torch.equal(parameter, frozen.recorder.weights[4][name])
+        elif name in kinds["weight"] | kinds["lora"]:  # codes are found from them; no momentum moves them on
+            assert torch.equal(parameter, frozen.recorder.weights[4][name])
+    (tmp_path / "saved").mkdir()
     frozen.save_transformer(tmp_path / "saved")
     packed = load(tmp_path / "saved").pack()
     for name, layer in frozen.model.named_modules():

@@ -4,17 +4,16 @@ A rank that fails says why in a line, and torchrun ends the others; then this en
 only where the rank could not: when it was killed.
 """
 
-import os
+import logging
 import signal
 import sys
 
-os.environ.setdefault("LOGLEVEL", "CRITICAL")  # torchrun's logger, read when it is imported
-
-from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: E402
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
-from torch.distributed.run import main  # noqa: E402
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
 
 if __name__ == "__main__":
+    logging.disable(logging.ERROR)  # torchrun's own; ranks are processes of their own
     try:
         main()
     except ChildFailedError as error:

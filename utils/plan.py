@@ -63,7 +63,7 @@ def asked(flags: Sequence[str]) -> str | None:
     given = dict(zip(words, [*words[1:], ""], strict=False))
     if given.get("--lora_r", "0") != "0":
         return "lora"
-    return "weights" if {"--lora_r", "--fsdp", "--optim"} & given.keys() else None
+    return "weights" if {"--lora_r", "--fsdp"} & given.keys() else None
 
 
 def choose(size: Size, memory: Sequence[int], batch: int, flags: Sequence[str] = ()) -> tuple[list[str], str]:

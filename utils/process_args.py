@@ -8,6 +8,7 @@ successors.
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -225,7 +226,9 @@ class TrainingArguments(transformers.TrainingArguments):
             cpu = self.use_cpu or not torch.cuda.is_available()
             self.dataloader_num_workers = 0 if cpu else min(8, (os.cpu_count() or 1) // ranks)
         self.dataloader_persistent_workers = self.dataloader_num_workers > 0
-        super().__post_init__()
+        with warnings.catch_warnings():  # gradient_checkpointing has another name by now, and goes by both
+            warnings.simplefilter("ignore", FutureWarning)
+            super().__post_init__()
         if self.fsdp:  # accelerate's wrapping by blocks needs their names, which diffusers' models tell it
             self.fsdp_config.setdefault("version", 2)
         if self.n_gpu > 1:  # started without torchrun on a machine of several GPUs: one of them, not DataParallel

@@ -162,7 +162,7 @@ class FluxQATTrainer(transformers.Trainer):
         self.aside = 0.0  # seconds spent on evaluation and checkpoints
         self.averages: list[Tensor] | None = None
         if self.is_fsdp_enabled:
-            check_fsdp(self.accelerator, args, model)
+            prepare_fsdp(self.accelerator)
         if teacher is not None:
             teacher.to(args.device).requires_grad_(False)
             self.features, self.teacher_features = record_features(model), record_features(teacher)
@@ -495,10 +495,13 @@ class FluxQATTrainer(transformers.Trainer):
 
 
 class _Average(transformers.TrainerCallback):
-    """Tells the trainer that a step is through."""
+    """Tells the trainer that training begins and that a step is through."""
 
     def __init__(self, trainer: FluxQATTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.average  # noqa: B018 (starts from the first parameters)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.update_average()
@@ -592,14 +595,20 @@ def first_non_finite(model: nn.Module | None, inputs: dict[str, Tensor]) -> str 
     return found[0] if found else None
 
 
-def check_fsdp(accelerator, args, model: nn.Module) -> None:
-    """Set what FSDP2 needs here; ValueError on what it cannot do."""
+def check_fsdp(args, lora_r: int) -> None:
+    """ValueError on what cannot be spread by FSDP2."""
     if args.fsdp_config.get("version", 2) != 2:
         raise ValueError("--fsdp: version 1 keeps flat copies of the weights; use version 2, the default")
+    if args.world_size == 1:
+        raise ValueError("--fsdp spreads the weights over several processes, and this is one: leave it out")
     if args.optim.value not in FSDP_OPTIMIZERS:
         raise ValueError(f"--optim {args.optim.value} cannot be spread by --fsdp: use {' or '.join(FSDP_OPTIMIZERS)}")
-    if len({p.dtype for p in model.parameters()}) > 1:
-        raise ValueError("--fsdp spreads parameters of one dtype: leave out --lora_r, or leave out --fsdp")
+    if lora_r:
+        raise ValueError("--fsdp spreads what is trained, and of a LoRA that is little: leave out --fsdp or --lora_r")
+
+
+def prepare_fsdp(accelerator) -> None:
+    """Set what FSDP2 needs here."""
     # Weights travel in fp32, and autocast computes in bf16: rounded before, they would get other codes than the saved.
     accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     # Else every GPU would hold whole gradients until the last micro-batch.
