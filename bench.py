@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from models.kernels import MODES
 from models.modeling_flux_quant import DEFAULT_SETTINGS, MODULATION, FluxTransformer2DModel
 from models.packing import PackedLinear, decode, store_codes
-from utils.cuda_graph import captured
+from utils.cuda_graph import captured, compile_options
 from utils.folders import check_disk, scratch_folder, tidy, whole_file, write_json
 from utils.metrics import nmse
 from utils.random_flux import CONFIGS
@@ -478,6 +478,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", dest="dtype_name", choices=DTYPES,
                         help="of full precision and activations; default: bfloat16 on CUDA, else float32")  # fmt: skip
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
+    parser.add_argument("--pointwise_cat", action=argparse.BooleanOptionalAction, default=True, help="compile "
+                        "concatenations into the kernels that read them, on a GPU")  # fmt: skip
     parser.add_argument("--cpp_wrapper", action="store_true", help="compile the calls of the kernels as well, to C++: "
                         "the CPU needs about half as long for a step")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=10, help=f"turns of each rival, {RUNS} timed runs in each")
@@ -504,9 +506,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError("--cpp_wrapper is a way to compile: add --compile")
     except ValueError as error:
         parser.error(str(error))
-    args.compile_settings = {"fullgraph": True, "dynamic": False}
+    options = compile_options(args.device) if args.pointwise_cat else None
     if args.cpp_wrapper:
-        args.compile_settings["options"] = {"cpp_wrapper": True}
+        options = (options or {}) | {"cpp_wrapper": True}
+    args.compile_settings = {"fullgraph": True, "dynamic": False, "options": options}
     args.dtype_name = args.dtype_name or ("bfloat16" if gpu else "float32")
     args.dtype = getattr(torch, args.dtype_name)
     return args
@@ -534,7 +537,8 @@ def main(argv: list[str] | None = None) -> None:
         "config": args.config, "architecture": config, "note": note, "block_weights": weights,
         "resolution": args.resolution, "text_tokens": args.text_tokens, "dtype": args.dtype_name, "batch_size": 1,
         "attention": args.attention,
-        "compile": args.compile, "cpp_wrapper": args.cpp_wrapper, "rounds": args.rounds, "runs_a_round": RUNS,
+        "compile": args.compile, "compile_options": args.compile_settings["options"],
+        "rounds": args.rounds, "runs_a_round": RUNS,
         "seed": args.seed, "device": device_name(args.device),
         "host": f"{os.cpu_count()} CPU cores, {platform.platform()}", "threads": torch.get_num_threads(),
         "versions": versions(),
