@@ -128,8 +128,8 @@ def place(pipe: FluxPipeline, device: torch.device, offload: str | None = None) 
 
     offload None: all of it on `device`. "model": each component comes when it is needed and goes for the next
     (diffusers' model offloading; the most that is there at once is T5, 9.5 GB). "sequential": text encoders, and a
-    transformer that takes more than half of the device, stream layer by layer (diffusers' group offloading); packed
-    transformers and the autoencoder stay.
+    transformer that takes more than half of the device, stream layer by layer (diffusers' group offloading); a packed
+    transformer and the autoencoder take turns.
     """
     if offload is None:
         pipe.to(device)
@@ -145,8 +145,17 @@ def place(pipe: FluxPipeline, device: torch.device, offload: str | None = None) 
                 # Streams pay where a part runs step after step: they want its memory pinned, which takes a while.
                 stream = {"use_stream": True, "low_cpu_mem_usage": True} if large and device.type == "cuda" else {}
                 apply_group_offloading(part, onload_device=device, offload_type="leaf_level", **stream)
-            else:
-                part.to(device)
+        _bring(pipe, "transformer")
+
+
+def _bring(pipe: FluxPipeline, name: str) -> None:
+    """Where parts stream, the others take turns on the device: `name` comes, and what stands there goes."""
+    parts = {other: part for other, part in pipe.components.items() if isinstance(part, nn.Module)}
+    whole = {other: part for other, part in parts.items() if not _is_group_offload_enabled(part)}
+    if len(whole) < len(parts):
+        device = pipe._execution_device
+        for other, part in sorted(whole.items(), key=lambda item: item[0] == name):  # those that go, go first
+            part.to(device if other == name else "cpu")
 
 
 def stop_streaming(part: nn.Module) -> None:
@@ -237,6 +246,20 @@ def decode_latents(pipe: FluxPipeline, latents: Tensor, size: int) -> Tensor:
     return pipe.image_processor.postprocess(decoded, output_type="pt").float().cpu()
 
 
+@torch.no_grad()
+def encode_prompts(
+    pipe: FluxPipeline, prompts: Sequence[str], batch_size: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Embeddings [N, S, D] and pooled ones [N, D] of the prompts, on the CPU; `device` is the text encoders'."""
+    found = []
+    for start in range(0, len(prompts), batch_size):
+        part = list(prompts[start : start + batch_size])
+        text, pooled, _ = pipe.encode_prompt(part, None, device=device, max_sequence_length=text_length(pipe))
+        found.append((text.cpu(), pooled.cpu()))
+    texts, pooled = zip(*found, strict=True)
+    return torch.cat(texts), torch.cat(pooled)
+
+
 def generate_images(
     pipe: FluxPipeline,
     prompts: Sequence[str],
@@ -251,24 +274,27 @@ def generate_images(
     """Draw each of `prompts`: float32 pictures [N, 3, size, size] in 0…1 on the CPU.
 
     Picture i starts from the noise of seed + i (see initial_noise). `size` defaults to what the autoencoder was made
-    for. `desc` shows a progress bar under that name.
+    for. `desc` shows a progress bar under that name. All texts are encoded first and all pictures decoded last, so that
+    an offloaded part comes once.
     """
     size = size or native_size(pipe)
-    images = []
+    parts = [slice(start, min(start + batch_size, len(prompts))) for start in range(0, len(prompts), batch_size)]
+    device, latents, images = pipe._execution_device, [], []
+    texts, pooled = encode_prompts(pipe, prompts, batch_size, device)
+    _bring(pipe, "transformer")
     with tqdm(total=len(prompts), desc=desc, unit="image", disable=desc is None) as bar:
-        for start in range(0, len(prompts), batch_size):
-            batch = list(prompts[start : start + batch_size])
-            seeds = range(seed + start, seed + start + len(batch))
-            latents = sample_latents(
-                pipe,
-                initial_noise(pipe, seeds, size, pipe.transformer.dtype),
-                prompt=batch,
-                size=size,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-            )
-            images.append(decode_latents(pipe, latents, size))
-            bar.update(len(batch))
+        for part in parts:
+            noise = initial_noise(pipe, range(seed + part.start, seed + part.stop), size, pipe.transformer.dtype)
+            found = sample_latents(
+                pipe, noise, size=size, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+                prompt_embeds=texts[part].to(device), pooled_prompt_embeds=pooled[part].to(device),
+            )  # fmt: skip
+            latents.append(found.cpu())
+            bar.update(part.stop - part.start)
+    _bring(pipe, "vae")
+    for found in latents:
+        images.append(decode_latents(pipe, found, size))
+    _bring(pipe, "transformer")
     return torch.cat(images)
 
 

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from models.kernels import dequantize
 from models.packing import from_disk
-from utils.sampling import initial_noise, record_inputs, sample_latents, stop_streaming, text_length
+from utils.sampling import encode_prompts, initial_noise, record_inputs, sample_latents, stop_streaming
 from utils.utils import empty_cache, get_logger
 
 log = get_logger("walk")
@@ -204,15 +204,10 @@ def _encode(pipe: FluxPipeline, prompts: Sequence[str], device: torch.device) ->
     encoders = [encoder for encoder in (pipe.text_encoder, pipe.text_encoder_2) if encoder is not None]
     for encoder in encoders:
         encoder.to(device)
-    found = []
-    for start in range(0, len(prompts), ENCODED):
-        part = list(prompts[start : start + ENCODED])
-        text, pooled, _ = pipe.encode_prompt(part, device=device, max_sequence_length=text_length(pipe))
-        found.append((text.to(CPU), pooled.to(CPU)))
+    texts, pooled = encode_prompts(pipe, prompts, ENCODED, device)
     for encoder in encoders:
         encoder.to(CPU)
-    texts, pooled = zip(*found, strict=True)
-    return torch.cat(texts), torch.cat(pooled)
+    return texts, pooled
 
 
 @torch.no_grad()
