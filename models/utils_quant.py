@@ -13,18 +13,22 @@ A weight matrix W [out, in] is replaced by a few levels times a step size α, on
     ≥ 16     identity
 
 Gradients are straight-through: round(x) counts as x plus a constant, so inside the clip range ∂q/∂w = 1 and
-∂q/∂α = level − w/α; outside, ∂q/∂w = 0 and ∂q/∂α = level. (The published code has ±1 for clipped weights in the
-stretched family too, whose outer levels are ±2/3 and ±3/4.) Following LSQ (arXiv 1902.08153, section 2.2) the gradient
-of α is multiplied by 1/√(numel·Qp), with Qp of the integer grid: 1 up to two bits.
+∂q/∂α = level − w/α; outside, ∂q/∂w = 0 and ∂q/∂α = level. (The published code differs at 1.58 bits, where it has ±1
+for clipped weights and the outer levels are ±2/3.) Following LSQ (arXiv 1902.08153, section 2.2) the gradient of α is
+multiplied by 1/√(numel·Qp), with Qp of the integer grid: 1 up to two bits.
 
 One more difference from the published forward: at 1 bit an exact zero becomes +α, since one bit has no third level.
 """
 
 import math
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 FULL_PRECISION_BITS = 16  # from here on there is no quantizer
 ALPHA_FLOOR = 1e-5  # keeps w/α finite, as published
@@ -62,7 +66,7 @@ def _grid(num_bits: int, stretched: bool) -> tuple[float, float, float, float, i
 
 def _widen(tensor: Tensor) -> Tensor:
     """At least fp32: in bf16 w/α has 8 significant bits, and weights near a threshold would round to the wrong side."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor if tensor.dtype == torch.float64 else tensor.float()  # promote_types() takes no 8-bit floats
 
 
 def _levels(x: Tensor, num_bits: int, stretched: bool) -> Tensor:
@@ -264,8 +268,104 @@ def init_clip_val(weight: Tensor, num_bits: int, method: str = "mse", layerwise:
 # Layers
 
 
-class Fp32Parameters(nn.Module):
-    """Keeps the parameters named in `_fp32_parameters` in fp32 whatever the module is cast to."""
+def refuse_writing(*_) -> NoReturn:
+    raise ValueError(
+        "the weight of a quantized layer is computed from its codes and cannot be written to or trained: "
+        "leave adapters unmerged, or change the weight before it is quantized"
+    )
+
+
+class ComputedWeight(torch.Tensor):
+    """What a quantized layer multiplies with, [out, in], computed whenever it is read; views of it likewise.
+
+    Shape, dtype and device cost nothing, and autograd keeps no values. ValueError on writing to it and on asking for
+    its gradient, since both would be lost.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, like: Tensor, device: torch.device, compute: Callable[[], Tensor]):
+        """like: a tensor on the meta device of the same shape and dtype; compute: gives the values, on `device`."""
+        weight = torch.Tensor._make_wrapper_subclass(cls, like.shape, like.stride(), dtype=like.dtype, device=device)
+        weight.like, weight.compute = like, compute
+        return weight
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        schema, kwargs = op._schema, kwargs or {}
+        given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+        for argument in schema.arguments:
+            if argument.alias_info and argument.alias_info.is_write and isinstance(given.get(argument.name), cls):
+                refuse_writing()
+
+        def apply(of: Callable[["ComputedWeight"], Tensor]):
+            return op(*tree_map_only(cls, of, args), **tree_map_only(cls, of, kwargs))
+
+        def computed():
+            return apply(lambda weight: weight.compute())
+
+        if schema.is_mutable or not any(result.alias_info for result in schema.returns):
+            return computed()
+        views = apply(lambda weight: weight.like)
+        device = next(value.device for value in given.values() if isinstance(value, cls))
+        if isinstance(views, Tensor):
+            return cls(views, device, computed)
+        return [cls(view, device, lambda i=i: computed()[i]) for i, view in enumerate(views)]
+
+    def __deepcopy__(self, memo) -> Tensor:
+        return self.clone()
+
+    def __repr__(self, **_) -> str:
+        return f"{type(self).__name__}({self.clone()})"
+
+    __setitem__ = requires_grad_ = refuse_writing
+    data = property(lambda self: self, refuse_writing)
+    requires_grad = property(lambda self: False, refuse_writing)
+
+
+class ReadOnlyWeight(nn.Module):
+    """Gives a linear layer a `weight` that is its dequantize(dtype), of the dtype and device of weight_like()."""
+
+    @property
+    def weight(self) -> Tensor:
+        dtype, device = self.weight_like()
+        like = torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
+        weight = ComputedWeight(like, device, lambda: self.dequantize(dtype))
+        weight.layer = self
+        return weight
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        if getattr(value, "layer", None) is not self:  # PEFT gives a layer back its own
+            refuse_writing()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        refuse_writing() if name == "weight" else super().register_parameter(name, param)
+
+
+class Mark(dict):
+    """A quantized layer's entry in the metadata of a state dict: reading it in a layer of another kind is an error.
+
+    nn.Module asks it for what concerns the layer, whether or not the names are checked (`strict`).
+    """
+
+    def get(self, key, default=None):
+        raise ValueError(
+            f"{self['name']} is quantized (w_bits={self['w_bits']}): an ordinary layer cannot load what its state dict "
+            "holds; load it into the FluxTransformer2DModel of models.modeling_flux_quant, made with the same settings"
+        )
+
+    def __reduce__(self):
+        return OrderedDict, (list(self.items()),)  # files need not know this class
+
+
+class QuantizedLayer(nn.Module):
+    """What trained and packed layers have in common.
+
+    The parameters named in `_fp32_parameters` stay in fp32 whatever the module is cast to. Its state dict is one for
+    layers quantized with as many bits: ValueError on another.
+    """
 
     _fp32_parameters: tuple[str, ...] = ()
 
@@ -282,13 +382,30 @@ class Fp32Parameters(nn.Module):
 
         return super()._apply(move_only, recurse)
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata") and self.is_quantized():
+            destination._metadata[prefix[:-1]] = Mark(name=prefix[:-1] or "a layer", w_bits=self.w_bits)
 
-class QuantizeLinear(Fp32Parameters, nn.Linear):
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        metadata = dict(local_metadata)
+        if (found := metadata.get("w_bits", self.w_bits)) != self.w_bits:
+            raise ValueError(f"{prefix[:-1]}: quantized with w_bits={found}, this layer has w_bits={self.w_bits}")
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+
+    def is_quantized(self) -> bool:
+        """Whether it multiplies with anything other than the weight in its state dict."""
+        return True
+
+
+class QuantizeLinear(QuantizedLayer, nn.Linear):
     """nn.Linear whose weight goes through `quantize` on every forward pass.
 
     x [..., in] -> [..., out], computed in the autocast dtype, else in x's. The step sizes `weight_clip_val` ([out, 1],
     or [1, 1] with `weight_layerwise`) start from the weight by `clip_init` and stay fp32 whatever the module is cast
     to; `w_bits` of 16 and above has none and is nn.Linear. ValueError on unsupported `w_bits` or `clip_init`.
+    `weight` is the one that is trained. While a PEFT layer holds this one it shows what is multiplied with, read-only:
+    adapters measure it, and merging one into the trained weight would round it away.
     """
 
     _fp32_parameters = ("weight_clip_val",)
@@ -326,7 +443,8 @@ class QuantizeLinear(Fp32Parameters, nn.Linear):
 
     def reset_quantizer(self, name: str = "") -> None:
         """Make anew, on the weight's device, the parameters that quantization adds to nn.Linear's."""
-        self.register_buffer("frozen_codes", None, persistent=False)
+        self._buffers.pop("frozen_codes", None)
+        self.frozen_codes = None
         self.reset_clip_val(name)
 
     @torch.no_grad()
@@ -336,13 +454,15 @@ class QuantizeLinear(Fp32Parameters, nn.Linear):
         `frozen_codes` [out, in] (int8) then hold them, a byte a weight; the weight's gradient is zero from here on.
         """
         if self.w_bits < FULL_PRECISION_BITS:
-            self.frozen_codes = quantize_codes(self.effective_weight(), self.weight_clip_val, self.w_bits)
+            codes = quantize_codes(self.effective_weight(), self.weight_clip_val, self.w_bits)
+            vars(self).pop("frozen_codes", None)
+            self.register_buffer("frozen_codes", codes, persistent=False)
 
     @torch.no_grad()
     def settle(self) -> None:
         """Make the weight one that quantizes to the frozen codes, if they are frozen: what it quantizes to."""
         if self.frozen_codes is not None:
-            self.weight.copy_(self.quantized_weight())
+            self.latent_weight().copy_(self.quantized_weight())
 
     @torch.no_grad()
     def reset_clip_val(self, name: str = "") -> None:
@@ -350,7 +470,7 @@ class QuantizeLinear(Fp32Parameters, nn.Linear):
         self.register_parameter("weight_clip_val", None)
         if self.w_bits >= FULL_PRECISION_BITS:
             return
-        if self.weight.is_meta:
+        if self.latent_weight().is_meta:
             shape = (1, 1) if self.weight_layerwise else (self.out_features, 1)
             alpha = torch.empty(shape, dtype=torch.float32, device="meta")
         else:
@@ -360,15 +480,22 @@ class QuantizeLinear(Fp32Parameters, nn.Linear):
                 raise ValueError(f"{name or type(self).__name__}: {error}") from None
         self.weight_clip_val = nn.Parameter(alpha.float())
 
+    def is_quantized(self) -> bool:
+        return self.w_bits < FULL_PRECISION_BITS
+
+    def latent_weight(self) -> Tensor:
+        """The trained weight, [out, in]."""
+        return self.weight
+
     def effective_weight(self) -> Tensor:
         """What goes into the quantizer, [out, in]."""
-        return self.weight
+        return self.latent_weight()
 
     def quantized_weight(self) -> Tensor:
         """What comes out of the quantizer and is multiplied with, [out, in]."""
         if self.frozen_codes is not None:
             n, s = code_grid(self.w_bits)
-            levels = (self.frozen_codes + s) / n
+            levels = (self.frozen_codes.float() + s) / n
             # DDP waits for a gradient of every parameter
             return levels * self.weight_clip_val.clamp(min=ALPHA_FLOOR) + 0 * self.effective_weight()
         return quantize(self.effective_weight(), self.weight_clip_val, self.w_bits, self.weight_layerwise)
@@ -429,7 +556,7 @@ class LoRAQuantizeLinear(QuantizeLinear):
         self.register_parameter("lora_B", None)
         super().reset_quantizer(name)  # from the weight alone: the new LoRA is zero
         if self.lora_r:
-            fp32 = {"dtype": torch.float32, "device": self.weight.device}
+            fp32 = {"dtype": torch.float32, "device": self.latent_weight().device}
             self.lora_A = nn.Parameter(0.01 * torch.randn(self.out_features, self.lora_r, **fp32))
             self.lora_B = nn.Parameter(torch.zeros(self.lora_r, self.in_features, **fp32))
 
@@ -439,9 +566,12 @@ class LoRAQuantizeLinear(QuantizeLinear):
         if self.frozen_codes is not None and self.lora_B is not None:
             self.lora_B.zero_()
 
+    def is_quantized(self) -> bool:
+        return super().is_quantized() or self.lora_A is not None
+
     def effective_weight(self) -> Tensor:
         if self.lora_A is None:
-            return self.weight
+            return self.latent_weight()
         # Autocast would round the product to bf16: training would then see other codes than the saved weights give.
         with torch.autocast(self.lora_A.device.type, enabled=False):
             update = self.scaling * (self.lora_A @ self.lora_B)
@@ -449,7 +579,7 @@ class LoRAQuantizeLinear(QuantizeLinear):
             # Both gradients are linear in the gradient of their product: scaling that one scales both, and unlike a
             # hook on the parameters it survives copying, materialising and loading them.
             update = _ScaleGradient.apply(update, self.weight_clip_val.detach().mean())
-        return self.weight + update
+        return self.latent_weight() + update
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, lora_r={self.lora_r}"
@@ -460,3 +590,42 @@ def check_lora_r(lora_r: int) -> int:
     if isinstance(lora_r, int) and lora_r >= 0:
         return lora_r
     raise ValueError(f"lora_r={lora_r!r} is not supported: use 0 (no LoRA) or a positive rank")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the hands of PEFT
+
+
+class _Held(ReadOnlyWeight):
+    """Over the class of a layer while a PEFT layer holds it."""
+
+    def weight_like(self) -> tuple[torch.dtype, torch.device]:
+        return self.latent_weight().dtype, self.latent_weight().device
+
+    def latent_weight(self) -> Tensor:
+        return self._parameters["weight"]
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return self.quantized_weight().detach().to(dtype)
+
+
+class HeldQuantizeLinear(_Held, QuantizeLinear):
+    pass
+
+
+class HeldLoRAQuantizeLinear(_Held, LoRAQuantizeLinear):
+    pass
+
+
+_HELD = {QuantizeLinear: HeldQuantizeLinear, LoRAQuantizeLinear: HeldLoRAQuantizeLinear}
+_FREE = {held: free for free, held in _HELD.items()}
+
+
+def _hold(module: nn.Module, name: str, child: nn.Module) -> None:
+    """Called by torch for every module that becomes part of another: PEFT's layers call the one inside base_layer."""
+    classes = _HELD if name == "base_layer" else _FREE
+    if type(child) in classes and child.is_quantized():
+        child.__class__ = classes[type(child)]
+
+
+nn.modules.module.register_module_module_registration_hook(_hold)
