@@ -303,7 +303,9 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
 
     def _check_tensors(self) -> None:
         """ValueError unless the parameters are those of a model with this config; PEFT's empty layers are removed."""
-        if getattr(self, "peft_config", None) == {}:
+        wrappers = [module for module in self.modules() if "base_layer" in module._modules]
+        inside = [name for module in wrappers for name, _ in module.named_parameters()]
+        if wrappers and all(name.startswith("base_layer.") for name in inside):
             self.unload_lora()  # delete_adapters() leaves them
         with torch.device("meta"):
             wanted = {name: parameter.shape for name, parameter in self.from_config(self.config).named_parameters()}
@@ -378,7 +380,6 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
     def from_single_file(cls, pretrained_model_link_or_path_or_dict, **kwargs) -> "FluxTransformer2DModel":
         """As in diffusers, from a full-precision FLUX in one file; kwargs may hold this class's settings (w_bits, …).
 
-        Weights in 8-bit floats are widened to bfloat16, which holds them exactly, before they are quantized.
         ValueError on settings that do not exist, on a file that holds another model or not all of this one.
         """
         source = pretrained_model_link_or_path_or_dict
@@ -390,14 +391,12 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
         if is_quantized(settings):
             _check_alone(name, kwargs)
         try:
-            model = super().from_single_file(source, **kwargs, w_bits=16, lora_r=0, packed=0)
+            with _without_loading_warnings():
+                model = super().from_single_file(source, **kwargs, w_bits=16, lora_r=0, packed=0)
         except (IndexError, KeyError, NotImplementedError, TypeError) as error:  # of reading what is not there
             problem = " ".join(str(error).split())[:200]
             raise ValueError(f"{name}: not a whole full-precision FLUX transformer in one file ({problem})") from error
         if is_quantized(settings):
-            for parameter in model.parameters():
-                if parameter.is_floating_point() and parameter.element_size() == 1:
-                    parameter.data = parameter.data.bfloat16()
             model._set_in_config(**settings)
             model._swap_linears()
         return model
