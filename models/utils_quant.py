@@ -335,13 +335,11 @@ class ReadOnlyWeight(nn.Module):
         weight.layer = self
         return weight
 
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        if getattr(value, "layer", None) is not self:  # PEFT gives a layer back its own
+    def __setattr__(self, name: str, value) -> None:
+        if name != "weight":
+            super().__setattr__(name, value)
+        elif getattr(value, "layer", None) is not self:  # PEFT gives a layer back its own
             refuse_writing()
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        refuse_writing() if name == "weight" else super().register_parameter(name, param)
 
 
 class Mark(dict):
