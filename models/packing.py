@@ -236,6 +236,9 @@ class PackedLinear(ReadOnlyWeight, QuantizedLayer, nn.Linear):
             raise ValueError(f"{prefix}weight: codes take no other weight; load it before the model is packed")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def requires_grad_(self, requires_grad: bool = True) -> "PackedLinear":
+        return refuse_writing() if requires_grad else super().requires_grad_(False)
+
     def forward(self, input: Tensor) -> Tensor:
         if self.weight_clip_val.requires_grad:
             refuse_writing()

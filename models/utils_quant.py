@@ -354,6 +354,9 @@ class Mark(dict):
             "holds; load it into the FluxTransformer2DModel of models.modeling_flux_quant, made with the same settings"
         )
 
+    def __deepcopy__(self, memo) -> "Mark":
+        return Mark(self)
+
     def __reduce__(self):
         return OrderedDict, (list(self.items()),)  # files need not know this class
 

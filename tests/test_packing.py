@@ -798,6 +798,9 @@ def test_a_packed_model_starts_frozen_and_its_codes_get_no_gradient(ternary):
     layer.weight_clip_val.requires_grad_()
     with pytest.raises(ValueError, match="cannot be written to or trained"):
         layer(torch.ones(1, 3))
+    with pytest.raises(ValueError, match="cannot be written to or trained"):
+        layer.requires_grad_()
+    assert layer.requires_grad_(False) is layer
     with pytest.raises(RuntimeError, match="floating point"):
         layer.weight_codes.requires_grad_()
 

@@ -584,7 +584,7 @@ def test_its_state_dict_is_for_its_like(layer_class, tmp_path):
     before = linear.weight.clone()
     for strict, assign in itertools.product((True, False), repeat=2):
         with pytest.raises(ValueError, match=r"^a layer is quantized \(w_bits=2\): an ordinary layer cannot load"):
-            linear.load_state_dict(layer.state_dict(), strict=strict, assign=assign)
+            linear.load_state_dict(copy.deepcopy(layer.state_dict()), strict=strict, assign=assign)
         with pytest.raises(ValueError, match="^0: quantized with w_bits=2, this layer has w_bits=3"):
             other = nn.Sequential(make(layer_class, w_bits=3))
             other.load_state_dict(nn.Sequential(layer).state_dict(), strict=strict, assign=assign)
