@@ -509,26 +509,12 @@ class QuantizeLinear(QuantizedLayer, nn.Linear):
         return f"{super().extra_repr()}, w_bits={self.w_bits}"
 
 
-class _ScaleGradient(torch.autograd.Function):
-    """Identity whose gradient is multiplied by a scalar tensor."""
-
-    @staticmethod
-    def forward(ctx, input, scale):
-        ctx.save_for_backward(scale)
-        return input.view_as(input)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        return grad_output * ctx.saved_tensors[0], None
-
-
 class LoRAQuantizeLinear(QuantizeLinear):
     """QuantizeLinear with a low-rank update inside the quantizer: quantize(weight + lora_alpha/r · lora_A @ lora_B).
 
-    lora_A [out, r] starts at 0.01·N(0, 1), lora_B [r, in] at zero; both stay fp32. `lora_r=0` means none. With
-    `scale_aware` their gradients are multiplied by mean(α): a weight must move by about α before its code changes, so
-    updates in proportion to α treat all layers alike (EfficientDM, arXiv 2310.03270).
-    ValueError on a negative or fractional rank.
+    lora_A [out, r] starts at 0.01·N(0, 1), lora_B [r, in] at zero; both stay fp32. `lora_r=0` means none. ValueError on
+    a negative or fractional rank. (Gradients are not multiplied by mean(α), as EfficientDM has it, arXiv 2310.03270:
+    AdamW divides by their size again.)
     """
 
     _fp32_parameters = ("weight_clip_val", "lora_A", "lora_B")
@@ -543,13 +529,11 @@ class LoRAQuantizeLinear(QuantizeLinear):
         *,
         lora_r: int = 32,
         lora_alpha: float = 1.0,
-        scale_aware: bool = True,
         **quantizer,
     ):
         # Set first: the parent's constructor ends in reset_quantizer(), which reads them.
         self.lora_r = check_lora_r(lora_r)
         self.scaling = lora_alpha / lora_r if lora_r else 0.0
-        self.scale_aware = scale_aware
         super().__init__(in_features, out_features, bias, device, dtype, **quantizer)
 
     def reset_quantizer(self, name: str = "") -> None:
@@ -576,10 +560,6 @@ class LoRAQuantizeLinear(QuantizeLinear):
         # Autocast would round the product to bf16: training would then see other codes than the saved weights give.
         with torch.autocast(self.lora_A.device.type, enabled=False):
             update = self.scaling * (self.lora_A @ self.lora_B)
-        if self.scale_aware and self.weight_clip_val is not None:
-            # Both gradients are linear in the gradient of their product: scaling that one scales both, and unlike a
-            # hook on the parameters it survives copying, materialising and loading them.
-            update = _ScaleGradient.apply(update, self.weight_clip_val.detach().mean())
         return self.latent_weight() + update
 
     def extra_repr(self) -> str:

@@ -388,23 +388,20 @@ def test_lora_starts_as_nothing():
 
 def reloaded_on_meta(layer):
     with torch.device("meta"):
-        copy_of = LoRAQuantizeLinear(24, 16, w_bits=0, lora_r=4)
+        copy_of = LoRAQuantizeLinear(24, 16, w_bits=0, lora_r=4, lora_alpha=2.0)
     copy_of.load_state_dict(layer.state_dict(), assign=True)
     return copy_of
 
 
 @pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, reloaded_on_meta], ids=["itself", "deepcopy", "meta"])
-def test_scale_aware_lora_gradients(copied):
-    x, grads = torch.randn(5, 24), {}
-    for scale_aware in (False, True):
-        layer = make(LoRAQuantizeLinear, w_bits=0, lora_r=4, scale_aware=scale_aware)
-        layer = copied(layer) if scale_aware else layer
-        layer(x).square().sum().backward()
-        grads[scale_aware] = {name: p.grad for name, p in layer.named_parameters()}
-    mean_alpha = layer.weight_clip_val.detach().mean()
-    for name, plain in grads[False].items():
-        scale = mean_alpha if name.startswith("lora") else 1.0
-        torch.testing.assert_close(grads[True][name], plain * scale)
+def test_lora_gradients_are_those_of_its_product(copied):
+    x, layer = torch.randn(5, 24), make(LoRAQuantizeLinear, w_bits=0, lora_r=4, lora_alpha=2.0)
+    layer = copied(layer)
+    layer(x).square().sum().backward()
+    of_product = layer.weight.grad  # the weight and the update are added
+    torch.testing.assert_close(layer.lora_A.grad, 0.5 * of_product @ layer.lora_B.T)
+    torch.testing.assert_close(layer.lora_B.grad, 0.5 * layer.lora_A.T @ of_product)
+    assert layer.lora_A.grad.any() and layer.lora_B.grad.any()
 
 
 @pytest.mark.parametrize("rank", [-1, 2.5])
