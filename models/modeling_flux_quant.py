@@ -10,12 +10,11 @@ the swap needs stands in config.json, so from_pretrained can tell what a folder 
 
     teacher = FluxTransformer2DModel.from_pretrained(path, subfolder="transformer")  # diffusers' model, bit for bit
     student = FluxTransformer2DModel.from_pretrained(path, subfolder="transformer", w_bits=0)
-    student.pack().save_pretrained("student")  # without pack(): the weights, to train on
+    student.pack().save_pretrained("student")  # without pack(): the weights, to train on; with it: adapters on top
     pipe = FluxPipeline.from_pretrained(path, transformer=FluxTransformer2DModel.from_pretrained("student"))
 """
 
 import contextlib
-import inspect
 import json
 import logging
 import os
@@ -78,6 +77,7 @@ LOADING = LOCATION | {
     "max_memory", "offload_folder", "offload_state_dict", "output_loading_info", "parallel_config",
     "quantization_config", "torch_dtype", "use_flashpack", "use_safetensors", "user_agent", "variant",
 }  # fmt: skip
+SINGLE_FILE = {"config", "config_revision", "device", "original_config"}  # and what from_single_file takes beside it
 
 
 def is_quantized(settings: dict) -> bool:
@@ -178,7 +178,7 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
         self.eval()
 
     def pack(self) -> "FluxTransformer2DModel":
-        """Replace every quantized weight by its codes, in place; the outputs stay the same. For inference only.
+        """Replace every quantized weight by its codes, in place; the outputs stay the same, codes are not trained.
 
         ValueError on a model that is not quantized. Returns the model.
         """
@@ -250,7 +250,6 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
     def to_json_string(self) -> str:
         """As in diffusers; a quantized model's config says so in the way that keeps other classes from loading it."""
         config = json.loads(super().to_json_string())
-        config.pop(DERIVED, None)
         if is_quantized(config):
             config[DERIVED] = {"quant_method": QUANT_METHOD}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -297,8 +296,8 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
         if is_main_process:
             (Path(save_directory) / index_name(variant)).unlink(missing_ok=True)  # of an earlier model
         super().save_pretrained(
-            save_directory, is_main_process, save_function, safe_serialization, variant, max_shard_size, push_to_hub,
-            use_flashpack, **kwargs,
+            os.fspath(save_directory), is_main_process, save_function, safe_serialization, variant, max_shard_size,
+            push_to_hub, use_flashpack, **kwargs,
         )  # fmt: skip
 
     def _check_tensors(self) -> None:
@@ -335,7 +334,7 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
         truncated file.
         """
         path = pretrained_model_name_or_path
-        _check_arguments("from_pretrained", kwargs, LOADING | inspect.signature(cls.__init__).parameters.keys())
+        _check_arguments("from_pretrained", kwargs, LOADING | cls._get_init_keys(cls))
         wants_info = kwargs.pop("output_loading_info", False)
         asked = {key: kwargs.pop(key) for key in DEFAULT_SETTINGS if key in kwargs}
         _check_device_map(kwargs.get("device_map"))
@@ -348,14 +347,13 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
         if stored["packed"]:
             changes = {key: value for key, value in kwargs.items() if key not in LOADING}
             _check_agreement(path, asked | changes, config | stored)
-            check_settings(settings)
-            _check_alone(path, kwargs)
+        check_settings(settings)
+        if is_quantized(settings):
+            _check_alone(path, kwargs | {DERIVED: config.get(DERIVED) or kwargs.get(DERIVED)})
+        if stored["packed"]:
             model = cls._from_packed(path, config, kwargs)
             nothing = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
             return (model, nothing) if wants_info else model
-        check_settings(settings)
-        if is_quantized(settings):
-            _check_alone(path, {DERIVED: config.get(DERIVED)} | kwargs)
         if is_quantized(stored):
             _check_agreement(path, asked, stored)
             kwargs |= settings
@@ -380,9 +378,11 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
     def from_single_file(cls, pretrained_model_link_or_path_or_dict, **kwargs) -> "FluxTransformer2DModel":
         """As in diffusers, from a full-precision FLUX in one file; kwargs may hold this class's settings (w_bits, …).
 
-        ValueError on settings that do not exist, on a file that holds another model or not all of this one.
+        TypeError on other words than diffusers' and the config's; ValueError on settings that do not exist, on a file
+        that holds another model or not all of this one.
         """
         source = pretrained_model_link_or_path_or_dict
+        _check_arguments("from_single_file", kwargs, LOADING | SINGLE_FILE | cls._get_init_keys(cls))
         name = "the state dict" if isinstance(source, dict) else source
         settings = DEFAULT_SETTINGS | {key: kwargs.pop(key) for key in DEFAULT_SETTINGS if key in kwargs}
         check_settings(settings)

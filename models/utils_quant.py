@@ -389,9 +389,9 @@ class QuantizedLayer(nn.Module):
             destination._metadata[prefix[:-1]] = Mark(name=prefix[:-1] or "a layer", w_bits=self.w_bits)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        metadata = dict(local_metadata)
+        metadata, name = dict(local_metadata), prefix[:-1] or type(self).__name__
         if (found := metadata.get("w_bits", self.w_bits)) != self.w_bits:
-            raise ValueError(f"{prefix[:-1]}: quantized with w_bits={found}, this layer has w_bits={self.w_bits}")
+            raise ValueError(f"{name}: quantized with w_bits={found}, this layer has w_bits={self.w_bits}")
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
     def is_quantized(self) -> bool:
@@ -586,8 +586,9 @@ class _Held(ReadOnlyWeight):
     def latent_weight(self) -> Tensor:
         return self._parameters["weight"]
 
+    @torch.no_grad()
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        return self.quantized_weight().detach().to(dtype)
+        return self.quantized_weight().to(dtype)
 
 
 class HeldQuantizeLinear(_Held, QuantizeLinear):

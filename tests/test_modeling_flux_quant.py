@@ -355,6 +355,8 @@ def test_files_that_hold_no_full_precision_flux(plain, ternary, tmp_path, narrow
     ):
         with pytest.raises(ValueError, match=message):
             FluxTransformer2DModel.from_single_file(str(file), config=str(plain), **settings)
+    with pytest.raises(TypeError, match=r"from_single_file\(\) got an unexpected keyword argument 'w_bit'"):
+        FluxTransformer2DModel.from_single_file(str(file), config=str(plain), w_bit=0)
 
 
 # Errors: one line that names the thing

@@ -1142,11 +1142,16 @@ def test_a_model_offloaded_with_its_buffers_computes_the_same(quantized):
             layer.freeze_codes() if isinstance(layer, QuantizeLinear) else None
 
 
-def test_a_quantizer_of_another_library_is_refused(ternary, pipeline_folder):
-    quantization = diffusers.QuantoConfig("int8") if hasattr(diffusers, "QuantoConfig") else object()
+def test_a_quantizer_of_another_library_is_refused(ternary, pipeline_folder, tmp_path):
+    quantization = diffusers.BitsAndBytesConfig(load_in_8bit=True)
     for folder, settings in ((ternary[1], {}), (pipeline_folder / "transformer", {"w_bits": 0})):
         with pytest.raises(ValueError, match="quantization_config does not go with"):
             FluxTransformer2DModel.from_pretrained(folder, quantization_config=quantization, **settings)
+        copied = shutil.copytree(folder, tmp_path / folder.name)
+        config = json.loads((copied / "config.json").read_text()) | {"quantization_config": {"quant_method": "other"}}
+        (copied / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="quantization_config does not go with"):
+            FluxTransformer2DModel.from_pretrained(copied, **settings)
 
 
 # Folders
@@ -1294,7 +1299,7 @@ def test_it_is_uploaded_whole(quantized, tmp_path, monkeypatch, push):
     monkeypatch.setattr(hub_utils, "upload_folder", upload_folder)
     settings = {"private": True, "token": "secret", "commit_message": "all of it", "create_pr": True, "variant": "mine"}
     if push == "save_pretrained":
-        quantized.save_pretrained(str(tmp_path / "folder"), push_to_hub=True, repo_id="mine", **settings)
+        quantized.save_pretrained(tmp_path / "folder", push_to_hub=True, repo_id="mine", **settings)
         loaded = FluxTransformer2DModel.from_pretrained(tmp_path / "folder", variant="mine")
         assert same_parameters(loaded, quantized)
     else:
