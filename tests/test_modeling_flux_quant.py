@@ -1,5 +1,6 @@
 """FluxTransformer2DModel against diffusers' own; saving and loading; what must fail and how."""
 
+import copy
 import inspect
 import json
 import shutil
@@ -129,6 +130,22 @@ def test_full_precision_gradients_are_diffusers_with_and_without_checkpointing(t
 def test_quantized_gradients_with_and_without_checkpointing(plain):
     model = FluxTransformer2DModel.from_pretrained(plain, w_bits=0, lora_r=2)
     assert all(map(torch.equal, gradients(model, True), gradients(model, False)))
+
+
+@pytest.mark.parametrize("lora_r", [0, 2])
+def test_gradients_under_layerwise_casting_to_8_bit_floats(plain, lora_r):
+    model = FluxTransformer2DModel.from_pretrained(plain, w_bits=0, lora_r=lora_r, dtype=torch.bfloat16).train()
+    reference = copy.deepcopy(model)
+    model.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
+    stored = dict(model.named_parameters())
+    assert stored["transformer_blocks.0.attn.to_q.weight"].dtype == torch.float8_e4m3fn
+    for name, parameter in reference.named_parameters():
+        parameter.data = stored[name].data.to(parameter.dtype)
+    half = {k: v.bfloat16() if torch.is_tensor(v) and "ids" not in k else v for k, v in inputs().items()}
+    for each in (reference, model):
+        each(**half)[0].float().square().sum().backward()
+    for name, parameter in reference.named_parameters():
+        assert torch.equal(stored[name].grad, parameter.grad), name
 
 
 # What is quantized

@@ -971,6 +971,26 @@ def test_peft_adapts_it_as_it_does_the_plain_model_and_merges_nothing(quantized,
     assert all(torch.equal(parameter, parameters[name]) for name, parameter in model.named_parameters())
 
 
+def test_a_dora_file_is_loaded_as_onto_the_plain_model(quantized, base, pipeline_folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    plain = plain_twin(quantized, base)
+    source = copy.deepcopy(plain)
+    settings = {"r": 2, "lora_alpha": 2, "target_modules": TARGETS, "init_lora_weights": False}
+    source.add_adapter(peft.LoraConfig(use_dora=True, **settings))
+    layers = peft.utils.get_peft_model_state_dict(source)
+    assert any("magnitude" in name for name in layers)
+    diffusers.FluxPipeline.save_lora_weights(tmp_path, transformer_lora_layers=layers)
+    before, outputs = output(quantized), []
+    for model in (plain, quantized):
+        pipe = diffusers.FluxPipeline.from_pretrained(pipeline_folder, transformer=model)
+        pipe.load_lora_weights(tmp_path)
+        outputs.append(output(model))
+    assert not torch.allclose(outputs[0], before, rtol=0.01)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs[0], output(source), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
 def test_adapters_that_start_by_changing_the_weight_are_refused(quantized, start):
     peft = pytest.importorskip("peft")
