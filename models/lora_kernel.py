@@ -121,14 +121,13 @@ def _launch(kernel, weight: Tensor, a: Tensor, *arguments, **options) -> None:
 @torch.library.custom_op("flux158::compose", mutates_args=())
 def compose(
     weight: Tensor, a: Tensor, b: Tensor, alpha: Tensor, frozen: Tensor | None, scaling: float, grid: list[float],
-    sign: bool, floor: float, numel_qp: int, scale_aware: bool, dtype: torch.dtype,
+    sign: bool, floor: float, numel_qp: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """α·level((weight + scaling·a@b)/α) [out, in] in `dtype`, differentiable in weight, a, b and alpha.
 
     weight [out, in]; a [out, r], b [r, in] fp32; alpha [out, 1] or [1, 1] fp32, at least `floor`; `frozen`: step sizes
     at which the levels are found instead, and then they are constants. grid: low, high, n, s of utils_quant._grid, or
-    the sign alone with `sign`. The gradient of alpha is divided by √numel_qp; with `scale_aware` those of a and b are
-    multiplied by mean(α).
+    the sign alone with `sign`. The gradient of alpha is divided by √numel_qp.
     """
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     scale = alpha.clamp(min=floor)
@@ -142,7 +141,7 @@ def compose(
 
 
 @compose.register_fake
-def _(weight, a, b, alpha, frozen, scaling, grid, sign, floor, numel_qp, scale_aware, dtype):
+def _(weight, a, b, alpha, frozen, scaling, grid, sign, floor, numel_qp, dtype):
     return torch.empty(weight.shape, dtype=dtype, device=weight.device)
 
 
@@ -169,7 +168,7 @@ def _(grad, weight, a, b, step, scaling, grid, sign, frozen):
 
 
 def _save(ctx, inputs, output) -> None:
-    weight, a, b, alpha, frozen, ctx.scaling, ctx.grid, ctx.sign, ctx.floor, ctx.numel_qp, ctx.scale_aware, _ = inputs
+    weight, a, b, alpha, frozen, ctx.scaling, ctx.grid, ctx.sign, ctx.floor, ctx.numel_qp, _ = inputs
     ctx.save_for_backward(weight, a, b, alpha, frozen)
 
 
@@ -180,12 +179,11 @@ def _backward(ctx, grad: Tensor):
     inner, slopes = compose_backward(grad, weight, a, b, step, ctx.scaling, ctx.grid, ctx.sign, constants)
     grad_alpha = slopes.sum_to_size(alpha.shape)
     if constants:
-        return (torch.zeros_like(weight), torch.zeros_like(a), torch.zeros_like(b), grad_alpha, *[None] * 8)
-    factor = ctx.scaling * alpha.mean() if ctx.scale_aware else ctx.scaling
-    grad_a = (inner @ b.to(inner.dtype).T).float() * factor
-    grad_b = (a.to(inner.dtype).T @ inner).float() * factor
+        return (torch.zeros_like(weight), torch.zeros_like(a), torch.zeros_like(b), grad_alpha, *[None] * 7)
+    grad_a = (inner @ b.to(inner.dtype).T).float() * ctx.scaling
+    grad_b = (a.to(inner.dtype).T @ inner).float() * ctx.scaling
     grad_weight = inner.to(weight.dtype) if ctx.needs_input_grad[0] else None
-    return (grad_weight, grad_a, grad_b, grad_alpha / math.sqrt(ctx.numel_qp), *[None] * 8)
+    return (grad_weight, grad_a, grad_b, grad_alpha / math.sqrt(ctx.numel_qp), *[None] * 7)
 
 
 compose.register_autograd(_backward, setup_context=_save)

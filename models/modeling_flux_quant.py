@@ -11,14 +11,15 @@ the swap needs stands in config.json, so from_pretrained can tell what a folder 
 
     teacher = FluxTransformer2DModel.from_pretrained(path, subfolder="transformer")  # diffusers' model, bit for bit
     student = FluxTransformer2DModel.from_pretrained(path, subfolder="transformer", w_bits=0)
-    student.pack().save_pretrained("student")  # without pack(): the weights, to train on
+    student.pack().save_pretrained("student")  # without pack(): the weights, to train on; with it: adapters on top
     pipe = FluxPipeline.from_pretrained(path, transformer=FluxTransformer2DModel.from_pretrained("student"))
 """
 
 import contextlib
+import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import diffusers
@@ -34,11 +35,12 @@ from torch import Tensor, nn
 
 from models.kernels import MODES, can_rotate, gelu, norm_rotate
 from models.packing import (
+    DERIVED,
     FORMAT,
-    INDEX,
     PackedLinear,
     PackedWriter,
     adopt_codes,
+    index_name,
     is_unhooked,
     load_packed,
     read_index,
@@ -67,6 +69,15 @@ DEFAULT_SETTINGS = {
 }
 NOTHING_ODD = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
 MODULATION = ("norm1.linear", "norm1_context.linear", "norm.linear")  # AdaLN, inside a block
+QUANT_METHOD = "flux-1.58bit (to be loaded with models.modeling_flux_quant.FluxTransformer2DModel)"
+UPLOAD = {"repo_id", "commit_message", "private", "create_pr", "token"}  # what save_pretrained passes to the hub
+LOCATION = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"}
+LOADING = LOCATION | {
+    "device_map", "disable_mmap", "dtype", "flashpack_kwargs", "ignore_mismatched_sizes", "low_cpu_mem_usage",
+    "max_memory", "offload_folder", "offload_state_dict", "output_loading_info", "parallel_config",
+    "quantization_config", "torch_dtype", "use_flashpack", "use_safetensors", "user_agent", "variant",
+}  # fmt: skip
+SINGLE_FILE = {"config", "config_revision", "device", "original_config"}  # and what from_single_file takes beside it
 
 
 def is_quantized(settings: dict) -> bool:
@@ -174,7 +185,7 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
         self.eval()
 
     def pack(self) -> "FluxTransformer2DModel":
-        """Replace every quantized weight by its codes, in place; the outputs stay the same. For inference only.
+        """Replace every quantized weight by its codes, in place; the outputs stay the same, codes are not trained.
 
         ValueError on a model that is not quantized. Returns the model.
         """
@@ -182,8 +193,13 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
             raise ValueError(f"pack(): w_bits={self.config.w_bits} has no codes; quantize the model first")
         if not self.config.packed:
             self._pack_linears()
-            self.register_to_config(packed=FORMAT, lora_r=0)
+            self._set_in_config(packed=FORMAT, lora_r=0)
         return self
+
+    def _set_in_config(self, **settings) -> None:
+        """Change the config, also for from_config(), which leaves out what is noted as a default."""
+        defaults = [key for key in self.config.get("_use_default_values", []) if key not in settings]
+        self.register_to_config(**settings, _use_default_values=defaults)
 
     def start_from(self, packed: "FluxTransformer2DModel") -> "FluxTransformer2DModel":
         """Move the weights to where they quantize to the codes of `packed`, a one-shot of the same transformer.
@@ -232,43 +248,106 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
         for attn in (module for module in self.modules() if isinstance(module, FluxAttention)):
             _set_processor(attn, self.inference_mode)
 
-    def train(self, mode: bool = True) -> "FluxTransformer2DModel":
-        """As in torch; ValueError on a packed model, whose codes cannot be trained."""
-        if mode and self.config.packed:
-            raise ValueError("a packed model cannot be trained: load the checkpoint that it was made from")
-        return super().train(mode)
+    def requires_grad_(self, requires_grad: bool = True) -> "FluxTransformer2DModel":
+        """As in torch; ValueError on a packed model, whose codes and step sizes stay as they are."""
+        if requires_grad and self.config.packed:
+            raise ValueError("codes cannot be trained: leave the packed model frozen and train an adapter on top of it")
+        return super().requires_grad_(requires_grad)
 
     def fuse_lora(self, *args, **kwargs) -> None:
-        """As in diffusers; ValueError on a packed model, into whose codes no adapter can be merged."""
-        if self.config.packed:
-            raise ValueError("fuse_lora() cannot merge an adapter into packed codes: leave it unfused")
+        """As in diffusers; ValueError on a quantized model, whose codes would round the adapter away."""
+        if is_quantized(self.config):
+            raise ValueError("fuse_lora() cannot merge an adapter into quantized weights: leave it unfused")
         super().fuse_lora(*args, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, max_shard_size: int | str = "2GB", **kwargs) -> None:
-        """As in diffusers; a packed model is written as models/packing.py describes, in shards of max_shard_size."""
-        if not self.config.packed:
-            (Path(save_directory) / INDEX).unlink(missing_ok=True)  # of an earlier model
-            super().save_pretrained(save_directory, **({"max_shard_size": max_shard_size} | kwargs))
+    def to_json_string(self) -> str:
+        """As in diffusers; a quantized model's config says so in the way that keeps other classes from loading it."""
+        config = json.loads(super().to_json_string())
+        if is_quantized(config):
+            config[DERIVED] = {"quant_method": QUANT_METHOD}
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def load_config(cls, *args, **kwargs) -> dict | tuple:
+        """As in diffusers, without the entry that is there for other classes."""
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        method = config.get(DERIVED) if isinstance(config, dict) else None
+        if isinstance(method, dict) and method.get("quant_method") == QUANT_METHOD:
+            del config[DERIVED]
+        return loaded
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "2GB",
+        push_to_hub: bool = False,
+        use_flashpack: bool = False,
+        **kwargs,
+    ) -> None:
+        """As in diffusers; a packed model is written as models/packing.py describes, in shards of max_shard_size.
+
+        kwargs: those of push_to_hub; TypeError on others. ValueError, before anything is written, if the model holds
+        what from_pretrained could not read again (adapters), and on a quantized one in another format than safetensors.
+        """
+        _check_arguments("save_pretrained", kwargs, UPLOAD)
+        if os.path.isfile(save_directory):
+            raise NotADirectoryError(f"save_pretrained(): {save_directory} is a file; name a folder")
+        if is_quantized(self.config) and (use_flashpack or not safe_serialization):
+            raise ValueError("save_pretrained(): a quantized model is saved as safetensors only")
+        self._check_tensors()
+        if self.config.packed:
+            if is_main_process:
+                self._save_packed(save_directory, convert_file_size_to_int(max_shard_size), variant)
+                if push_to_hub:
+                    self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
             return
-        if getattr(self, "peft_config", None):
-            raise ValueError("save_pretrained(): adapters are loaded; unload them first, they are files of their own")
-        writer = PackedWriter(save_directory, convert_file_size_to_int(max_shard_size))
+        if is_main_process:
+            (Path(save_directory) / index_name(variant)).unlink(missing_ok=True)  # of an earlier model
+        super().save_pretrained(
+            os.fspath(save_directory), is_main_process, save_function, safe_serialization, variant, max_shard_size,
+            push_to_hub, use_flashpack, **kwargs,
+        )  # fmt: skip
+
+    def _check_tensors(self) -> None:
+        """ValueError unless the parameters are those of a model with this config; PEFT's empty layers are removed."""
+        wrappers = [module for module in self.modules() if "base_layer" in module._modules]
+        inside = [name for module in wrappers for name, _ in module.named_parameters()]
+        if wrappers and all(name.startswith("base_layer.") for name in inside):
+            self.unload_lora()  # delete_adapters() leaves them
+        with torch.device("meta"):
+            wanted = {name: parameter.shape for name, parameter in self.from_config(self.config).named_parameters()}
+        found = {name: parameter.shape for name, parameter in self.named_parameters()}
+        if odd := sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)):
+            raise ValueError(
+                f"save_pretrained(): {odd[0]} is not what this model's config describes; adapters (LoRA, IP-Adapter) "
+                "are files of their own: save and unload them first"
+            )
+
+    def _save_packed(self, folder: str | os.PathLike, shard_bytes: int, variant: str | None) -> None:
+        writer = PackedWriter(folder, shard_bytes, variant)
         for name, tensor in stored_tensors(self):
             writer.add(name, tensor)
-        self.save_config(save_directory)
+        self.save_config(folder)
         writer.close(dict(self.config))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "FluxTransformer2DModel":
         """Load a full-precision or a quantized FLUX transformer from a folder or the hub; safetensors only.
 
-        kwargs: those of diffusers' from_pretrained (subfolder, variant, torch_dtype, …) and this class's settings
-        (w_bits, lora_r, …). Weights are mapped from disk where their dtype allows and α is found layer by layer on the
-        device that `device_map` puts them on (default: CPU).
-        ValueError on settings that do not exist or contradict a quantized checkpoint's config, on missing, unexpected
-        or wrongly shaped tensors, and on NaN or inf in a weight; OSError on a missing or truncated file.
+        kwargs: those of diffusers' from_pretrained (subfolder, variant, torch_dtype, …), entries of the config to be
+        changed, and this class's settings (w_bits, lora_r, …). Weights are mapped from disk where their dtype allows
+        and α is found layer by layer on the device that `device_map` puts them on (default: CPU).
+        TypeError on other words; ValueError on settings that do not exist or contradict a quantized checkpoint's
+        config, on missing, unexpected or wrongly shaped tensors, and on NaN or inf in a weight; OSError on a missing or
+        truncated file.
         """
         path = pretrained_model_name_or_path
+        _check_arguments("from_pretrained", kwargs, LOADING | cls._get_init_keys(cls))
         wants_info = kwargs.pop("output_loading_info", False)
         asked = {key: kwargs.pop(key) for key in DEFAULT_SETTINGS if key in kwargs}
         _check_device_map(kwargs.get("device_map"))
@@ -279,8 +358,12 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
         stored = {key: config.get(key, default) for key, default in DEFAULT_SETTINGS.items()}
         settings = stored | asked
         if stored["packed"]:
-            _check_agreement(path, asked, stored)
-            check_settings(settings)
+            changes = {key: value for key, value in kwargs.items() if key not in LOADING}
+            _check_agreement(path, asked | changes, config | stored)
+        check_settings(settings)
+        if is_quantized(settings):
+            _check_alone(path, kwargs | {DERIVED: config.get(DERIVED) or kwargs.get(DERIVED)})
+        if stored["packed"]:
             model = cls._from_packed(path, config, kwargs)
             return (model, NOTHING_ODD) if wants_info else model
         if (Path(path) / (kwargs.get("subfolder") or "") / BASE).is_file():
@@ -289,7 +372,6 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
             dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
             model = load_trained(cls, folder, config, dtype, device_map=kwargs.get("device_map"))
             return (model, NOTHING_ODD) if wants_info else model
-        check_settings(settings)
         if is_quantized(stored):
             _check_agreement(path, asked, stored)
             kwargs |= settings
@@ -306,21 +388,48 @@ class FluxTransformer2DModel(diffusers.FluxTransformer2DModel):
             raise OSError(f"{' '.join(str(error).split())} Save or download {path} again.") from error
         _check_loading_info(path, model, info)
         if is_quantized(settings) and not is_quantized(stored):
-            model.register_to_config(w_bits=settings["w_bits"], lora_r=settings["lora_r"])
+            model._set_in_config(w_bits=settings["w_bits"], lora_r=settings["lora_r"])
             model._swap_linears()
         return (model, info) if wants_info else model
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path_or_dict, **kwargs) -> "FluxTransformer2DModel":
+        """As in diffusers, from a full-precision FLUX in one file; kwargs may hold this class's settings (w_bits, …).
+
+        TypeError on other words than diffusers' and the config's; ValueError on settings that do not exist, on a file
+        that holds another model or not all of this one.
+        """
+        source = pretrained_model_link_or_path_or_dict
+        _check_arguments("from_single_file", kwargs, LOADING | SINGLE_FILE | cls._get_init_keys(cls))
+        name = "the state dict" if isinstance(source, dict) else source
+        settings = DEFAULT_SETTINGS | {key: kwargs.pop(key) for key in DEFAULT_SETTINGS if key in kwargs}
+        check_settings(settings)
+        if settings["packed"]:
+            raise ValueError(f"{name}: packed={settings['packed']} is no setting to load a file with; use pack()")
+        if is_quantized(settings):
+            _check_alone(name, kwargs)
+        try:
+            with _without_loading_warnings():
+                model = super().from_single_file(source, **kwargs, w_bits=16, lora_r=0, packed=0)
+        except (IndexError, KeyError, NotImplementedError, TypeError) as error:  # of reading what is not there
+            problem = " ".join(str(error).split())[:200]
+            raise ValueError(f"{name}: not a whole full-precision FLUX transformer in one file ({problem})") from error
+        if is_quantized(settings):
+            model._set_in_config(**settings)
+            model._swap_linears()
+        return model
 
     @classmethod
     def _from_packed(cls, path: str | os.PathLike, config: dict, kwargs: dict) -> "FluxTransformer2DModel":
         """The model of a packed folder or hub id; of kwargs, those that say where it is, its dtype and its device."""
         subfolder = kwargs.get("subfolder") or ""
         if not os.path.isdir(path):
-            names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")
+            names = LOCATION - {"subfolder"}
             allowed = [os.path.join(subfolder, name) for name in ("*.json", "*.safetensors")]
             asked = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             path = snapshot_download(path, allow_patterns=allowed, **asked)
         folder = Path(path) / subfolder
-        index = read_index(folder, config)
+        index = read_index(folder, config, kwargs.get("variant"))
         try:
             with torch.device("meta"):
                 model = cls.from_config(config)
@@ -424,6 +533,21 @@ def _set_processor(attn: FluxAttention, mode: str) -> None:
         processor = new()
         vars(processor).update(vars(attn.processor))
         attn.set_processor(processor)
+
+
+def _check_arguments(method: str, kwargs: dict, known: Iterable[str]) -> None:
+    """TypeError if kwargs hold a word that the method does not know."""
+    if unknown := sorted(kwargs.keys() - known):
+        raise TypeError(f"{method}() got an unexpected keyword argument {unknown[0]!r}")
+
+
+def _check_alone(path: str | os.PathLike, kwargs: dict) -> None:
+    """ValueError if kwargs ask for what the layers of a quantized model cannot do."""
+    for key in ("quantization_config", "parallel_config", "use_flashpack"):
+        if kwargs.get(key):
+            raise ValueError(f"{path}: {key} does not go with w_bits below 16 or a LoRA in the quantizer; leave it out")
+    if kwargs.get("use_safetensors") is False:
+        raise ValueError(f"{path}: use_safetensors=False is not supported; only safetensors are read")
 
 
 def _check_device_map(device_map) -> None:

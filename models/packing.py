@@ -29,10 +29,20 @@ from torch import Tensor, nn
 
 from models import kernels
 from models.kernels import PLANES, row_chunks, unpack_codes
-from models.utils_quant import ALPHA_FLOOR, Fp32Parameters, QuantizeLinear, check_bits, code_grid, quantize_codes
+from models.utils_quant import (
+    ALPHA_FLOOR,
+    QuantizedLayer,
+    QuantizeLinear,
+    ReadOnlyWeight,
+    check_bits,
+    code_grid,
+    quantize_codes,
+    refuse_writing,
+)
 
 FORMAT = 1
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
+DERIVED = "quantization_config"  # an entry of config.json that follows from the others
 TRITS = 5  # a byte: 3^5 = 243 of its 256 values
 PROBLEMS = ("a byte holds no five ternary codes", "the padding is not zero")  # of codes on disk
 LOADERS = 8  # threads, each with one layer in its hands
@@ -171,14 +181,14 @@ def _autocast(input: Tensor) -> Tensor:
     return input.to(torch.get_autocast_dtype(input.device.type)) if autocast else input
 
 
-class PackedLinear(Fp32Parameters, nn.Linear):
-    """A linear layer that holds codes instead of weights; for inference.
+class PackedLinear(ReadOnlyWeight, QuantizedLayer, nn.Linear):
+    """A linear layer that holds codes instead of weights, for inference and for training adapters on top.
 
     x [..., in] -> [..., out] in the autocast dtype, else in x's; `mode` "exact" gives the numbers of
     QuantizeLinear up to the order of the sum, "fast" those of activations in 8 bits (kernels.py). Parameters, none
     of which wants a gradient: weight_codes [out, row_bytes] uint8, weight_clip_val [out, 1] or [1, 1] fp32, bias [out].
-    `weight` is computed when it is asked for: it has the shape and the dtype that LoRA adapters look for, and
-    writing to it has no effect.
+    Gradients reach x and the bias; asking for those of codes or step sizes is a ValueError. `weight` is a
+    ComputedWeight in the bias's dtype.
     """
 
     _fp32_parameters = ("weight_clip_val",)
@@ -224,7 +234,7 @@ class PackedLinear(Fp32Parameters, nn.Linear):
 
         ValueError, opening with `name`, if weight or step sizes hold NaN or inf.
         """
-        if layer.weight.is_meta:
+        if layer.latent_weight().is_meta:
             sizes = (layer.in_features, layer.out_features, layer.bias is not None)
             settings = {"w_bits": layer.w_bits, "weight_layerwise": layer.weight_layerwise}
             return cls(*sizes, device="meta", **settings).eval()
@@ -246,21 +256,26 @@ class PackedLinear(Fp32Parameters, nn.Linear):
         """The weight [out, in], equal to the quantizer's output."""
         return kernels.dequantize(self.weight_codes, self.weight_clip_val, self.w_bits, self.in_features, dtype)
 
-    @property
-    def weight(self) -> Tensor:
-        return self.dequantize(torch.float32 if self.bias is None else self.bias.dtype)
+    def weight_like(self) -> tuple[torch.dtype, torch.device]:
+        return torch.float32 if self.bias is None else self.bias.dtype, self.weight_codes.device
 
-    # diffusers looks up the shapes of the layers that an adapter is made for in state_dict(). What stands there for the
-    # weight has its shape and takes no memory.
+    # diffusers looks an adapter's layers up in state_dict(), under the name of their weight. What stands there is
+    # [out, in, bits]: no other layer can take it for a weight, and it costs nothing in a file.
+    def _signature(self) -> list[int]:
+        return [self.out_features, self.in_features, self.w_bits]
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self.weight_clip_val.new_zeros(1, 1).expand(
-            self.out_features, self.in_features
-        )
+        destination[f"{prefix}weight"] = torch.tensor(self._signature(), device="cpu")
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        state_dict.pop(f"{prefix}weight", None)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        signature = state_dict.pop(f"{prefix}weight", None)
+        if signature is not None and signature.tolist() != self._signature():
+            raise ValueError(f"{prefix}weight: codes take no other weight; load it before the model is packed")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "PackedLinear":
+        return refuse_writing() if requires_grad else super().requires_grad_(False)
 
     def __getstate__(self) -> dict:
         return vars(self) | {"kept": None}  # a copy makes its own
@@ -272,6 +287,8 @@ class PackedLinear(Fp32Parameters, nn.Linear):
         return kernels.token_dtype(x, self.out_features, self.w_bits)
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.weight_clip_val.requires_grad:
+            refuse_writing()
         x = _autocast(input)
         if (dtype := self._token_dtype(x)) is not None:
             return kernels.fast_linear(x, dtype, [self])[0]
@@ -304,14 +321,15 @@ def adopt_codes(layer: QuantizeLinear, packed: "PackedLinear", name: str = "") -
     beyond the outermost codes, and stays MARGIN of α/n inside. In fp32 all codes are met; a weight kept in bf16 may
     miss one at 8 bits. ValueError, opening with `name`, if the layers differ in shape.
     """
-    if (packed.out_features, packed.in_features) != layer.weight.shape or (packed.bias is None) != (layer.bias is None):
+    weight = layer.latent_weight()
+    if (packed.out_features, packed.in_features) != weight.shape or (packed.bias is None) != (layer.bias is None):
         raise ValueError(f"{name or type(layer).__name__}: {packed}, expected the shape of {layer}")
     (n, s), bits = code_grid(layer.w_bits), layer.w_bits
     lowest, highest = (-1, 1) if bits == 0 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    codes, step = packed.codes().to(layer.weight.device), packed.weight_clip_val.to(layer.weight.device)
+    codes, step = packed.codes().to(weight.device), packed.weight_clip_val.to(weight.device)
     low, high = ((codes + s + side) * (step / n) for side in (MARGIN - 0.5, 0.5 - MARGIN))
     low[codes == lowest], high[codes == highest] = -torch.inf, torch.inf
-    layer.weight.copy_(layer.weight.float().clamp(low, high))
+    weight.copy_(weight.float().clamp(low, high))
     layer.weight_clip_val.copy_(step)
     if layer.bias is not None:
         layer.bias.copy_(packed.bias)
@@ -321,8 +339,8 @@ def adopt_codes(layer: QuantizeLinear, packed: "PackedLinear", name: str = "") -
 
 
 def config_digest(config: dict) -> str:
-    """SHA-256 of a config without the entries that open with an underscore."""
-    kept = {name: value for name, value in config.items() if not name.startswith("_")}
+    """SHA-256 of a config without the entries that open with an underscore and the derived one."""
+    kept = {name: value for name, value in config.items() if not name.startswith("_") and name != DERIVED}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -331,11 +349,19 @@ def _file_digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-class PackedWriter:
-    """Writes a packed folder tensor by tensor, holding no more than one shard in memory."""
+def index_name(variant: str | None) -> str:
+    """The file name of the index of a variant, as diffusers has it."""
+    return INDEX if variant is None else INDEX.replace(".json", f".{variant}.json")
 
-    def __init__(self, folder: str | os.PathLike, shard_bytes: int = 2 * 10**9):
-        self.folder, self.shard_bytes = Path(folder), shard_bytes
+
+class PackedWriter:
+    """Writes a packed folder tensor by tensor, holding no more than one shard in memory.
+
+    Files of the same variant that stood there are replaced, those of others stay.
+    """
+
+    def __init__(self, folder: str | os.PathLike, shard_bytes: int = 2 * 10**9, variant: str | None = None):
+        self.folder, self.shard_bytes, self.variant = Path(folder), shard_bytes, variant
         self.folder.mkdir(parents=True, exist_ok=True)
         self.shards: list[list[str]] = []
         self.pending: dict[str, Tensor] = {}
@@ -357,10 +383,13 @@ class PackedWriter:
     def close(self, config: dict) -> None:
         """Give the shards their names and write the index; config.json is written by the model."""
         self._flush()
-        for earlier in self.folder.glob("diffusion_pytorch_model*"):
-            earlier.unlink()
-        files = [f"diffusion_pytorch_model-{i + 1:05d}-of-{len(self.shards):05d}.safetensors"
-                 for i in range(len(self.shards))]  # fmt: skip
+        stem, index_file = "diffusion_pytorch_model", self.folder / index_name(self.variant)
+        stem += f".{self.variant}" if self.variant else ""
+        index_file.unlink(missing_ok=True)
+        for earlier in self.folder.glob("*.safetensors"):
+            if re.fullmatch(rf"{re.escape(stem)}(-\d+-of-\d+)?", earlier.stem):
+                earlier.unlink()
+        files = [f"{stem}-{i + 1:05d}-of-{len(self.shards):05d}.safetensors" for i in range(len(self.shards))]
         for i, file in enumerate(files):
             os.replace(self.folder / f"shard-{i}", self.folder / file)
         index = {
@@ -372,7 +401,7 @@ class PackedWriter:
             },
             "weight_map": {name: file for file, names in zip(files, self.shards, strict=True) for name in names},
         }
-        (self.folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
+        index_file.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -385,9 +414,9 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield full, parameter
 
 
-def read_index(folder: Path, config: dict) -> dict:
+def read_index(folder: Path, config: dict, variant: str | None = None) -> dict:
     """The index of a packed folder; ValueError if it is unreadable, of another format, or not that of `config`."""
-    file = folder / INDEX
+    file = folder / index_name(variant)
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
         metadata, weight_map = index["metadata"], index["weight_map"]

@@ -13,18 +13,22 @@ A weight matrix W [out, in] is replaced by a few levels times a step size α, on
     ≥ 16     identity
 
 Gradients are straight-through: round(x) counts as x plus a constant, so inside the clip range ∂q/∂w = 1 and
-∂q/∂α = level − w/α; outside, ∂q/∂w = 0 and ∂q/∂α = level. (The published code has ±1 for clipped weights in the
-stretched family too, whose outer levels are ±2/3 and ±3/4.) Following LSQ (arXiv 1902.08153, section 2.2) the gradient
-of α is multiplied by 1/√(numel·Qp), with Qp of the integer grid: 1 up to two bits.
+∂q/∂α = level − w/α; outside, ∂q/∂w = 0 and ∂q/∂α = level. (The published code differs at 1.58 bits, where it has ±1
+for clipped weights and the outer levels are ±2/3.) Following LSQ (arXiv 1902.08153, section 2.2) the gradient of α is
+multiplied by 1/√(numel·Qp), with Qp of the integer grid: 1 up to two bits.
 
 One more difference from the published forward: at 1 bit an exact zero becomes +α, since one bit has no third level.
 """
 
 import math
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from models.lora_kernel import compose, works_on
 
@@ -64,7 +68,7 @@ def _grid(num_bits: int, stretched: bool) -> tuple[float, float, float, float, i
 
 def _widen(tensor: Tensor) -> Tensor:
     """At least fp32: in bf16 w/α has 8 significant bits, and weights near a threshold would round to the wrong side."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor if tensor.dtype == torch.float64 else tensor.float()  # promote_types() takes no 8-bit floats
 
 
 def _levels(x: Tensor, num_bits: int, stretched: bool) -> Tensor:
@@ -266,8 +270,105 @@ def init_clip_val(weight: Tensor, num_bits: int, method: str = "mse", layerwise:
 # Layers
 
 
-class Fp32Parameters(nn.Module):
-    """Keeps the parameters and buffers named in `_fp32_parameters` in fp32 whatever the module is cast to."""
+def refuse_writing(*_) -> NoReturn:
+    raise ValueError(
+        "the weight of a quantized layer is computed from its codes and cannot be written to or trained: "
+        "leave adapters unmerged, or change the weight before it is quantized"
+    )
+
+
+class ComputedWeight(torch.Tensor):
+    """What a quantized layer multiplies with, [out, in], computed whenever it is read; views of it likewise.
+
+    Shape, dtype and device cost nothing, and autograd keeps no values. ValueError on writing to it and on asking for
+    its gradient, since both would be lost.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, like: Tensor, device: torch.device, compute: Callable[[], Tensor]):
+        """like: a tensor on the meta device of the same shape and dtype; compute: gives the values, on `device`."""
+        weight = torch.Tensor._make_wrapper_subclass(cls, like.shape, like.stride(), dtype=like.dtype, device=device)
+        weight.like, weight.compute = like, compute
+        return weight
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        schema, kwargs = op._schema, kwargs or {}
+        given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+        for argument in schema.arguments:
+            if argument.alias_info and argument.alias_info.is_write and isinstance(given.get(argument.name), cls):
+                refuse_writing()
+
+        def apply(of: Callable[["ComputedWeight"], Tensor]):
+            return op(*tree_map_only(cls, of, args), **tree_map_only(cls, of, kwargs))
+
+        def computed():
+            return apply(lambda weight: weight.compute())
+
+        if schema.is_mutable or not any(result.alias_info for result in schema.returns):
+            return computed()
+        views = apply(lambda weight: weight.like)
+        device = next(value.device for value in given.values() if isinstance(value, cls))
+        if isinstance(views, Tensor):
+            return cls(views, device, computed)
+        return [cls(view, device, lambda i=i: computed()[i]) for i, view in enumerate(views)]
+
+    def __deepcopy__(self, memo) -> Tensor:
+        return self.clone()
+
+    def __repr__(self, **_) -> str:
+        return f"{type(self).__name__}({self.clone()})"
+
+    __setitem__ = requires_grad_ = refuse_writing
+    data = property(lambda self: self, refuse_writing)
+    requires_grad = property(lambda self: False, refuse_writing)
+
+
+class ReadOnlyWeight(nn.Module):
+    """Gives a linear layer a `weight` that is its dequantize(dtype), of the dtype and device of weight_like()."""
+
+    @property
+    def weight(self) -> Tensor:
+        dtype, device = self.weight_like()
+        like = torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
+        weight = ComputedWeight(like, device, lambda: self.dequantize(dtype))
+        weight.layer = self
+        return weight
+
+    def __setattr__(self, name: str, value) -> None:
+        if name != "weight":
+            super().__setattr__(name, value)
+        elif getattr(value, "layer", None) is not self:  # PEFT gives a layer back its own
+            refuse_writing()
+
+
+class Mark(dict):
+    """A quantized layer's entry in the metadata of a state dict: reading it in a layer of another kind is an error.
+
+    nn.Module asks it for what concerns the layer, whether or not the names are checked (`strict`).
+    """
+
+    def get(self, key, default=None):
+        raise ValueError(
+            f"{self['name']} is quantized (w_bits={self['w_bits']}): an ordinary layer cannot load what its state dict "
+            "holds; load it into the FluxTransformer2DModel of models.modeling_flux_quant, made with the same settings"
+        )
+
+    def __deepcopy__(self, memo) -> "Mark":
+        return Mark(self)
+
+    def __reduce__(self):
+        return OrderedDict, (list(self.items()),)  # files need not know this class
+
+
+class QuantizedLayer(nn.Module):
+    """What trained and packed layers have in common.
+
+    The parameters and buffers named in `_fp32_parameters` stay in fp32 whatever the module is cast to. Its state dict
+    is one for layers quantized with as many bits: ValueError on another.
+    """
 
     _fp32_parameters: tuple[str, ...] = ()
 
@@ -285,13 +386,30 @@ class Fp32Parameters(nn.Module):
 
         return super()._apply(move_only, recurse)
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata") and self.is_quantized():
+            destination._metadata[prefix[:-1]] = Mark(name=prefix[:-1] or "a layer", w_bits=self.w_bits)
 
-class QuantizeLinear(Fp32Parameters, nn.Linear):
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        metadata, name = dict(local_metadata), prefix[:-1] or type(self).__name__
+        if (found := metadata.get("w_bits", self.w_bits)) != self.w_bits:
+            raise ValueError(f"{name}: quantized with w_bits={found}, this layer has w_bits={self.w_bits}")
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+
+    def is_quantized(self) -> bool:
+        """Whether it multiplies with anything other than the weight in its state dict."""
+        return True
+
+
+class QuantizeLinear(QuantizedLayer, nn.Linear):
     """nn.Linear whose weight goes through `quantize` on every forward pass.
 
     x [..., in] -> [..., out], computed in the autocast dtype, else in x's. The step sizes `weight_clip_val` ([out, 1],
     or [1, 1] with `weight_layerwise`) start from the weight by `clip_init` and stay fp32 whatever the module is cast
     to; `w_bits` of 16 and above has none and is nn.Linear. ValueError on unsupported `w_bits` or `clip_init`.
+    `weight` is the one that is trained. While a PEFT layer holds this one it shows what is multiplied with, read-only:
+    adapters measure it, and merging one into the trained weight would round it away.
     """
 
     _fp32_parameters = ("weight_clip_val", "frozen_clip_val")
@@ -354,7 +472,7 @@ class QuantizeLinear(Fp32Parameters, nn.Linear):
         self.register_parameter("weight_clip_val", None)
         if self.w_bits >= FULL_PRECISION_BITS:
             return
-        if self.weight.is_meta:
+        if self.latent_weight().is_meta:
             shape = (1, 1) if self.weight_layerwise else (self.out_features, 1)
             alpha = torch.empty(shape, dtype=torch.float32, device="meta")
         else:
@@ -364,9 +482,16 @@ class QuantizeLinear(Fp32Parameters, nn.Linear):
                 raise ValueError(f"{name or type(self).__name__}: {error}") from None
         self.weight_clip_val = nn.Parameter(alpha.float())
 
+    def is_quantized(self) -> bool:
+        return self.w_bits < FULL_PRECISION_BITS
+
+    def latent_weight(self) -> Tensor:
+        """The trained weight, [out, in]."""
+        return self.weight
+
     def effective_weight(self) -> Tensor:
         """What goes into the quantizer, [out, in]."""
-        return self.weight
+        return self.latent_weight()
 
     def code_source(self) -> tuple[Tensor, Tensor]:
         """A matrix [out, in] and step sizes of which quantize_codes makes the codes of this layer."""
@@ -397,26 +522,12 @@ class QuantizeLinear(Fp32Parameters, nn.Linear):
         return f"{super().extra_repr()}, w_bits={self.w_bits}"
 
 
-class _ScaleGradient(torch.autograd.Function):
-    """Identity whose gradient is multiplied by a scalar tensor."""
-
-    @staticmethod
-    def forward(ctx, input, scale):
-        ctx.save_for_backward(scale)
-        return input.view_as(input)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        return grad_output * ctx.saved_tensors[0], None
-
-
 class LoRAQuantizeLinear(QuantizeLinear):
     """QuantizeLinear with a low-rank update inside the quantizer: quantize(weight + lora_alpha/r · lora_A @ lora_B).
 
-    lora_A [out, r] starts at 0.01·N(0, 1), lora_B [r, in] at zero; both stay fp32. `lora_r=0` means none. With
-    `scale_aware` their gradients are multiplied by mean(α): a weight must move by about α before its code changes, so
-    updates in proportion to α treat all layers alike (EfficientDM, arXiv 2310.03270).
-    ValueError on a negative or fractional rank.
+    lora_A [out, r] starts at 0.01·N(0, 1), lora_B [r, in] at zero; both stay fp32. `lora_r=0` means none. ValueError on
+    a negative or fractional rank. (Gradients are not multiplied by mean(α), as EfficientDM has it, arXiv 2310.03270:
+    AdamW divides by their size again.)
     """
 
     _fp32_parameters = ("weight_clip_val", "frozen_clip_val", "lora_A", "lora_B")
@@ -431,13 +542,11 @@ class LoRAQuantizeLinear(QuantizeLinear):
         *,
         lora_r: int = 32,
         lora_alpha: float = 1.0,
-        scale_aware: bool = True,
         **quantizer,
     ):
         # Set first: the parent's constructor ends in reset_quantizer(), which reads them.
         self.lora_r = check_lora_r(lora_r)
         self.scaling = lora_alpha / lora_r if lora_r else 0.0
-        self.scale_aware = scale_aware
         super().__init__(in_features, out_features, bias, device, dtype, **quantizer)
 
     def reset_quantizer(self, name: str = "") -> None:
@@ -445,24 +554,24 @@ class LoRAQuantizeLinear(QuantizeLinear):
         self.register_parameter("lora_B", None)
         super().reset_quantizer(name)  # from the weight alone: the new LoRA is zero
         if self.lora_r:
-            fp32 = {"dtype": torch.float32, "device": self.weight.device}
+            fp32 = {"dtype": torch.float32, "device": self.latent_weight().device}
             self.lora_A = nn.Parameter(0.01 * torch.randn(self.out_features, self.lora_r, **fp32))
             self.lora_B = nn.Parameter(torch.zeros(self.lora_r, self.in_features, **fp32))
 
+    def is_quantized(self) -> bool:
+        return super().is_quantized() or self.lora_A is not None
+
     def effective_weight(self) -> Tensor:
         if self.lora_A is None:
-            return self.weight
+            return self.latent_weight()
         # Autocast would round the product to bf16: training would then see other codes than the saved weights give.
         with torch.autocast(self.lora_A.device.type, enabled=False):
             update = self.scaling * (self.lora_A @ self.lora_B)
-        if self.scale_aware and self.weight_clip_val is not None:
-            # Both gradients are linear in the gradient of their product: scaling that one scales both, and unlike a
-            # hook on the parameters it survives copying, materialising and loading them.
-            update = _ScaleGradient.apply(update, self.weight_clip_val.detach().mean())
-        return self.weight + update
+        return self.latent_weight() + update
 
     def _fused(self) -> bool:
-        return self.lora_A is not None and self.w_bits < FULL_PRECISION_BITS and works_on(self.weight, self.lora_r)
+        quantized = self.lora_A is not None and self.w_bits < FULL_PRECISION_BITS
+        return quantized and works_on(self.latent_weight(), self.lora_r)
 
     def code_source(self) -> tuple[Tensor, Tensor]:
         # What the kernel makes: A @ B of another kernel may put a weight on a threshold's other side.
@@ -473,8 +582,8 @@ class LoRAQuantizeLinear(QuantizeLinear):
             return super().quantized_weight(dtype)
         low, high, n, s, qp = _grid(self.w_bits, stretched=self.w_bits in (0, 2))
         return compose(
-            self.weight, self.lora_A, self.lora_B, self.weight_clip_val, self.frozen, self.scaling,
-            [float(low), float(high), n, s], self.w_bits == 1, ALPHA_FLOOR, self.weight.numel() * qp, self.scale_aware,
+            self.latent_weight(), self.lora_A, self.lora_B, self.weight_clip_val, self.frozen, self.scaling,
+            [float(low), float(high), n, s], self.w_bits == 1, ALPHA_FLOOR, self.in_features * self.out_features * qp,
             dtype or torch.float32,
         )  # fmt: skip
 
@@ -487,3 +596,43 @@ def check_lora_r(lora_r: int) -> int:
     if isinstance(lora_r, int) and lora_r >= 0:
         return lora_r
     raise ValueError(f"lora_r={lora_r!r} is not supported: use 0 (no LoRA) or a positive rank")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the hands of PEFT
+
+
+class _Held(ReadOnlyWeight):
+    """Over the class of a layer while a PEFT layer holds it."""
+
+    def weight_like(self) -> tuple[torch.dtype, torch.device]:
+        return self.latent_weight().dtype, self.latent_weight().device
+
+    def latent_weight(self) -> Tensor:
+        return self._parameters["weight"]
+
+    @torch.no_grad()
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return self.quantized_weight().to(dtype)
+
+
+class HeldQuantizeLinear(_Held, QuantizeLinear):
+    pass
+
+
+class HeldLoRAQuantizeLinear(_Held, LoRAQuantizeLinear):
+    pass
+
+
+_HELD = {QuantizeLinear: HeldQuantizeLinear, LoRAQuantizeLinear: HeldLoRAQuantizeLinear}
+_FREE = {held: free for free, held in _HELD.items()}
+
+
+def _hold(module: nn.Module, name: str, child: nn.Module) -> None:
+    """Called by torch for every module that becomes part of another: PEFT's layers call the one inside base_layer."""
+    classes = _HELD if name == "base_layer" else _FREE
+    if type(child) in classes and child.is_quantized():
+        child.__class__ = classes[type(child)]
+
+
+nn.modules.module.register_module_module_registration_hook(_hold)

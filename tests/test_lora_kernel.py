@@ -74,7 +74,7 @@ def test_weights_and_gradients_are_those_of_the_parts(w_bits, shape, frozen, par
 
 @here
 def test_one_step_size_and_a_bfloat16_weight(parts):
-    layer = layer_of(64, 96, 0, torch.bfloat16, weight_layerwise=True, rank=17, scale_aware=False)
+    layer = layer_of(64, 96, 0, torch.bfloat16, weight_layerwise=True, rank=17)
     layer.weight.requires_grad_(False)
     slope = torch.randn(64, 96, device=DEVICE)
     results = []

@@ -1,5 +1,7 @@
 """FluxTransformer2DModel against diffusers' own; saving and loading; what must fail and how."""
 
+import copy
+import inspect
 import json
 import shutil
 import subprocess
@@ -10,6 +12,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from diffusers.loaders import single_file_model, single_file_utils
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -127,6 +130,22 @@ def test_full_precision_gradients_are_diffusers_with_and_without_checkpointing(t
 def test_quantized_gradients_with_and_without_checkpointing(plain):
     model = FluxTransformer2DModel.from_pretrained(plain, w_bits=0, lora_r=2)
     assert all(map(torch.equal, gradients(model, True), gradients(model, False)))
+
+
+@pytest.mark.parametrize("lora_r", [0, 2])
+def test_gradients_under_layerwise_casting_to_8_bit_floats(plain, lora_r):
+    model = FluxTransformer2DModel.from_pretrained(plain, w_bits=0, lora_r=lora_r, dtype=torch.bfloat16).train()
+    reference = copy.deepcopy(model)
+    model.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
+    stored = dict(model.named_parameters())
+    assert stored["transformer_blocks.0.attn.to_q.weight"].dtype == torch.float8_e4m3fn
+    for name, parameter in reference.named_parameters():
+        parameter.data = stored[name].data.to(parameter.dtype)
+    half = {k: v.bfloat16() if torch.is_tensor(v) and "ids" not in k else v for k, v in inputs().items()}
+    for each in (reference, model):
+        each(**half)[0].float().square().sum().backward()
+    for name, parameter in reference.named_parameters():
+        assert torch.equal(stored[name].grad, parameter.grad), name
 
 
 # What is quantized
@@ -250,6 +269,111 @@ def test_pipelines_take_and_save_it(plain, ternary, tmp_path):
     again = diffusers.FluxPipeline.from_pretrained(tmp_path / "pipe", **parts).transformer
     assert isinstance(again, FluxTransformer2DModel)
     assert torch.equal(output(again), output(model))
+
+
+# One file
+
+
+def original_names(model):
+    """The tensors of a FluxTransformer2DModel under the names of FLUX.1's first code."""
+    state, result = model.state_dict(), {}
+
+    def move(new, *old):
+        for kind in ("weight", "bias", "scale"):
+            found = [state.pop(f"{name}.{'weight' if kind == 'scale' else kind}", None) for name in old]
+            if found[0] is not None:
+                result[f"{new}.scale" if ("_norm" in new) else f"{new}.{kind}"] = torch.cat(found)
+
+    for new, old in {"time": "timestep", "vector": "text", "guidance": "guidance"}.items():
+        move(f"{new}_in.in_layer", f"time_text_embed.{old}_embedder.linear_1")
+        move(f"{new}_in.out_layer", f"time_text_embed.{old}_embedder.linear_2")
+    move("img_in", "x_embedder")
+    move("txt_in", "context_embedder")
+    move("final_layer.linear", "proj_out")
+    move("final_layer.adaLN_modulation.1", "norm_out.linear")
+    for kind in ("weight", "bias"):  # shift and scale in the other order
+        name = f"final_layer.adaLN_modulation.1.{kind}"
+        result[name] = result[name].roll(len(result[name]) // 2, 0)
+    for i in range(model.config.num_layers):
+        for text in (False, True):
+            old, new = f"transformer_blocks.{i}", f"double_blocks.{i}.{'txt' if text else 'img'}"
+            ff, out = ("ff_context", "to_add_out") if text else ("ff", "to_out.0")
+            move(f"{new}_mod.lin", f"{old}.norm1{'_context' if text else ''}.linear")
+            names = ("add_q_proj", "add_k_proj", "add_v_proj") if text else ("to_q", "to_k", "to_v")
+            move(f"{new}_attn.qkv", *(f"{old}.attn.{name}" for name in names))
+            move(f"{new}_attn.norm.query_norm", f"{old}.attn.norm_{'added_' if text else ''}q")
+            move(f"{new}_attn.norm.key_norm", f"{old}.attn.norm_{'added_' if text else ''}k")
+            move(f"{new}_attn.proj", f"{old}.attn.{out}")
+            move(f"{new}_mlp.0", f"{old}.{ff}.net.0.proj")
+            move(f"{new}_mlp.2", f"{old}.{ff}.net.2")
+    for i in range(model.config.num_single_layers):
+        old, new = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
+        move(f"{new}.modulation.lin", f"{old}.norm.linear")
+        move(f"{new}.linear1", *(f"{old}.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")))
+        move(f"{new}.linear2", f"{old}.proj_out")
+        move(f"{new}.norm.query_norm", f"{old}.attn.norm_q")
+        move(f"{new}.norm.key_norm", f"{old}.attn.norm_k")
+    assert not state
+    return result
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """diffusers' conversion of names for models of this width; it is written for FLUX.1's own."""
+    entry = single_file_model.SINGLE_FILE_LOADABLE_CLASSES["FluxTransformer2DModel"]
+    source = inspect.getsource(entry["checkpoint_mapping_fn"])
+    assert source.count("inner_dim = 3072") == 1
+    scope = dict(vars(single_file_utils))
+    exec(source.replace("inner_dim = 3072", "inner_dim = 32"), scope)
+    monkeypatch.setitem(entry, "checkpoint_mapping_fn", scope[entry["checkpoint_mapping_fn"].__name__])
+
+
+@pytest.mark.parametrize("names", ["diffusers", "original"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"w_bits": 0}, {"w_bits": 3, "clip_init": "max", "quantize_modulation": False}, {"w_bits": 2, "lora_r": 2}],
+)
+def test_a_single_file_is_quantized_as_a_folder_is(plain, tmp_path, narrow, names, settings):
+    model = diffusers.FluxTransformer2DModel.from_pretrained(plain)
+    tensors = original_names(model) if names == "original" else model.state_dict()
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, tmp_path / "one.safetensors")
+    expected = FluxTransformer2DModel.from_pretrained(plain, **settings)
+    for source in (str(tmp_path / "one.safetensors"), load_file(tmp_path / "one.safetensors")):
+        loaded = FluxTransformer2DModel.from_single_file(source, config=str(plain), **settings)
+        for key in ("w_bits", "lora_r", "clip_init", "quantize_modulation", "packed", "num_layers"):
+            assert loaded.config[key] == expected.config[key]
+        torch.testing.assert_close(output(loaded), output(expected))
+        found = dict(loaded.named_parameters())
+        for name, parameter in expected.named_parameters():
+            assert found.pop(name).equal(parameter) or name.endswith("lora_A"), name
+        assert not found
+    loaded.save_pretrained(tmp_path / "folder")
+    torch.testing.assert_close(output(FluxTransformer2DModel.from_pretrained(tmp_path / "folder")), output(loaded))
+
+
+def test_files_that_hold_no_full_precision_flux(plain, ternary, tmp_path, narrow):
+    model = diffusers.FluxTransformer2DModel.from_pretrained(plain)
+    diffusers_names, original = model.state_dict(), original_names(model)
+    diffusers_names.pop("proj_out.weight")
+    original.pop("double_blocks.0.img_attn.proj.weight")
+    quantized = FluxTransformer2DModel.from_pretrained(ternary)
+    packed = FluxTransformer2DModel.from_pretrained(ternary).pack()
+    for w_bits in (0, 16):
+        for tensors in (diffusers_names, original, quantized.state_dict(), packed.state_dict(), {"x": torch.ones(1)}):
+            file = tmp_path / "one.safetensors"
+            save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, file)
+            with pytest.raises(ValueError, match="one.safetensors: not a whole full-precision FLUX") as info:
+                FluxTransformer2DModel.from_single_file(str(file), config=str(plain), w_bits=w_bits)
+            assert "\n" not in str(info.value)
+    for settings, message in (
+        ({"w_bits": 9}, "w_bits=9 is not supported"),
+        ({"packed": 1, "w_bits": 0}, "packed=1 is no setting to load a file with"),
+        ({"w_bits": 0, "quantization_config": object()}, "quantization_config does not go with"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FluxTransformer2DModel.from_single_file(str(file), config=str(plain), **settings)
+    with pytest.raises(TypeError, match=r"from_single_file\(\) got an unexpected keyword argument 'w_bit'"):
+        FluxTransformer2DModel.from_single_file(str(file), config=str(plain), w_bit=0)
 
 
 # Errors: one line that names the thing

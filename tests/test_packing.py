@@ -7,6 +7,7 @@ models/packing.py. Equal means equal in every bit but the sign of a zero.
 import contextlib
 import copy
 import hashlib
+import inspect
 import itertools
 import json
 import random
@@ -14,6 +15,7 @@ import resource
 import shutil
 import signal
 import textwrap
+import types
 from fractions import Fraction
 from math import ceil, floor
 from pathlib import Path
@@ -22,8 +24,11 @@ import accelerate
 import diffusers
 import pytest
 import torch
+from diffusers.models import modeling_utils
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from diffusers.utils import hub_utils
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from models import kernels, packing
@@ -31,6 +36,7 @@ from models.modeling_flux_quant import FluxTransformer2DModel
 from models.packing import INDEX, PackedLinear
 from models.utils_quant import ALPHA_FLOOR, LoRAQuantizeLinear, QuantizeLinear
 
+SHIPPED = Path(__file__).parents[1] / "assets/tiny-flux-1.58bit"
 BITS = range(9)
 SHAPES = [(1, 1), (2, 5), (3, 7), (4, 13), (5, 256), (7, 1001)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -325,23 +331,27 @@ def student(pipeline_folder, **settings):
     return model
 
 
-def output(model, dtype=torch.float32, seed=0):
+def inputs(dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
         return torch.randn(*shape, generator=generator).to(dtype)
 
+    return {
+        "hidden_states": randn(2, 6, 16),
+        "encoder_hidden_states": randn(2, 5, 32),
+        "pooled_projections": randn(2, 32),
+        "timestep": torch.tensor([0.3, 0.9], dtype=dtype),
+        "guidance": torch.tensor([3.5, 1.0], dtype=dtype),
+        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(2.0), torch.arange(3.0)),
+        "txt_ids": torch.zeros(5, 3),
+        "return_dict": False,
+    }
+
+
+def output(model, dtype=torch.float32, seed=0):
     with torch.no_grad():
-        return model(
-            hidden_states=randn(2, 6, 16),
-            encoder_hidden_states=randn(2, 5, 32),
-            pooled_projections=randn(2, 32),
-            timestep=torch.tensor([0.3, 0.9], dtype=dtype),
-            guidance=torch.tensor([3.5, 1.0], dtype=dtype),
-            img_ids=torch.cartesian_prod(torch.zeros(1), torch.arange(2.0), torch.arange(3.0)),
-            txt_ids=torch.zeros(5, 3),
-            return_dict=False,
-        )[0]
+        return model(**inputs(dtype, seed))[0]
 
 
 def draw(pipe, output_type="np", **kwargs):
@@ -514,6 +524,7 @@ def test_the_index_describes_the_files(ternary):
     assert index["weight_map"] == {name: file for name, (file, _) in tensors.items()}
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for _, t in tensors.values())
     kept = {name: value for name, value in config.items() if not name.startswith("_")}
+    assert set(kept.pop("quantization_config")) == {"quant_method"}  # for other classes
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
     assert index["metadata"]["config_sha256"] == digest
 
@@ -653,9 +664,8 @@ def test_a_state_dict_goes_into_another_model(ternary):
     model, _ = ternary
     state = model.state_dict()
     for name, layer in packed_layers(model).items():
-        weight = state[f"{name}.weight"]  # looked up by diffusers, for its shape
-        assert weight.shape == (layer.out_features, layer.in_features)
-        assert weight.untyped_storage().nbytes() <= 4
+        # Looked up by diffusers; of no shape that a layer could take for a weight.
+        assert state[f"{name}.weight"].tolist() == [layer.out_features, layer.in_features, layer.w_bits]
     other = FluxTransformer2DModel.from_config(model.config)
     assert set(packed_layers(other)) == set(packed_layers(model))
     keys = set(state)
@@ -801,15 +811,25 @@ def test_numbers_that_are_none_are_not_packed(pipeline_folder, kind):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_packed_model_is_not_trained(ternary):
+def test_a_packed_model_starts_frozen_and_its_codes_get_no_gradient(ternary):
     model, folder = ternary
     loaded, built = FluxTransformer2DModel.from_pretrained(folder), FluxTransformer2DModel.from_config(model.config)
     for each in (model, loaded, built):
-        with pytest.raises(ValueError, match="a packed model cannot be trained"):
-            each.train()
         assert not any(module.training for module in each.modules())
         assert not any(parameter.requires_grad for parameter in each.parameters())
-        assert each.eval() is each
+        with pytest.raises(ValueError, match="^codes cannot be trained: .* train an adapter on top"):
+            each.requires_grad_()
+        assert each.requires_grad_(False) is each
+    assert built.train() is built and all(module.training for module in built.modules())
+    layer = PackedLinear.from_codes(torch.ones(2, 3, dtype=torch.int8), torch.ones(2, 1), None, 0)
+    layer.weight_clip_val.requires_grad_()
+    with pytest.raises(ValueError, match="cannot be written to or trained"):
+        layer(torch.ones(1, 3))
+    with pytest.raises(ValueError, match="cannot be written to or trained"):
+        layer.requires_grad_()
+    assert layer.requires_grad_(False) is layer
+    with pytest.raises(RuntimeError, match="floating point"):
+        layer.weight_codes.requires_grad_()
 
 
 def test_a_full_precision_model_is_not_packed(pipeline_folder):
@@ -842,7 +862,7 @@ def test_settings_that_contradict_the_packed_checkpoint_are_named(ternary, key, 
 
 
 def test_nothing_is_fused_into_codes(ternary):
-    with pytest.raises(ValueError, match="cannot merge an adapter into packed codes"):
+    with pytest.raises(ValueError, match="cannot merge an adapter into quantized weights"):
         ternary[0].fuse_lora()
     with pytest.raises(ValueError, match="would drop the quantizers"):
         ternary[0].fuse_qkv_projections()
@@ -901,7 +921,7 @@ def test_adapters_of_the_plain_model_work_on_the_packed_one(pipeline_folder, bas
         pipe.set_adapters("two")
     drawn.append(latents())
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
-    with pytest.raises(ValueError, match="cannot merge an adapter into packed codes"):
+    with pytest.raises(ValueError, match="cannot merge an adapter into quantized weights"):
         pipes[0].fuse_lora()
     for pipe in pipes:
         pipe.unload_lora_weights()
@@ -910,16 +930,435 @@ def test_adapters_of_the_plain_model_work_on_the_packed_one(pipeline_folder, bas
     assert same_parameters(FluxTransformer2DModel.from_pretrained(tmp_path, torch_dtype="auto"), packed)
 
 
-def test_what_is_saved_while_an_adapter_is_loaded_can_be_loaded_or_is_refused(ternary, tmp_path):
+def test_loading_an_adapter_dequantizes_nothing(pipeline_folder, adapters, monkeypatch):
+    packed = student(pipeline_folder, w_bits=0).pack()
+    pipe = diffusers.FluxPipeline.from_pretrained(pipeline_folder, transformer=packed)
+    monkeypatch.setattr(kernels, "dequantize", None)
+    for name, folder in zip(("one", "two"), adapters, strict=True):
+        pipe.load_lora_weights(folder, adapter_name=name)
+    assert pipe.get_list_adapters()["transformer"] == ["one", "two"]
+
+
+@pytest.fixture(params=["packed", "trainable", "LoRA inside"])
+def quantized(request, pipeline_folder):
+    """A fresh model, as if trained."""
+    model = student(pipeline_folder, w_bits=0, lora_r=2 if request.param == "LoRA inside" else 0, lora_alpha=4.0)
+    return model.pack() if request.param == "packed" else model
+
+
+def plain_twin(model, base):
+    """The stock model that multiplies with the same weights."""
+    plain = copy.deepcopy(base.transformer)
+    for name, layer in model.named_modules():
+        if isinstance(layer, PackedLinear):
+            plain.get_submodule(name).weight.data = layer.dequantize()
+        elif isinstance(layer, QuantizeLinear):
+            plain.get_submodule(name).weight.data = layer.quantized_weight().detach()
+    return plain
+
+
+TARGETS = ["to_q", "proj_mlp", "add_k_proj"]
+METHODS = {
+    "LoRA": ("LoraConfig", {"r": 2, "init_lora_weights": False}),
+    "DoRA": ("LoraConfig", {"r": 2, "use_dora": True}),
+    "LoKr": ("LoKrConfig", {"r": 2}),
+    "LoHa": ("LoHaConfig", {"r": 2}),
+    "IA3": ("IA3Config", {"feedforward_modules": []}),
+    "OFT": ("OFTConfig", {"r": 0, "oft_block_size": 8}),
+    "HRA": ("HRAConfig", {"r": 2}),
+}
+
+
+def adapted(model, method):
+    """The model in PEFT's hands, its adapter random."""
     peft = pytest.importorskip("peft")
+    name, settings = METHODS[method]
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model, getattr(peft, name)(target_modules=TARGETS, **settings))
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_peft_adapts_it_as_it_does_the_plain_model_and_merges_nothing(quantized, base, method):
+    before, parameters = output(quantized), copy.deepcopy(dict(quantized.named_parameters()))
+    expected = output(adapted(plain_twin(quantized, base), method))
+    model = adapted(quantized, method)
+    assert not torch.allclose(expected, before, rtol=0.01)
+    torch.testing.assert_close(output(model), expected, rtol=1e-4, atol=1e-4)
+    for merge in (model.merge_adapter, model.merge_and_unload, lambda: model.merge_and_unload(safe_merge=True)):
+        with pytest.raises(ValueError, match="^the weight of a quantized layer .* leave adapters unmerged"):
+            merge()
+    torch.testing.assert_close(output(model), expected, rtol=1e-4, atol=1e-4)
+    model = model.unload()
+    assert torch.equal(output(model), before)
+    assert all(torch.equal(parameter, parameters[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_dora_file_is_loaded_as_onto_the_plain_model(quantized, base, pipeline_folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    plain = plain_twin(quantized, base)
+    source = copy.deepcopy(plain)
+    settings = {"r": 2, "lora_alpha": 2, "target_modules": TARGETS, "init_lora_weights": False}
+    source.add_adapter(peft.LoraConfig(use_dora=True, **settings))
+    layers = peft.utils.get_peft_model_state_dict(source)
+    assert any("magnitude" in name for name in layers)
+    diffusers.FluxPipeline.save_lora_weights(tmp_path, transformer_lora_layers=layers)
+    before, outputs = output(quantized), []
+    for model in (plain, quantized):
+        pipe = diffusers.FluxPipeline.from_pretrained(pipeline_folder, transformer=model)
+        pipe.load_lora_weights(tmp_path)
+        outputs.append(output(model))
+    assert not torch.allclose(outputs[0], before, rtol=0.01)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs[0], output(source), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
+def test_adapters_that_start_by_changing_the_weight_are_refused(quantized, start):
+    peft = pytest.importorskip("peft")
+    before = output(quantized)
+    with pytest.raises(ValueError, match="cannot be written to"):
+        peft.get_peft_model(quantized, peft.LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=start))
+    assert torch.equal(output(quantized), before)
+
+
+def test_adapters_are_not_fused(quantized):
+    peft = pytest.importorskip("peft")
+    quantized.add_adapter(peft.LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
+    before = output(quantized)
+    with pytest.raises(ValueError, match="cannot merge an adapter into quantized weights: leave it unfused"):
+        quantized.fuse_lora()
+    with pytest.raises(ValueError, match="leave adapters unmerged"):
+        quantized.transformer_blocks[0].attn.to_q.merge()
+    assert torch.equal(output(quantized), before)
+
+
+def losses(model, checkpointing=False):
+    """Of thirty steps from another model's velocities, by diffusers' own training scripts' way."""
+    target, model = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(3)), model.train()
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, result = torch.optim.AdamW(trained, lr=1e-2), []
+    for _ in range(30):
+        loss = (model(**inputs())[0] - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        result.append(loss.item())
+    return torch.tensor(result)
+
+
+@pytest.mark.parametrize("wrap", ["add_adapter", "get_peft_model"])
+def test_a_lora_is_trained_on_packed_codes_as_on_the_plain_model(ternary, base, wrap):
+    peft = pytest.importorskip("peft")
+    twin, curves = plain_twin(ternary[0], base), []
+    for model, checkpointing in ((twin, False), (ternary[0], False), (ternary[0], True)):
+        model = copy.deepcopy(model).requires_grad_(False)
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_q", "ff.net.2"])
+        inner, before = model, {name: p.clone() for name, p in model.named_parameters()}
+        if wrap == "add_adapter":
+            model.add_adapter(config)
+        else:
+            model = peft.get_peft_model(model, config)
+        assert all("lora_" in name for name, parameter in inner.named_parameters() if parameter.requires_grad)
+        inner.enable_gradient_checkpointing() if checkpointing else None
+        curves.append(losses(model))
+        after = {name.replace(".base_layer", ""): p for name, p in inner.named_parameters() if "lora_" not in name}
+        assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    plain, packed, checkpointed = curves
+    assert plain[-1] < 0.8 * plain[0]
+    torch.testing.assert_close(packed, plain, rtol=1e-3, atol=0)
+    torch.testing.assert_close(checkpointed, packed, rtol=1e-5, atol=0)
+
+
+def test_backward_keeps_codes_and_no_weights(ternary):
+    layer = ternary[0].transformer_blocks[0].ff.net[2]
+    kept, x = [], torch.randn(3, layer.in_features, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = layer(x)
+        z = nn.functional.linear(x, layer.weight, layer.bias)
+    (first,), (second,) = torch.autograd.grad(y.sum(), x), torch.autograd.grad(z.sum(), x)
+    torch.testing.assert_close(first, layer.dequantize().sum(0).expand(3, -1))
+    torch.testing.assert_close(second, first)
+    assert any(tensor is layer.weight_codes for tensor in kept)
+    dense = [tensor for tensor in kept if type(tensor) in (torch.Tensor, nn.Parameter) and tensor is not x]
+    assert sum(tensor.nbytes for tensor in dense) < layer.in_features * layer.out_features
+
+
+# In the hands of other libraries
+
+
+def test_ordinary_layers_do_not_take_its_state_dict(quantized, base):
+    plain = copy.deepcopy(base.transformer)
+    for strict, assign in itertools.product((True, False), repeat=2):
+        with pytest.raises(ValueError, match=r"^transformer_blocks.0.* is quantized \(w_bits=0\): an ordinary layer"):
+            plain.load_state_dict(quantized.state_dict(), strict=strict, assign=assign)
+    shape = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    with pytest.raises(ValueError, match="is quantized"):
+        diffusers.FluxControlNetModel.from_transformer(quantized, **shape)
+    diffusers.FluxControlNetModel.from_transformer(plain, **shape)
+    twin, before = copy.deepcopy(quantized), output(quantized)
+    for tensor in twin.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.zero_()
+    twin.load_state_dict(quantized.state_dict())
+    assert torch.equal(output(twin), before)
+    in_file = quantized.transformer_blocks[0].attn.to_q.state_dict()  # which says nothing of its kind
+    if quantized.config.packed:
+        with pytest.raises(RuntimeError, match="size mismatch for weight"):
+            plain.transformer_blocks[0].attn.to_q.load_state_dict(dict(in_file), strict=False)
+
+
+def test_another_weight_is_not_loaded_into_codes(ternary):
     model = copy.deepcopy(ternary[0])
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
-    try:
-        model.save_pretrained(tmp_path)
-    except ValueError as error:
-        assert "\n" not in str(error)
+    name = "transformer_blocks.0.attn.to_q.weight"
+    for change in (lambda t: torch.zeros(32, 32), lambda t: t + 1):
+        state = model.state_dict()
+        state[name] = change(state[name])
+        with pytest.raises(ValueError, match=f"^{name}: codes take no other weight"):
+            model.load_state_dict(state)
+    assert same_parameters(model, ternary[0])
+
+
+def test_codes_of_other_bits_are_not_loaded(pipeline_folder, ternary):
+    other = student(pipeline_folder, w_bits=2).pack()  # in bytes of the same number
+    one, two = ([layer.weight_codes.shape for layer in packed_layers(model).values()] for model in (ternary[0], other))
+    assert one == two
+    for state in (ternary[0].state_dict(), dict(ternary[0].state_dict())):
+        with pytest.raises(ValueError, match="weight: codes take no other weight"):
+            other.load_state_dict(state)
+
+
+def test_files_of_its_state_dict_are_as_small_as_the_codes_and_come_back(ternary, tmp_path):
+    model, _ = ternary
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    save_file(model.state_dict(), tmp_path / "a.safetensors")
+    save_model(model, str(tmp_path / "b.safetensors"))
+    torch.save(model.state_dict(), tmp_path / "c.pt")
+    for load in (
+        lambda twin: twin.load_state_dict(load_file(tmp_path / "a.safetensors")),
+        lambda twin: load_model(twin, tmp_path / "b.safetensors"),
+        lambda twin: twin.load_state_dict(torch.load(tmp_path / "c.pt", weights_only=True)),
+    ):
+        twin = FluxTransformer2DModel.from_config(model.config)
+        load(twin)
+        assert same_parameters(twin, model)
+    for file in ("a.safetensors", "b.safetensors"):
+        assert (tmp_path / file).stat().st_size < size + 20000  # names, and three integers a layer
+
+
+def test_accelerate_saves_and_restores_it(ternary, tmp_path):
+    size = sum(parameter.nbytes for parameter in ternary[0].parameters())
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = accelerator.prepare_model(copy.deepcopy(ternary[0]), evaluation_mode=True)
+    accelerator.save_model(model, tmp_path / "model")
+    twin = copy.deepcopy(ternary[0])
+    twin.load_state_dict(load_file(tmp_path / "model/model.safetensors"))
+    assert same_parameters(twin, ternary[0])
+    for safe in (True, False):
+        accelerator = accelerate.Accelerator(cpu=True)
+        model = accelerator.prepare(copy.deepcopy(ternary[0]))
+        accelerator.save_state(tmp_path / str(safe), safe_serialization=safe)
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        accelerator.load_state(tmp_path / str(safe))
+        assert same_parameters(model, ternary[0])
+    assert (tmp_path / "model/model.safetensors").stat().st_size < size + 20000
+
+
+def test_a_model_offloaded_to_disk_computes_the_same(quantized, tmp_path):
+    expected, size = output(quantized), sum(parameter.nbytes for parameter in quantized.parameters())
+    model = accelerate.disk_offload(quantized, tmp_path, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(output(model), expected)
+    assert sum(file.stat().st_size for file in tmp_path.glob("*.dat")) < size + 2000
+
+
+def test_a_model_offloaded_with_its_buffers_computes_the_same(quantized):
+    for _ in range(2):
+        expected, model = output(quantized), copy.deepcopy(quantized)
+        model = accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+        torch.testing.assert_close(output(model), expected)
+        for layer in quantized.modules():
+            layer.freeze_codes() if isinstance(layer, QuantizeLinear) else None
+
+
+def test_a_quantizer_of_another_library_is_refused(ternary, pipeline_folder, tmp_path):
+    quantization = diffusers.BitsAndBytesConfig(load_in_8bit=True)
+    for folder, settings in ((ternary[1], {}), (pipeline_folder / "transformer", {"w_bits": 0})):
+        with pytest.raises(ValueError, match="quantization_config does not go with"):
+            FluxTransformer2DModel.from_pretrained(folder, quantization_config=quantization, **settings)
+        copied = shutil.copytree(folder, tmp_path / folder.name)
+        config = json.loads((copied / "config.json").read_text()) | {"quantization_config": {"quant_method": "other"}}
+        (copied / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="quantization_config does not go with"):
+            FluxTransformer2DModel.from_pretrained(copied, **settings)
+
+
+# Folders
+
+
+def empty_or_missing(folder):
+    return not folder.exists() or not any(folder.iterdir())
+
+
+@pytest.mark.parametrize("wrap", ["add_adapter", "get_peft_model", "IP-Adapter"])
+def test_a_model_with_an_adapter_is_not_saved(quantized, tmp_path, wrap):
+    if wrap == "IP-Adapter":
+        processor = FluxIPAdapterAttnProcessor(hidden_size=32, cross_attention_dim=32)
+        quantized.transformer_blocks[0].attn.set_processor(processor)
     else:
-        assert same_parameters(FluxTransformer2DModel.from_pretrained(tmp_path), ternary[0])
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=2, target_modules=["to_q"])
+        quantized.add_adapter(config) if wrap == "add_adapter" else peft.get_peft_model(quantized, config)
+    with pytest.raises(ValueError, match=r"^save_pretrained\(\): .* save and unload them first$"):
+        quantized.save_pretrained(tmp_path / "folder")
+    assert empty_or_missing(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("remove", ["delete_adapters", "unload_lora"])
+def test_once_its_adapters_are_gone_it_is_saved(quantized, tmp_path, remove):
+    peft = pytest.importorskip("peft")
+    expected = output(quantized)
+    for name in ("one", "two"):
+        quantized.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), name)
+    if remove == "unload_lora":
+        quantized.unload_lora()
+    else:
+        quantized.delete_adapters("one")
+        with pytest.raises(ValueError, match="unload them first"):
+            quantized.save_pretrained(tmp_path)
+        quantized.delete_adapters("two")
+    quantized.save_pretrained(tmp_path)
+    loaded = FluxTransformer2DModel.from_pretrained(tmp_path)
+    assert same_parameters(loaded, quantized)
+    torch.testing.assert_close(output(loaded), expected)
+
+
+def test_what_the_config_does_not_describe_is_not_saved(quantized, tmp_path):
+    # As Control LoRAs widen it: diffusers writes the new width beside the config's entries.
+    quantized.x_embedder = nn.Linear(32, 32)
+    with pytest.raises(ValueError, match="x_embedder.weight is not what this model's config describes"):
+        quantized.save_pretrained(tmp_path / "folder")
+    assert empty_or_missing(tmp_path / "folder")
+
+
+def test_other_classes_do_not_read_its_folder(quantized, tmp_path):
+    quantized.save_pretrained(tmp_path)
+    for reader in (diffusers.FluxTransformer2DModel, diffusers.AutoModel):
+        for folder in (tmp_path, SHIPPED):
+            with pytest.raises(ValueError, match=r"flux-1.58bit \(to be loaded with models.modeling_flux_quant"):
+                reader.from_pretrained(str(folder))
+    assert "quantization_config" not in FluxTransformer2DModel.from_pretrained(tmp_path).config
+
+
+def test_a_full_precision_folder_stays_one_for_every_class(pipeline_folder, tmp_path):
+    FluxTransformer2DModel.from_pretrained(pipeline_folder / "transformer").save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert type(diffusers.AutoModel.from_pretrained(str(tmp_path))) is diffusers.FluxTransformer2DModel
+
+
+def test_a_packed_model_remembers_what_it_is_whatever_it_was_made_with(pipeline_folder):
+    model = FluxTransformer2DModel(**SMALL, w_bits=0).pack()
+    again = FluxTransformer2DModel.from_config(model.config)
+    assert (again.config.packed, again.config.w_bits) == (packing.FORMAT, 0)
+    assert set(packed_layers(again)) == set(packed_layers(model))
+
+
+def test_variants_lie_beside_each_other(quantized, tmp_path):
+    quantized.save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    other = copy.deepcopy(quantized).to(torch.bfloat16)
+    for _ in range(2):
+        other.save_pretrained(tmp_path, variant="bf16", max_shard_size="5KB")
+    assert all((tmp_path / name).read_bytes() == before[name] for name in before)
+    assert all(".bf16" in file.name for file in tmp_path.iterdir() if file.name not in before)
+    for variant, model in ((None, quantized), ("bf16", other)):
+        loaded = FluxTransformer2DModel.from_pretrained(tmp_path, variant=variant, dtype=model.dtype)
+        assert same_parameters(loaded, model)
+    with pytest.raises((ValueError, OSError), match="fp16"):
+        FluxTransformer2DModel.from_pretrained(tmp_path, variant="fp16")
+
+
+def test_a_pipeline_saves_it_as_one_of_its_variants(quantized, base, tmp_path):
+    base.save_pretrained(tmp_path)
+    weights = tmp_path / "transformer/diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    pipe = diffusers.FluxPipeline(**base.components | {"transformer": quantized})
+    pipe.save_pretrained(tmp_path, variant="mine")
+    assert weights.read_bytes() == before
+    again = diffusers.FluxPipeline.from_pretrained(tmp_path, variant="mine")
+    assert same_parameters(again.transformer, quantized)
+
+
+def test_other_ranks_write_nothing(ternary, tmp_path):
+    ternary[0].save_pretrained(tmp_path / "folder", is_main_process=False)
+    assert empty_or_missing(tmp_path / "folder")
+
+
+def test_arguments_are_those_of_diffusers_and_none_is_swallowed(quantized, tmp_path):
+    ours, theirs = (
+        inspect.signature(cls.save_pretrained).parameters for cls in (FluxTransformer2DModel, diffusers.ModelMixin)
+    )
+    assert list(ours) == list(theirs)
+    assert {name for name in ours if ours[name].default != theirs[name].default} == {"max_shard_size"}
+    for settings in ({"safe_serialization": False}, {"use_flashpack": True}):
+        with pytest.raises(ValueError, match="saved as safetensors only"):
+            quantized.save_pretrained(tmp_path / "folder", **settings)
+    with pytest.raises(TypeError, match=r"save_pretrained\(\) got an unexpected keyword argument 'varient'"):
+        quantized.save_pretrained(tmp_path / "folder", varient="bf16")
+    assert empty_or_missing(tmp_path / "folder")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="file is a file; name a folder"):
+        quantized.save_pretrained(tmp_path / "file")
+    quantized.save_pretrained(tmp_path / "folder")
+    with pytest.raises(TypeError, match=r"from_pretrained\(\) got an unexpected keyword argument 'w_bit'"):
+        FluxTransformer2DModel.from_pretrained(tmp_path / "folder", w_bit=0)
+    with pytest.raises(ValueError, match="use_safetensors=False is not supported"):
+        FluxTransformer2DModel.from_pretrained(tmp_path / "folder", use_safetensors=False)
+    with pytest.raises(ValueError, match="num_layers=2|does? not belong|is missing"):
+        FluxTransformer2DModel.from_pretrained(tmp_path / "folder", num_layers=2)
+    FluxTransformer2DModel.from_pretrained(tmp_path / "folder", num_layers=1, low_cpu_mem_usage=True, max_memory=None)
+
+
+@pytest.mark.parametrize("push", ["save_pretrained", "push_to_hub"])
+def test_it_is_uploaded_whole(quantized, tmp_path, monkeypatch, push):
+    calls = []
+
+    def upload_folder(repo_id, folder_path, token, commit_message, create_pr, path_in_repo):
+        loaded = FluxTransformer2DModel.from_pretrained(folder_path, variant="mine")
+        calls.append((repo_id, token, commit_message, create_pr, same_parameters(loaded, quantized)))
+
+    def create_repo(repo_id, private=None, token=None, exist_ok=False):
+        return types.SimpleNamespace(repo_id=f"someone/{repo_id}" if private else "")
+
+    card = types.SimpleNamespace(save=lambda file: None)
+    for module in (hub_utils, modeling_utils):
+        monkeypatch.setattr(module, "create_repo", create_repo)
+        monkeypatch.setattr(module, "load_or_create_model_card", lambda *_, **__: card)
+        monkeypatch.setattr(module, "populate_model_card", lambda card: card)
+    monkeypatch.setattr(hub_utils, "upload_folder", upload_folder)
+    settings = {"private": True, "token": "secret", "commit_message": "all of it", "create_pr": True, "variant": "mine"}
+    if push == "save_pretrained":
+        quantized.save_pretrained(tmp_path / "folder", push_to_hub=True, repo_id="mine", **settings)
+        loaded = FluxTransformer2DModel.from_pretrained(tmp_path / "folder", variant="mine")
+        assert same_parameters(loaded, quantized)
+    else:
+        quantized.push_to_hub("mine", **settings)
+    assert calls == [("someone/mine", "secret", "all of it", True, True)]
+
+
+def test_what_leads_from_one_pipeline_to_another(quantized, base):
+    pipe = diffusers.FluxPipeline(**base.components | {"transformer": quantized})
+    assert diffusers.FluxImg2ImgPipeline(**pipe.components).transformer is quantized
+    assert diffusers.AutoPipelineForImage2Image.from_pipe(pipe).transformer is quantized
+    assert diffusers.FluxImg2ImgPipeline.from_pipe(pipe, transformer=quantized).transformer is quantized
 
 
 # Damage
@@ -1079,7 +1518,7 @@ def test_a_damaged_name_in_the_config_is_refused(whole, folder, key):
 def reseal(folder):
     """Make the checksums in the index those of the files, so that nothing but the structure can be found wrong."""
     index, config = (json.loads((folder / name).read_text()) for name in (INDEX, "config.json"))
-    kept = {name: value for name, value in config.items() if not name.startswith("_")}
+    kept = {k: v for k, v in config.items() if not k.startswith("_") and k != "quantization_config"}
     index["metadata"]["config_sha256"] = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
     for file in index["metadata"]["sha256"]:
         if (folder / file).exists():

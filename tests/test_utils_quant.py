@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.utils_quant import (
+    ComputedWeight,
     LoRAQuantizeLinear,
     LsqBinaryTernaryExtension,
     QuantizeLinear,
@@ -386,23 +388,20 @@ def test_lora_starts_as_nothing():
 
 def reloaded_on_meta(layer):
     with torch.device("meta"):
-        copy_of = LoRAQuantizeLinear(24, 16, w_bits=0, lora_r=4)
+        copy_of = LoRAQuantizeLinear(24, 16, w_bits=0, lora_r=4, lora_alpha=2.0)
     copy_of.load_state_dict(layer.state_dict(), assign=True)
     return copy_of
 
 
 @pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, reloaded_on_meta], ids=["itself", "deepcopy", "meta"])
-def test_scale_aware_lora_gradients(copied):
-    x, grads = torch.randn(5, 24), {}
-    for scale_aware in (False, True):
-        layer = make(LoRAQuantizeLinear, w_bits=0, lora_r=4, scale_aware=scale_aware)
-        layer = copied(layer) if scale_aware else layer
-        layer(x).square().sum().backward()
-        grads[scale_aware] = {name: p.grad for name, p in layer.named_parameters()}
-    mean_alpha = layer.weight_clip_val.detach().mean()
-    for name, plain in grads[False].items():
-        scale = mean_alpha if name.startswith("lora") else 1.0
-        torch.testing.assert_close(grads[True][name], plain * scale)
+def test_lora_gradients_are_those_of_its_product(copied):
+    x, layer = torch.randn(5, 24), make(LoRAQuantizeLinear, w_bits=0, lora_r=4, lora_alpha=2.0)
+    layer = copied(layer)
+    layer(x).square().sum().backward()
+    of_product = layer.weight.grad  # the weight and the update are added
+    torch.testing.assert_close(layer.lora_A.grad, 0.5 * of_product @ layer.lora_B.T)
+    torch.testing.assert_close(layer.lora_B.grad, 0.5 * layer.lora_A.T @ of_product)
+    assert layer.lora_A.grad.any() and layer.lora_B.grad.any()
 
 
 @pytest.mark.parametrize("rank", [-1, 2.5])
@@ -457,3 +456,168 @@ def test_peft_can_put_a_lora_on_top():
     trained = [name for name, p in model.named_parameters() if p.grad is not None]
     assert trained
     assert all("lora_" in name for name in trained)
+
+
+# What is multiplied with, in the hands of others
+
+
+class Holder(nn.Module):
+    """Holds a layer as PEFT's do."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer = layer
+
+
+def held(**settings):
+    layer = make(w_bits=0, **settings)
+    Holder(layer)
+    return layer
+
+
+READS = {
+    "all": lambda w: w.clone(),
+    "row": lambda w: w[3],
+    "rows": lambda w: w[2:5],
+    "columns transposed": lambda w: w[:, 4:9].t(),
+    "split": lambda w: w.split(5)[2],
+    "chunk of a view": lambda w: w.view(-1).chunk(4)[1],
+    "iterated": lambda w: torch.stack([row * 2 for row in w]),
+    "as data": lambda w: w.data + 1,
+    "detached": lambda w: w.detach().reshape(8, -1),
+    "in float64": lambda w: w.double(),
+    "norms": lambda w: torch.linalg.norm(w, dim=1),
+    "svd": lambda w: torch.linalg.svd(w.data)[1],
+    "copied": copy.deepcopy,
+    "equal": lambda w: torch.tensor(torch.equal(w, w.clone())),
+    "in place of another": lambda w: torch.zeros_like(w.clone()).copy_(w),
+    "in a product": lambda w: F.linear(torch.ones(2, 24), w),
+    "in an autocast product": lambda w: torch.autocast("cpu", torch.bfloat16)(F.linear)(torch.ones(2, 24), w),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_computed_weight_reads_as_the_tensor_that_it_is(read):
+    layer = held()
+    dense = layer.quantized_weight().detach()
+    weight = layer.weight
+    assert type(weight) is ComputedWeight
+    assert (weight.shape, weight.dtype, weight.device, weight.ndim) == (dense.shape, dense.dtype, dense.device, 2)
+    assert not weight.requires_grad and len(weight) == len(dense) and weight.is_floating_point()
+    assert str(dense) in repr(weight)
+    result, expected = READS[read](weight), READS[read](dense)
+    assert (result.shape, result.dtype, result.stride()) == (expected.shape, expected.dtype, expected.stride())
+    assert torch.equal(result, expected)
+
+
+WRITES = {
+    "add": lambda w: w.add_(1),
+    "augmented": lambda w: w.__iadd__(1),
+    "copy": lambda w: w.copy_(torch.zeros(16, 24)),
+    "fill a row": lambda w: w[3].fill_(0),
+    "set a row": lambda w: w.__setitem__(3, 0.0),
+    "set in a view": lambda w: w.view(-1).__setitem__(slice(None, None, 7), 0.0),
+    "transposed": lambda w: w.T.mul_(2),
+    "split": lambda w: w.split(5)[1].zero_(),
+    "iterated": lambda w: [row.zero_() for row in w],
+    "data": lambda w: w.data.mul_(2),
+    "other data": lambda w: setattr(w, "data", torch.zeros(16, 24)),
+    "detached": lambda w: w.detach().sub_(1),
+    "out": lambda w: torch.add(torch.ones(16, 24), 1, out=w),
+    "init": nn.init.zeros_,
+    "gradient": lambda w: w.requires_grad_(),
+    "gradient flag": lambda w: setattr(w, "requires_grad", True),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_writing_to_a_computed_weight_is_refused(write):
+    layer = held()
+    before, latent = layer.quantized_weight(), layer.latent_weight().clone()
+    for guard in (torch.no_grad, torch.enable_grad):
+        with guard(), pytest.raises(ValueError, match="^the weight of a quantized layer .* leave adapters unmerged"):
+            WRITES[write](layer.weight)
+    assert torch.equal(layer.quantized_weight(), before) and torch.equal(layer.latent_weight(), latent)
+
+
+def test_another_weight_is_refused_while_it_is_held():
+    layer, other = held(), held()
+    for weight in (torch.zeros(16, 24), nn.Parameter(torch.zeros(16, 24)), None, other.weight):
+        with pytest.raises(ValueError, match="cannot be written to"):
+            layer.weight = weight
+    layer.weight = layer.weight  # as PEFT does on letting go
+    layer.bias = nn.Parameter(torch.ones(16))
+
+
+@pytest.mark.parametrize("bits", [0, 4, 16])
+@pytest.mark.parametrize("layer_class", [QuantizeLinear, LoRAQuantizeLinear])
+def test_a_layer_shows_what_it_multiplies_with_while_it_is_held(layer_class, bits):
+    layer = make(layer_class, w_bits=bits)
+    parameter, x = layer.weight, torch.randn(5, 24)
+    layer(x).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in layer.named_parameters()}
+    quantized = bits < 16 or layer_class is LoRAQuantizeLinear
+    holder = Holder(layer)
+    assert isinstance(layer, layer_class) and (layer.weight is not parameter) == quantized
+    assert torch.equal(layer.weight, layer.quantized_weight())
+    layer.zero_grad()
+    holder.base_layer(x).sum().backward()  # trained as before
+    assert all(torch.equal(p.grad, gradients[name]) for name, p in layer.named_parameters())
+    assert holder.state_dict()["base_layer.weight"].data_ptr() == parameter.data_ptr()
+    assert type(copy.deepcopy(holder).base_layer) is type(layer)
+    if bits < 16:
+        layer.freeze_codes()
+        layer.settle()
+        assert torch.equal(layer.latent_weight(), layer.quantized_weight())
+    nn.Sequential(layer)
+    assert type(layer) is layer_class and layer.weight is parameter
+    with torch.no_grad():
+        layer.weight.mul_(2)
+
+
+@pytest.mark.parametrize("layer_class", [QuantizeLinear, LoRAQuantizeLinear])
+def test_its_state_dict_is_for_its_like(layer_class, tmp_path):
+    layer, linear = make(layer_class, w_bits=2), nn.Linear(24, 16)
+    before = linear.weight.clone()
+    for strict, assign in itertools.product((True, False), repeat=2):
+        with pytest.raises(ValueError, match=r"^a layer is quantized \(w_bits=2\): an ordinary layer cannot load"):
+            linear.load_state_dict(copy.deepcopy(layer.state_dict()), strict=strict, assign=assign)
+        with pytest.raises(ValueError, match="^0: quantized with w_bits=2, this layer has w_bits=3"):
+            other = nn.Sequential(make(layer_class, w_bits=3))
+            other.load_state_dict(nn.Sequential(layer).state_dict(), strict=strict, assign=assign)
+    assert torch.equal(linear.weight, before)
+    torch.save(layer.state_dict(), tmp_path / "file")
+    own = layer.state_dict()
+    for state in (own, copy.deepcopy(own), torch.load(tmp_path / "file", weights_only=True)):
+        twin = make(layer_class, w_bits=2)
+        twin.weight.data.zero_()
+        twin.load_state_dict(state)
+        assert torch.equal(twin.quantized_weight(), layer.quantized_weight())
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_frozen_codes_do_not_depend_on_the_default_dtype(bits):
+    layer = make(w_bits=bits)
+    layer.freeze_codes()
+    expected = layer.quantized_weight()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(layer.quantized_weight(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("layer_class", [QuantizeLinear, LoRAQuantizeLinear])
+def test_gradients_of_a_layer_stored_in_8_bit_floats(layer_class):
+    """As diffusers' layerwise casting has it: widened before the forward pass, narrowed after it."""
+    layer, x = make(layer_class, w_bits=0).bfloat16(), torch.randn(5, 24).bfloat16()
+    for name in ("weight", "bias"):
+        getattr(layer, name).data = getattr(layer, name).data.to(torch.float8_e4m3fn).bfloat16()
+    layer(x).square().sum().backward()
+    expected = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
+    layer.zero_grad()
+    loss = layer(x).square().sum()
+    for name in ("weight", "bias"):
+        getattr(layer, name).data = getattr(layer, name).data.to(torch.float8_e4m3fn)
+    loss.backward()
+    assert all(torch.equal(parameter.grad, expected[name]) for name, parameter in layer.named_parameters())
