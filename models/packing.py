@@ -282,13 +282,13 @@ class PackedLinear(ReadOnlyWeight, QuantizedLayer, nn.Linear):
 
     def _token_dtype(self, x: Tensor) -> torch.dtype | None:
         """What tokens x [..., in] are quantized to; None in exact mode and where it has to serve."""
+        if self.weight_clip_val.requires_grad:
+            refuse_writing()
         if self.mode != "fast" or kernels.wants_gradient(x, self.bias):
             return None
         return kernels.token_dtype(x, self.out_features, self.w_bits)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.weight_clip_val.requires_grad:
-            refuse_writing()
         x = _autocast(input)
         if (dtype := self._token_dtype(x)) is not None:
             return kernels.fast_linear(x, dtype, [self])[0]
