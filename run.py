@@ -368,8 +368,9 @@ def add_block_flags(parser: argparse.ArgumentParser) -> None:
         return f"default: {many[name]}, above {MANY_PIXELS} pixels {few[name]}"
 
     group = parser.add_argument_group("with --method blockwise")
-    group.add_argument("--block_start", choices=STARTS, default="mse",
-                       help="codes, step sizes and biases to train from")  # fmt: skip
+    group.add_argument("--block_start", choices=STARTS, default="calibrated",
+                       help="codes, step sizes and biases to train from; calibrated ones are the better start by far, "
+                       "mse is quicker")  # fmt: skip
     group.add_argument("--block_steps", type=int, help=f"for each block: the more the better; {both('block_steps')}")
     group.add_argument("--block_batch_size", type=int, help=f"samples of a step; {both('block_batch_size')}")
     group.add_argument("--block_micro_batch_size", type=int,

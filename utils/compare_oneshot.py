@@ -22,9 +22,11 @@ from utils.utils import get_logger, run_script
 log = get_logger("oneshot")
 
 
-def recipe(what: str, steps: int = 1000, power: str = "0.5", **more) -> tuple[str, list[str]]:
+def recipe(
+    what: str, steps: int = 1000, power: str = "0.5", start: str = "mse", **more
+) -> tuple[str, list[str]]:  # fmt: skip
     """A way to train block by block; `more` flags without their "block_"."""
-    words = {"steps": steps, "loss_power": power} | more
+    words = {"steps": steps, "loss_power": power, "start": start} | more
     flags = {name if name == "lookahead" else f"block_{name}": value for name, value in words.items()}
     return what, [str(word) for name, value in flags.items() for word in (f"--{name}", value) if word is not True]
 
