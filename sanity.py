@@ -12,7 +12,8 @@ row. The pictures and the table come together at the end, in the place of an ear
     OUTPUT_DIR/samples/grid.png                                  all of them, rows = bit widths, columns = prompts
     OUTPUT_DIR/samples/metrics.json                              the table that it prints
     OUTPUT_DIR/cache/bits_W/                                     each quantized transformer, for from_pretrained
-                                                                 (--pack True: as small as its bits)
+                                                                 (as small as its bits from a billion
+                                                                 parameters on, or with --pack True)
 """
 
 import math
@@ -29,6 +30,7 @@ from utils.checkpoints import (
     bits_name,
     check_quantized,
     check_shapes,
+    is_packed,
     load_quantized_model,
     load_student,
     transformer_folder,
@@ -80,7 +82,7 @@ def saved_bytes(transformer: nn.Module, model_args, w_bits: int, dtype: torch.dt
         return total
     matrices = [p.shape for name, p in transformer.named_parameters() if "transformer_blocks." in name and p.ndim == 2]
     total += sum(4 * (rows + model_args.lora_r * (rows + columns)) for rows, columns in matrices)
-    if model_args.pack:
+    if is_packed(transformer, model_args.pack):
         total += sum(rows * (disk_row_bytes(columns, w_bits) - dtype.itemsize * columns) for rows, columns in matrices)
     return total
 
@@ -183,10 +185,9 @@ def compare(model_args, data_args, training_args) -> None:
         log.info(
             "%s: %s of %s parameters quantized (%.1f %%)", name, f"{quantized:,}", f"{total:,}", 100 * quantized / total
         )
+        if w_bits < FULL_PRECISION_BITS and is_packed(transformer, model_args.pack):
+            transformer.pack()  # draws the same, in a fraction of the memory
         measure(name, f"bits_{w_bits}", w_bits, transformer)
-
-        if model_args.pack and w_bits < FULL_PRECISION_BITS:
-            transformer.pack()
         with whole_folder(cache / f"bits_{w_bits}", OWNER) as part:
             transformer.save_pretrained(part)
         del transformer

@@ -48,7 +48,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from models.modeling_flux_quant import FluxTransformer2DModel, is_quantized
 from models.trained import BASE, Shards, describe_base, frozen_names
 from models.utils_quant import FULL_PRECISION_BITS
-from utils.checkpoints import bits_name, check_shapes, load_quantized_model, load_student, transformer_folder
+from utils.checkpoints import (
+    bits_name,
+    check_shapes,
+    is_packed,
+    load_quantized_model,
+    load_student,
+    transformer_folder,
+)
 from utils.datautils import OnlineTeacher, TeacherCache, Trajectories, default_folder, fill_cache
 from utils.folders import check_disks, check_target, locked, read_json, whole_folder, write_json
 from utils.process_args import LARGE, process_args
@@ -256,11 +263,6 @@ def disk_needs(config: dict, model_args, training_args, packed: bool | None) -> 
     else:
         result = 4 * student.num_parameters()
     return int(checkpoint), result
-
-
-def is_packed(student: FluxTransformer2DModel, asked: bool | None) -> bool:
-    """Whether the trained model is to be packed: as asked, else if it is large."""
-    return student.num_parameters() >= LARGE if asked is None else asked
 
 
 def check_room(config: dict, cache, output: Path, model_args, training_args, first_step: int) -> None:

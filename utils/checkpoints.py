@@ -8,6 +8,7 @@ import torch
 from models.modeling_flux_quant import FluxTransformer2DModel
 from models.utils_quant import FULL_PRECISION_BITS
 from utils.folders import read_json, tidy
+from utils.process_args import LARGE
 from utils.utils import pick_device, pick_dtype
 
 SHAPE = (
@@ -74,6 +75,11 @@ def load_quantized_model(
     if cache_dir is not None and (Path(cache_dir) / "config.json").is_file():
         return FluxTransformer2DModel.from_pretrained(cache_dir, **settings)
     return FluxTransformer2DModel.from_pretrained(model_args.input_model_filename, subfolder="transformer", **settings)
+
+
+def is_packed(transformer: torch.nn.Module, asked: bool | None) -> bool:
+    """Whether what is made of a transformer is to be packed: as asked, else if it is large."""
+    return sum(p.numel() for p in transformer.parameters()) >= LARGE if asked is None else asked
 
 
 def load_student(folder: Path, dtype: torch.dtype, w_bits: int | None = None) -> FluxTransformer2DModel:

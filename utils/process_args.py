@@ -78,7 +78,7 @@ class ModelArguments:
     pack: bool | None = field(
         default=None,
         metadata={
-            "help": "save codes instead of weights: a tenth of the size, for inference only; train.py's default: for "
+            "help": "save codes instead of weights: a tenth of the size, for inference only; default: for "
             "models of a billion parameters and more"
         },
     )
