@@ -167,7 +167,7 @@ def test_without_a_gpu_work_is_given_threads_alone(monkeypatch):
 
 
 def test_a_training_step_is_timed_for_both(start, tmp_path):
-    flags = ["--config", "tiny", "--resolution", 128, "--batch_sizes", 1, 2, "--steps", 1, "--warmup", 1, "--eager"]
+    flags = ["--config", "small", "--resolution", 64, "--batch_sizes", 1, 2, "--steps", 1, "--warmup", 1, "--eager"]
     command = ["compare_training_step.py", "--output", tmp_path, *flags, "--device", "cpu"]
     assert start(compare_training_step.main, *command) == 0
     report = json.loads((tmp_path / "training_step.json").read_text())
@@ -180,7 +180,7 @@ def test_a_training_step_is_timed_for_both(start, tmp_path):
 
 def test_both_training_steps_train_a_lora_on_the_same_linears():
     args = SimpleNamespace(lora_r=4, seed=0, device=torch.device("cpu"))
-    config = compare_training_step.CONFIGS["tiny"]
+    config = compare_training_step.CONFIGS["small"]
     ours, theirs = (make(config, args) for make in (compare_training_step.quantized, compare_training_step.plain))
     matrices = {name.removesuffix(".lora_A") for name, p in ours.named_parameters() if name.endswith("lora_A")}
     adapted = {name.partition(".lora_A")[0] for name, p in theirs.named_parameters() if "lora_A" in name}

@@ -1,7 +1,7 @@
 """A training step's time and memory at full size: a LoRA inside the quantizer against the same LoRA on plain linears.
 
     python -m utils.compare_training_step --output output/training_step                # FLUX.1-dev at 1024², 80 GB GPU
-    python -m utils.compare_training_step --output output/step --config tiny --resolution 128 --batch_sizes 1
+    python -m utils.compare_training_step --output output/step --config small --resolution 128 --batch_sizes 1
 
 Random weights, blocks checkpointed and compiled, bfloat16 autocast, fused AdamW on what is trained: `quantized` is what
 `train.py --lora_r 32 --lora_alpha 32` does, `plain` is diffusers' transformer with a LoRA by PEFT on the same linears.
