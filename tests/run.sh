@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Lint and tests.
 #
-#   bash tests/run.sh                     # everything that this machine can test
-#   bash tests/run.sh -k packing -x       # arguments go to pytest
+#   bash tests/run.sh                     # everything that this machine can test, on every core
+#   bash tests/run.sh -k packing -x       # arguments go to pytest; -n 0: one test after the other
 #   bash tests/run.sh --gpu               # only what a GPU computes, without lint: minutes
 #   bash tests/run.sh --gpu --record assets/rehearsal/gpu_tests.txt   # commit, GPU, versions and result into a file
 #
@@ -21,4 +21,4 @@ if [ "${1:-}" = --gpu ]; then
     exec "$PYTHON" -m pytest -m "gpu or on_gpu" "$@"
 fi
 "$PYTHON" -m ruff check .
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest -n auto --dist loadscope "$@"

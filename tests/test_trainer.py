@@ -374,7 +374,9 @@ def test_training_is_a_plain_adamw_loop_whatever_the_accumulation(batch, accumul
     assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-4)
     assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=1e-4)
     start, end = made.recorder.weights[0], made.recorder.weights[-1]
-    assert distance(trained(reference), end) < 1e-5 * distance(start, end)
+    # Micro-batches are summed in another order, in fp32: 1e-5 was seen on some processors. An error of the method would
+    # show in the first digits.
+    assert distance(trained(reference), end) < 5e-5 * distance(start, end)
 
 
 def test_every_epoch_is_complete_and_in_another_order_with_prompts_and_steps_mixed(make, data):
