@@ -75,7 +75,7 @@ from utils.trainer import (
     restore_pictures,
     save_curves,
 )
-from utils.utils import device_name, get_logger, pick_dtype, run_script
+from utils.utils import device_name, from_root, get_logger, pick_dtype, run_script
 
 log = get_logger("train")
 TORCHAO_OPTIMIZERS = ("adamw_torch_8bit", "adamw_torch_4bit")
@@ -366,7 +366,7 @@ def train(model_args, data_args, training_args) -> None:
         raise ValueError(f"{model_args.input_model_filename}: already quantized; the teacher must be full precision")
     start = None
     if model_args.start_from is not None and checkpoint is None:
-        start_folder = transformer_folder(Path(model_args.start_from))
+        start_folder = transformer_folder(Path(from_root(model_args.start_from)))
         start = load_student(start_folder, torch.float32, w_bits=model_args.w_bits[0])
         check_shapes(start_folder, start.config, model_args.input_model_filename, source, "--input_model_filename")
     train_data, eval_data, window = get_teacher(source, model_args, data_args, training_args, device)

@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from utils.folders import write_json, write_text
 from utils.oneshot import INGREDIENTS, METHODS
 from utils.processes import run_logged, spread
 from utils.scenes import CATEGORIES
@@ -124,8 +125,8 @@ def main() -> None:
                 cells += [(f"{method}_{w_bits}_without_{i}", w_bits, [*flags, "--without", i]) for i in INGREDIENTS]
         cells += [(f"{name}_{w_bits}", w_bits, ["--method", "blockwise", *RECIPES[name][1]]) for name in args.recipes]
     results = spread(lambda what, environment: cell(what, environment, args), cells, args.parallel)
-    (args.output / "oneshot.json").write_text(json.dumps(results, indent=2) + "\n")
-    (args.output / "oneshot.md").write_text(table(results))
+    write_json(args.output / "oneshot.json", results)
+    write_text(args.output / "oneshot.md", table(results))
     print(table(results))
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from utils.folders import write_json, write_text
 from utils.processes import run_logged, spread, visible_gpus
 from utils.scenes import CATEGORIES
 from utils.utils import get_logger, run_script
@@ -165,8 +166,8 @@ def main() -> None:
     summaries = spread(lambda name, environment: train(name, environment, args), args.recipes, args.parallel)
     results = dict(zip(args.recipes, summaries, strict=True))
     figures = {"parallel": args.parallel, "recipes": results}
-    (args.output / "recipes.json").write_text(json.dumps(figures, indent=2) + "\n")
-    (args.output / "recipes.md").write_text(table(results))
+    write_json(args.output / "recipes.json", figures)
+    write_text(args.output / "recipes.md", table(results))
     print(table(results))
 
 

@@ -11,7 +11,6 @@ to OUTPUT/training_step.json.
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
 from utils.datautils import image_ids
+from utils.folders import write_json
 from utils.random_flux import CONFIGS
 from utils.trainer import choose_parameters
 from utils.utils import device_name, empty_cache, get_logger, pick_device, run_script
@@ -168,7 +168,7 @@ def main() -> None:
             report["rows"].append(row)
             memory = "" if row["peak_gib"] is None else f", {row['peak_gib']:.1f} GiB"
             log.info("%s, batch %d: %.3f s a step (%.3f)%s", name, size, row["seconds"], row["ratio"], memory)
-            (args.output / "training_step.json").write_text(json.dumps(report, indent=2) + "\n")
+            write_json(args.output / "training_step.json", report)
         del model
         gc.collect()
         empty_cache(args.device)
