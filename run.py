@@ -1,4 +1,4 @@
-"""One-shot ternarization: a FLUX pipeline in, a small quantized one out, no training.
+"""A FLUX pipeline in, a small quantized one out, without training it end to end.
 
     python run.py --model assets/tiny-flux --output_dir output/oneshot                         # 1.58 bit, calibrated
     python run.py --model assets/tiny-flux --output_dir output/oneshot2 --w_bits 2
