@@ -86,6 +86,30 @@ def test_each_stream_is_what_the_blocks_before_make_of_the_calls(recorded, teach
     assert all(p.is_meta for block in teacher.transformer_blocks for p in block.parameters())
 
 
+def test_only_one_block_is_there_at_a_time_whoever_holds_its_parameters(recorded, teacher, tmp_path, monkeypatch):
+    """Each block comes once, and not before the one before it has given its memory back: here this test holds it."""
+    blocks = {name: teacher.get_submodule(name) for name in walking.block_names(teacher)}
+    held = {name: list(block.parameters()) for name, block in blocks.items()}
+    sizes = {name: sum(p.numel() for p in parameters) for name, parameters in held.items()}
+    came = []
+
+    def watched(name, to):
+        return lambda where: came.append((name, str(where))) or to(where)
+
+    for name, block in blocks.items():
+        monkeypatch.setattr(block, "to", watched(name, block.to))
+
+    def treat(block):
+        place = list(blocks).index(block.name)
+        left = {name: sum(p.numel() for p in parameters) for name, parameters in held.items()}
+        assert left == {name: 0 if i < place else sizes[name] for i, name in enumerate(blocks)}
+        return rounded(block)
+
+    walk(teacher, recorded, BITS, treat, Work(tmp_path / "work", {}))
+    assert came == [(name, where) for name in blocks for where in ("cpu", "meta")]
+    assert not any(p.numel() for parameters in held.values() for p in parameters)
+
+
 def test_what_is_stored_is_the_whole_packed_transformer(recorded, teacher, pipeline_folder, tmp_path):
     student = FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer", w_bits=BITS).pack()
     work = Work(tmp_path / "work", {})
