@@ -26,6 +26,8 @@ command: the first one above writes flux-dev_resolution_1024_512_layers_load.jso
 own figures and no others.
 """
 
+import utils.interrupt  # noqa: F401 (Ctrl-C is a line from here on)
+
 import argparse
 import contextlib
 import gc

@@ -17,6 +17,8 @@ It writes
     OUTPUT_DIR/.flux158-work/          while it calibrates or trains: what the same command goes on from after a kill
 """
 
+import utils.interrupt  # noqa: F401 (Ctrl-C is a line from here on)
+
 import argparse
 import json
 import math

@@ -16,6 +16,8 @@ row. The pictures and the table come together at the end, in the place of an ear
                                                                  parameters on, or with --pack True)
 """
 
+import utils.interrupt  # noqa: F401 (Ctrl-C is a line from here on)
+
 import math
 from pathlib import Path
 

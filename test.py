@@ -18,6 +18,8 @@ Teacher and checkpoint draw the same prompts from the same noise. It writes
     OUTPUT_DIR/geneval/CHECKPOINT/manifest.json          what they were drawn with: nothing else goes beside them
 """
 
+import utils.interrupt  # noqa: F401 (Ctrl-C is a line from here on)
+
 import argparse
 import json
 import math

@@ -30,6 +30,8 @@ run.py found. It writes
 Started again, it goes on from the last checkpoint in OUTPUT_DIR; another OUTPUT_DIR starts anew.
 """
 
+import utils.interrupt  # noqa: F401 (Ctrl-C is a line from here on)
+
 import hashlib
 import importlib.util
 import sys

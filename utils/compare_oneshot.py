@@ -9,6 +9,8 @@ Each cell is a run.py and a test.py. It writes OUTPUT/METHOD_BITS/, OUTPUT/onesh
 table, OUTPUT/oneshot.md. What an interrupted call has finished is not done again.
 """
 
+import utils.interrupt  # noqa: F401 (Ctrl-C is a line from here on)
+
 import argparse
 import json
 from collections.abc import Mapping

@@ -10,6 +10,8 @@ OUTPUT/recipes.json with every figure, and the table, OUTPUT/recipes.md. With --
 of a shared machine.
 """
 
+import utils.interrupt  # noqa: F401 (Ctrl-C is a line from here on)
+
 import argparse
 import json
 import os

@@ -9,6 +9,8 @@ Both get the same batches. The median of the timed steps and the most memory tha
 to OUTPUT/training_step.json.
 """
 
+import utils.interrupt  # noqa: F401 (Ctrl-C is a line from here on)
+
 import argparse
 import gc
 import statistics

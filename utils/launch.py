@@ -4,6 +4,8 @@ A rank that fails says why in a line, and torchrun ends the others; then this en
 only where the rank could not: when it was killed.
 """
 
+from utils.interrupt import begun
+
 import logging
 import signal
 import sys
@@ -14,6 +16,7 @@ from torch.distributed.run import main
 
 if __name__ == "__main__":
     logging.disable(logging.ERROR)  # torchrun's own; ranks are processes of their own
+    begun()
     try:
         main()
     except ChildFailedError as error:

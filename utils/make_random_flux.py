@@ -10,6 +10,8 @@ and tokenizers made from the training prompts: a pipeline that draws, if only no
 trained ones is told in utils/random_flux.py. Memory holds a shard and a tensor, or T5; a GPU fills them in seconds.
 """
 
+import utils.interrupt  # noqa: F401 (Ctrl-C is a line from here on)
+
 import argparse
 from pathlib import Path
 

@@ -16,6 +16,8 @@ Five stages, each resumed where an earlier call left off:
 The architecture is FLUX.1-dev's with small numbers; every part is diffusers' or transformers' own class.
 """
 
+import utils.interrupt  # noqa: F401 (Ctrl-C is a line from here on)
+
 import argparse
 import copy
 import json

@@ -8,6 +8,8 @@ weight and gradient in fp32 are 8 and moments in 8 bits 2, shared by the GPUs un
 checkpointed activations and what one block needs; figures in GiB at 1024 pixels, measured on an H100.
 """
 
+import utils.interrupt  # noqa: F401 (Ctrl-C is a line from here on)
+
 import importlib.util
 import shlex
 import sys

@@ -8,6 +8,8 @@
 The first step makes the pipeline (utils/make_random_flux.py): 34 GB in the shapes of FLUX.1-dev, or 20 MB with the
 same structure. `--model` puts it elsewhere, in memory for instance, or names one that is there already. STEPS says what
 is run and what must hold afterwards. Each step's exit status, wall time, peak memory and written bytes are measured
+import utils.interrupt  # noqa: F401 (Ctrl-C is a line from here on)
+
 from outside; it writes
 
     OUTPUT/rehearsal.json    a row a step, after every step; --only replaces the rows of the steps it names

@@ -1,5 +1,7 @@
 """What every script needs: log lines, errors of one line, flags checked, the device and what to compute in on it."""
 
+from utils.interrupt import begun
+
 import argparse
 import logging
 import math
@@ -57,6 +59,7 @@ def run_script(
     are writing. After an error it ends at once: leaving may wait for a rank that is in a collective.
     """
     script = Path(sys.argv[0]).name
+    begun()
     try:
         main()
     except (ValueError, OSError, SafetensorError) as error:
