@@ -497,10 +497,10 @@ def test_two_ranks_do_what_one_does_with_the_double_batch(call, command, cache, 
 @pytest.mark.parametrize(
     ("from_", "flags"),
     [
-        ("two", ["--ema_decay", 0.5, "--bf16", True]),
+        ("two", ["--ema_decay", 0.5]),  # in fp32: in bf16, parts of a batch differ by more than 1e-3 from time to time
         ("one", ["--freeze_codes", 0.5, "--optim", "adamw_torch_8bit", "--gradient_accumulation_steps", 2]),
     ],
-    ids=["average in bf16", "frozen codes in 8 bits"],
+    ids=["average", "frozen codes in 8 bits"],
 )
 def test_weights_spread_over_two_ranks_are_trained_as_on_one(from_, flags, call, command, cache, run, tmp_path):
     """And one goes on from a checkpoint of the other, with codes that are frozen by then."""
