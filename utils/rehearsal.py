@@ -8,8 +8,6 @@
 The first step makes the pipeline (utils/make_random_flux.py): 34 GB in the shapes of FLUX.1-dev, or 20 MB with the
 same structure. `--model` puts it elsewhere, in memory for instance, or names one that is there already. STEPS says what
 is run and what must hold afterwards. Each step's exit status, wall time, peak memory and written bytes are measured
-import utils.interrupt  # noqa: F401 (Ctrl-C is a line from here on)
-
 from outside; it writes
 
     OUTPUT/rehearsal.json    a row a step, after every step; --only replaces the rows of the steps it names
@@ -22,6 +20,8 @@ the proportional set size of all processes of the step, mapped files included, a
 file. Written is what OUTPUT/work and the pipeline have grown by, at the end and at most. Exit status 1 if a step did
 not do what it must.
 """
+
+import utils.interrupt  # noqa: F401 (Ctrl-C is a line from here on)
 
 import argparse
 import ctypes
@@ -54,12 +54,14 @@ SCALES = {
     "flux": {
         "config": "flux-dev", "images": 2, "steps": 28, "prompts": 4, "max_steps": 10, "save_steps": 5, "rank": 32,
         "all": "--optim adamw_torch_8bit --learning_rate 2e-5 --clip_learning_rate 1e-4",
-        "compile": "--torch_compile True", "calibration": 2, "stride": 7, "block_steps": 2,
+        "compile": "--torch_compile True", "calibrated": "--memory_gib 24",
+        "calibration": 2, "stride": 7, "block_steps": 2,
         "bench": "--resolution 1024 --cpp_wrapper --rounds 5",
     },
     "small": {
         "config": "small", "images": 2, "steps": 4, "prompts": 4, "max_steps": 40, "save_steps": 5, "rank": 4,
         "all": "", "compile": "", "calibration": 2, "stride": 2, "block_steps": 2, "bench": "--rounds 1",
+        "calibrated": "--calibration_prompts 2 --calibration_stride 2 --steps 4 --batch_size 1",
     },
 }  # fmt: skip
 
@@ -104,7 +106,7 @@ def training(processes: int, name: str, flags: str) -> str:
 
 RUN = "python run.py --model_id {model} --num_images 0 --output_path {work}/"
 CALIBRATION = " --calibration_prompts {calibration} --calibration_stride {stride} --steps {steps} --batch_size 1"
-CALIBRATED = RUN + "calibrated --method calibrated" + CALIBRATION
+CALIBRATED = RUN + "calibrated --method calibrated {calibrated}"
 TEST = "python test.py {work}/mse 0 --num_images {images} --steps {steps} --batch_size 1 --output_dir {work}/"
 PACKED = (2.6e9, 5e6)
 LORA = "--lora_r {rank} --lora_alpha {rank}"
@@ -203,16 +205,16 @@ STEPS = (
     *(
         Step(
             name, TEST + f"{name} {flags}".strip(), clears=(name,), drops=(name,), reads=("mse",), gpus=gpus,
-            scales=scales, holds={f"{name}/samples/grid.png": None, f"{name}/metrics.json": None},
+            scales=scales, holds={f"{name}/samples/grid.png": None, f"{name}/metrics.json": None}, peak=peak,
             reports={f"{name}/metrics.json": ("seconds_per_image", "nmse", "resident_bytes")},
         )
-        for name, flags, gpus, scales in (
-            ("test_exact", "", 0, ("flux", "small")),
-            ("test_fast", "--mode fast", 0, ("flux", "small")),
-            ("test_compile", "--compile", 1, ("flux",)),
-            ("test_fast_compile", "--mode fast --compile", 1, ("flux",)),
-            ("test_offload", "--offload", 1, ("flux", "small")),
-            ("test_sequential", "--offload sequential", 1, ("flux", "small")),
+        for name, flags, gpus, scales, peak in (
+            ("test_exact", "", 0, ("flux", "small"), math.inf),
+            ("test_fast", "--mode fast", 0, ("flux", "small"), math.inf),
+            ("test_compile", "--compile", 1, ("flux",), math.inf),
+            ("test_fast_compile", "--mode fast --compile", 1, ("flux",), math.inf),
+            ("test_offload", "--offload", 1, ("flux", "small"), math.inf),
+            ("test_sequential", "--no_teacher --offload sequential", 1, ("flux", "small"), 8),
         )
     ),
     Step(
