@@ -94,6 +94,7 @@ FEW_BLOCKWISE = {
 WITH_CALLS = ("calibrated", "blockwise")  # methods that look at the teacher's trajectories
 WEIGHED = 8  # calls by which channel weights are found
 HOW = ("micro_batch_size", "checkpointing", "compile")  # what may change when a block-wise training goes on
+CONTEXT_GIB = 0.6  # of a GPU, which CUDA takes beside what torch allocates
 CALL_TOKENS = 8192  # that go through a block at a time: one picture of 1024 pixels, or many small ones
 KINDS = ("norm", "attn", "ff", "proj")  # of layers, by a part of their name
 
@@ -252,7 +253,7 @@ def along_calls(pipe: FluxPipeline, target: Path, args: argparse.Namespace, erro
     log.info("calibration: %d prompts, every %d. step: %s", len(prompts), args.calibration_stride, source)
     unplace(pipe)
     empty_cache(args.device)
-    limit = args.memory_gib and args.memory_gib * 2**30
+    limit = args.memory_gib and (args.memory_gib - CONTEXT_GIB) * 2**30
     if limit and args.device.type == "cuda":
         total = torch.cuda.get_device_properties(args.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), args.device.index)
@@ -421,7 +422,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--calibration_stride", type=int,
                         help="of the steps, every so many-th is used; default: 4; blockwise up to "
                         f"{MANY_PIXELS} pixels {MANY_BLOCKWISE['calibration_stride']}")  # fmt: skip
-    parser.add_argument("--memory_gib", type=float, help="device memory to calibrate within; default: all that is free")
+    parser.add_argument("--memory_gib", type=float, help="device memory to stay within; default: all that is free")
     parser.add_argument("--without", nargs="+", choices=INGREDIENTS, default=[], metavar="INGREDIENT",
                         help=f"leave out of the calibration: {', '.join(INGREDIENTS)}")  # fmt: skip
     add_block_flags(parser)
@@ -475,8 +476,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise ValueError(f"--block_freeze_codes must be 0 to 1, got {args.block_freeze_codes}")
         if not 0 < args.block_early_share < 1:
             raise ValueError(f"--block_early_share must be above 0 and below 1, got {args.block_early_share}")
-        if args.memory_gib is not None and args.memory_gib <= 0:
-            raise ValueError(f"--memory_gib must be above 0, got {args.memory_gib:g}")
+        if args.memory_gib is not None and args.memory_gib <= CONTEXT_GIB:
+            raise ValueError(
+                f"--memory_gib must be above {CONTEXT_GIB}, which CUDA itself takes; got {args.memory_gib:g}"
+            )
     except ValueError as error:
         parser.error(str(error))
     args.model_id = from_root(args.model_id)
