@@ -244,11 +244,12 @@ def nvml() -> ctypes.CDLL | None:
 
 
 def look_at_gpus() -> list[tuple[str, int, int]]:
-    """Name, bytes of memory and bytes taken of each GPU of the machine."""
+    """Name, bytes of memory and bytes taken of each GPU of the machine, or of those in CUDA_VISIBLE_DEVICES."""
     library, count, found = nvml(), ctypes.c_uint(), []
     if library is None or library.nvmlDeviceGetCount_v2(ctypes.byref(count)):
         return []
-    for index in range(count.value):
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    for index in range(count.value) if visible is None else map(int, filter(None, visible.split(","))):
         handle, name, memory = ctypes.c_void_p(), ctypes.create_string_buffer(96), NvmlMemory()
         library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle))
         library.nvmlDeviceGetName(handle, name, ctypes.c_uint(len(name)))
