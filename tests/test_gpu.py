@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from models import packing
+from models.kernels import unpack_codes
 from models.modeling_flux_quant import FluxTransformer2DModel
 from utils import random_flux, rehearsal
 from utils.metrics import nmse, psnr
@@ -56,6 +58,18 @@ def script(run):
 
 
 # ----- packed layers
+
+
+@pytest.mark.parametrize("w_bits", range(9))
+def test_codes_are_written_and_read_on_the_gpu_as_on_the_cpu(w_bits):
+    for rows, in_features in ((7, 61), (256, 256), (3072, 3072), (48, 15360)):
+        low, high = (-1, 1) if w_bits == 0 else (-(2 ** (w_bits - 1)), 2 ** (w_bits - 1) - 1)
+        codes = torch.randint(low, high + 1, (rows, in_features), dtype=torch.int8)
+        memory, disk = packing.pack_codes(codes, w_bits), packing.store_codes(codes, w_bits)
+        assert torch.equal(packing.store_codes(codes.to(DEVICE), w_bits).cpu(), disk)
+        assert torch.equal(packing.to_disk(memory.to(DEVICE), w_bits, in_features).cpu(), disk)
+        assert torch.equal(packing.from_disk(disk.to(DEVICE), w_bits, in_features).cpu(), memory)
+        assert torch.equal(unpack_codes(memory.to(DEVICE), w_bits, in_features).cpu(), codes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
