@@ -14,8 +14,10 @@ and the last modulation has its shift before its scale. general.architecture is 
 stable-diffusion.cpp and diffusers go by the names.
 
 Who reads TQ2_0 and TQ1_0 (2026-11): ggml multiplies by both on a CPU, by TQ2_0 in Metal and Vulkan too (llama.cpp pull
-request 25850), by neither in CUDA. The gguf package decodes both in numpy, and ComfyUI-GGUF leaves that to it at every
-use. diffusers 0.42 refuses them: they are not among the types that its GGUFQuantizationConfig decodes.
+request 25850), by neither in CUDA. stable-diffusion.cpp (as in stable-diffusion-cpp-python 0.4.7) has drawn from files
+of FLUX.1's width, one double and two single blocks, on a CPU: the picture is this repository's at 47.7 dB, activations
+in 8 bits included. The gguf package decodes both types in numpy, and ComfyUI-GGUF leaves that to it at every use.
+diffusers 0.42 refuses them: they are not among the types that its GGUFQuantizationConfig decodes.
 """
 
 import utils.interrupt  # noqa: F401 (Ctrl-C is a line from here on)
@@ -110,7 +112,7 @@ class Original(NamedTuple):
             values = layer.dequantize() if packed else getattr(layer, self.kind).detach().float()
             if self.name.startswith(SHIFT_FIRST):
                 values = torch.cat(values.chunk(2)[::-1])
-            if self.stored != FP32 and (largest := values.abs().max().item()) > FP16_MAX:
+            if self.stored != FP32 and (largest := max(-values.min(), values.max()).item()) > FP16_MAX:
                 raise ValueError(f"{self.name}: {largest:.3g} is beyond fp16, which {self.stored.name} needs")
             parts.append(gguf.quantize(values.numpy(), self.stored))
         return np.concatenate(parts)
@@ -187,7 +189,8 @@ def write(model: nn.Module, file: Path, ternary: str) -> int:
                     writer.write_tensor_data(tensor.encoded())
                     bar.update(tensor.nbytes())
         except OSError as error:  # numpy's, of a disk that is full all the same, names no file
-            raise ValueError(f"{file}: cannot be written ({error}); make room or choose another folder") from error
+            reason = error.strerror or error
+            raise ValueError(f"{file}: cannot be written ({reason}); make room or choose another folder") from error
         finally:
             writer.close()
         check_new(file)  # it may have taken minutes
