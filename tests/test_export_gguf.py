@@ -199,6 +199,13 @@ def test_what_cannot_be_exported(settings, flags, status, message, export, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_a_transformer_of_another_family(export, tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "Flux2Transformer2DModel", "w_bits": 0, "packed": 1}')
+    result = export(tmp_path, tmp_path / "model.gguf")
+    message = f"{tmp_path}: a Flux2Transformer2DModel; only FLUX.1's FluxTransformer2DModel can be exported"
+    assert result.returncode == 1 and message in result.error
+
+
 def test_what_is_there_stays(export, tmp_path, monkeypatch):
     """Also if it came while the file was being written."""
     file = tmp_path / "mine.gguf"

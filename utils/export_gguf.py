@@ -13,11 +13,11 @@ Labs' checkpoints: q, k and v are one matrix, in the single blocks together with
 and the last modulation has its shift before its scale. general.architecture is "flux", which ComfyUI-GGUF asks for;
 stable-diffusion.cpp and diffusers go by the names.
 
-Who reads TQ2_0 and TQ1_0 (2026-11): ggml multiplies by both on a CPU, by TQ2_0 in Metal and Vulkan too (llama.cpp pull
-request 25850), by neither in CUDA. stable-diffusion.cpp (as in stable-diffusion-cpp-python 0.4.7) has drawn from files
-of FLUX.1's width, one double and two single blocks, on a CPU: the picture is this repository's at 47.7 dB, activations
-in 8 bits included. The gguf package decodes both types in numpy, and ComfyUI-GGUF leaves that to it at every use.
-diffusers 0.42 refuses them: they are not among the types that its GGUFQuantizationConfig decodes.
+Who reads TQ2_0 and TQ1_0 (2026-11): llama.cpp's ggml multiplies by both on a CPU, by TQ2_0 in Metal and Vulkan too, by
+neither in CUDA. stable-diffusion.cpp's own ggml (0.9.8 in stable-diffusion-cpp-python 0.4.7) has them on a CPU only. Of
+files of FLUX.1's width, with one double and two single blocks, it drew there what this repository draws, at 47.7 dB:
+ggml multiplies by activations in 8 bits. The gguf package decodes both types in numpy, and ComfyUI-GGUF leaves that to
+it at every use. diffusers 0.42 refuses them: its GGUFQuantizationConfig does not decode them.
 """
 
 import utils.interrupt  # noqa: F401 (Ctrl-C is a line from here on)
@@ -34,6 +34,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from models.modeling_flux_quant import FluxTransformer2DModel
 from models.packing import PackedLinear
 from utils.checkpoints import bits_name, check_quantized, load_student, transformer_folder
 from utils.folders import check_disk, tidy, whole_file
@@ -151,7 +152,10 @@ def original_layers(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
 def load(checkpoint: Path, ternary: str) -> nn.Module:
     """The packed transformer in `checkpoint`; ValueError, saying what can be exported, if it cannot be."""
     folder = transformer_folder(checkpoint)
-    if (w_bits := check_quantized(folder).get("w_bits")) != 0:
+    config = check_quantized(folder)
+    if (kind := config.get("_class_name")) != FluxTransformer2DModel.__name__:
+        raise ValueError(f"{folder}: a {kind}; only FLUX.1's {FluxTransformer2DModel.__name__} can be exported")
+    if (w_bits := config["w_bits"]) != 0:
         raise ValueError(f"{folder}: {bits_name(w_bits)}; {ternary} holds ternary codes: export one of 1.58 bits")
     model = load_student(folder, torch.float32, 0)
     if model.inner_dim % BLOCK:
