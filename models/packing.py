@@ -171,8 +171,7 @@ def is_unhooked(module: nn.Module) -> bool:
 
     Libraries that offload, cast or cache hook a module so, or put another forward into its place.
     """
-    hooked = module._forward_pre_hooks or module._forward_hooks
-    return not hooked and module.forward == type(module).forward.__get__(module)
+    return not (module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__)
 
 
 def _autocast(input: Tensor) -> Tensor:
