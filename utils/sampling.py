@@ -154,8 +154,12 @@ def _bring(pipe: FluxPipeline, name: str) -> None:
     whole = {other: part for other, part in parts.items() if not _is_group_offload_enabled(part)}
     if len(whole) < len(parts):
         device = pipe._execution_device
-        for other, part in sorted(whole.items(), key=lambda item: item[0] == name):  # those that go, go first
-            part.to(device if other == name else "cpu")
+        for other, part in whole.items():
+            if other != name:
+                part.to("cpu")
+        empty_cache(device)  # what one part computed in is not what fits the other
+        if name in whole:
+            whole[name].to(device)
 
 
 def stop_streaming(part: nn.Module) -> None:
