@@ -7,9 +7,11 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
+import psutil
 import pytest
 import torch
 from diffusers import FluxPipeline
@@ -25,6 +27,7 @@ from utils.sampling import (
     place,
     record_velocities,
     set_attention,
+    stream_settings,
     unplace,
 )
 
@@ -334,3 +337,13 @@ def test_a_backend_of_attention_that_is_not_there_is_one_line(name, advice, pipe
             set_attention(name, model)
         assert "\n" not in str(info.value)
     assert "experimental" not in capfd.readouterr().err
+
+
+def test_what_streams_is_pinned_once_where_the_host_has_room(monkeypatch):
+    part = torch.nn.Linear(64, 64, bias=False)
+    memory = SimpleNamespace(available=2 * 4 * 64**2)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    assert stream_settings(part, torch.device("cpu")) == {}
+    assert stream_settings(part, torch.device("cuda")) == {"use_stream": True, "low_cpu_mem_usage": False}
+    memory.available -= 1
+    assert stream_settings(part, torch.device("cuda")) == {"use_stream": True, "low_cpu_mem_usage": True}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 from diffusers import FluxPipeline, ModelMixin
 from diffusers.hooks import HookRegistry, apply_group_offloading
@@ -30,6 +31,7 @@ from utils.utils import empty_cache
 
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, HTTPError)
 OFFLOADS = ("model", "sequential")
+PINNED = 2  # bytes of pinned memory a byte at most: torch takes powers of two
 
 
 def load_pipeline(name: str, dtype: torch.dtype, **parts: object) -> FluxPipeline:
@@ -143,9 +145,20 @@ def place(pipe: FluxPipeline, device: torch.device, offload: str | None = None) 
             large = sum(p.nbytes for p in part.parameters()) > _device_bytes(device) / 2
             if name.startswith("text_encoder") or large:
                 # Streams pay where a part runs step after step: they want its memory pinned, which takes a while.
-                stream = {"use_stream": True, "low_cpu_mem_usage": True} if large and device.type == "cuda" else {}
+                stream = stream_settings(part, device) if large else {}
                 apply_group_offloading(part, onload_device=device, offload_type="leaf_level", **stream)
         _bring(pipe, "transformer")
+
+
+def stream_settings(part: nn.Module, device: torch.device) -> dict[str, bool]:
+    """How group offloading brings a part that runs step after step: in a CUDA stream of its own, from pinned memory.
+
+    It is pinned once if the host has room; if not, each layer is every time, which takes longer than bringing it.
+    """
+    if device.type != "cuda":
+        return {}
+    pinned = PINNED * sum(parameter.nbytes for parameter in part.parameters())
+    return {"use_stream": True, "low_cpu_mem_usage": psutil.virtual_memory().available < pinned}
 
 
 def _bring(pipe: FluxPipeline, name: str) -> None:

@@ -39,7 +39,14 @@ from tqdm import tqdm
 
 from models.kernels import dequantize
 from models.packing import from_disk
-from utils.sampling import encode_prompts, initial_noise, record_inputs, sample_latents, stop_streaming
+from utils.sampling import (
+    encode_prompts,
+    initial_noise,
+    record_inputs,
+    sample_latents,
+    stop_streaming,
+    stream_settings,
+)
 from utils.utils import empty_cache, get_logger
 
 log = get_logger("walk")
@@ -190,7 +197,7 @@ def _placed(
     # Every step takes all weights to the device, so as many pictures as there is room for share it.
     blocks = 3 * max(sum(p.nbytes for p in transformer.get_submodule(n).parameters()) for n in block_names(transformer))
     log.info("%.1f GB of weights, %.1f GB of room: block by block", weights / 1e9, room / 1e9)
-    streams = {"use_stream": True, "low_cpu_mem_usage": True} if device.type == "cuda" else {}
+    streams = stream_settings(transformer, device)
     apply_group_offloading(transformer, device, offload_type="block_level", num_blocks_per_group=1, **streams)
     try:
         yield int(max(1, (room - blocks) // picture))
