@@ -31,7 +31,7 @@ import run
 import train
 from models.modeling_flux_quant import FluxTransformer2DModel
 from models.utils_quant import QuantizeLinear
-from utils import scenes
+from utils import scenes, trainer
 from utils.checkpoints import load_student
 from utils.folders import locked
 from utils.process_args import process_args
@@ -671,6 +671,30 @@ def test_a_full_disk_is_noticed_beforehand(cached, finished, call, cache, monkey
 
 
 @pytest.mark.parametrize(
+    ("flags", "first", "there", "most"),
+    [
+        ({"max_steps": 10, "save_steps": 5}, 0, 0, 2),
+        ({"max_steps": 11, "save_steps": 5}, 0, 0, 3),  # the last step is kept too
+        ({"max_steps": 1000, "save_steps": 5}, 0, 0, 3),  # two are kept, and one is being written
+        ({"max_steps": 1000, "save_steps": 5, "save_total_limit": 7}, 0, 0, 8),
+        ({"max_steps": 1000, "save_steps": 5, "save_total_limit": None}, 0, 0, 200),
+        ({"max_steps": 1000, "save_steps": 5, "save_total_limit": 0}, 500, 100, 100),
+        ({"max_steps": 1000, "save_steps": 5}, 500, 2, 1),
+        ({"max_steps": 10, "save_steps": 5}, 10, 2, 0),
+        ({"max_steps": 10, "save_steps": 5, "save_strategy": "no"}, 0, 0, 0),
+        ({"num_train_epochs": 2, "save_steps": 50, "save_total_limit": None}, 0, 0, 2 * 125 // 50),  # 1,000 samples
+        ({"num_train_epochs": 3, "save_strategy": "epoch", "save_total_limit": None}, 0, 0, 3),
+        ({"max_steps": 40, "save_steps": 0.25, "save_total_limit": None}, 0, 0, 4),
+    ],
+    ids=str,
+)
+def test_the_checkpoints_of_a_whole_run_are_counted(flags, first, there, most, tmp_path):
+    settings = {"save_total_limit": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2} | flags
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **settings)
+    assert train.checkpoints_to_keep(arguments, 1000, first, there) == most
+
+
+@pytest.mark.parametrize(
     "flags", [[], ["--ema_decay", 0.5], ["--lora_r", 2], ["--w_bits", 4, "--pack", True]], ids=str
 )
 def test_the_room_that_is_asked_for_is_what_is_taken(flags, call, monkeypatch, tmp_path):
@@ -747,16 +771,29 @@ def test_out_of_memory_says_what_was_done_and_which_flag_to_change(call, monkeyp
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train.FluxQATTrainer, "compute_loss", full)
-        result = call("--eval_on_start", False)
-        refusal(result, "out of memory while step 1 is trained, 2 a batch: try a smaller --per_device_train_batch_size")
-        flags = ["--eval_on_start", False, "--per_device_train_batch_size", 1]
-        refusal(call(*flags), "out of memory while step 1 .*: try --gradient_checkpointing True")
-        result = call(*flags, "--gradient_checkpointing", True)
-        refusal(result, "out of memory while step 1 .*: try --lora_r 32 --lora_alpha 32, or --fsdp full_shard")
-    monkeypatch.setattr(train.FluxQATTrainer, "_velocity_error", full)
-    refusal(call(), "out of memory while step 0 is evaluated, 8 a batch: try ")
+    def refused(where: object, name: str, doing: str, advice: str, *flags) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, full)
+            message = rf"out of memory while {doing} \(peak [\d.]+ GiB of host memory\): {advice}"
+            refusal(call("--eval_on_start", False, *flags), message)
+
+    step = (train.FluxQATTrainer, "compute_loss", "step 1 is trained")
+    smaller = "try a smaller --per_device_train_batch_size with a larger --gradient_accumulation_steps"
+    refused(step[0], step[1], f"{step[2]}, 2 a batch", smaller)
+    one = ["--per_device_train_batch_size", 1]
+    refused(step[0], step[1], f"{step[2]}, 1 a batch", "try --gradient_checkpointing True", *one)
+    one += ["--gradient_checkpointing", True]
+    refused(step[0], step[1], f"{step[2]}, 1 a batch", "try --lora_r 32 --lora_alpha 32, or --fsdp full_shard", *one)
+    other = ["--teacher_cache", tmp_path / "cache", "--per_device_eval_batch_size", 2]
+    smaller_eval = "try a smaller --per_device_eval_batch_size"
+    refused(train.Teacher, "draw", "the teacher draws, 2 a batch", smaller_eval, *other)
+    refused(train.Teacher, "encode", "the teacher draws, 1 a batch", "try a smaller --resolution", *other[:3], 1)
+    refused(train, "load_quantized_model", "the student is loaded", smaller)
+    refused(train.Teacher, "load", "the models are loaded", smaller, "--feature_loss", 1)
+    refused(train.FluxQATTrainer, "save_transformer", "checkpoint-1 is written", smaller, "--save_steps", 1)
+    refused(trainer, "save_whole", "the trained model is written", smaller, "--save_strategy", "no", "--max_steps", 1)
+    evaluated = ["--eval_on_start", True]
+    refused(train.FluxQATTrainer, "_velocity_error", "step 0 is evaluated, 8 a batch", smaller, *evaluated)
 
 
 @pytest.mark.parametrize(("flags", "code"), [(["--resume_from_checkpoint", "no/where"], 1), (["--w_bits", 9], 2)])

@@ -466,6 +466,7 @@ class FluxQATTrainer(transformers.Trainer):
 
         All ranks call it; `folder` is None on those that do not write.
         """
+        self.doing = "the trained model is written"
         reshard(self.model)
         if packed:
             save_packed(self.model, folder, dtype)
@@ -779,19 +780,6 @@ def rotate(folder: Path, limit: int | None) -> None:
             remove_folder(checkpoint)
         except ValueError as error:
             log.info("not removed: %s", error)
-
-
-@contextmanager
-def memory_named(what: str | Callable[[], str], advice: str, device: torch.device) -> Iterator[None]:
-    """Out of memory within the block is a ValueError that says while `what` it was, the peak, and `advice`."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        peak = ""
-        if device.type == "cuda":
-            total = torch.cuda.get_device_properties(device).total_memory
-            peak = f" (peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} of {total / 2**30:.1f} GiB)"
-        raise ValueError(f"out of memory while {what() if callable(what) else what}{peak}: {advice}") from None
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
