@@ -80,6 +80,7 @@ from utils.trainer import (
 from utils.utils import device_name, from_root, get_logger, memory_named, pick_dtype, run_script
 
 log = get_logger("train")
+FIRST_STEP = ("seconds_to_first_step", "seconds_of_first_step")  # of summary.json
 TORCHAO_OPTIMIZERS = ("adamw_torch_8bit", "adamw_torch_4bit")
 
 
@@ -207,11 +208,13 @@ def get_teacher(
 def summarize(trainer: FluxQATTrainer, seconds: float, steps: int, earlier: dict) -> dict:
     """Settings, machine, the time of `steps` steps (of none: what `earlier`, the last summary, says), evaluations."""
     device = trainer.args.device
+    first_step = trainer.first_step or {name: earlier.get(name) for name in FIRST_STEP}
     evaluations = [line for line in trainer.state.log_history if "eval_nmse" in line]
     return {
         "settings": trainer.settings,
         "steps": trainer.state.global_step,
         "seconds_per_step": round(seconds / steps, 4) if steps else earlier.get("seconds_per_step"),
+        **first_step,
         "trained_parameters": sum(p.numel() for p in trainer.trained()),
         "start": evaluations[0] if evaluations[0]["step"] == 0 else None,  # not with --eval_on_start False
         "final": evaluations[-1],

@@ -297,11 +297,38 @@ def test_metrics_and_summary_say_what_was_reached(finished, pipeline_folder):
         assert summary[where]["eval_psnr"] == line["eval_psnr"]
     assert summary["settings"]["w_bits"] == 0 and summary["settings"]["ema_decay"] == 0.5
     assert summary["steps"] == 4 and summary["world_size"] == 1 and summary["seconds_per_step"] > 0
+    assert summary["seconds_to_first_step"] > 0 and summary["seconds_of_first_step"] >= 0
     assert summary["torch"] == torch.__version__ and summary["diffusers"] == diffusers.__version__
     stock = diffusers.FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer")
     parameters = dict(stock.named_parameters())
     alphas = sum(p.shape[0] for name, p in parameters.items() if "transformer_blocks." in name and p.ndim == 2)
     assert summary["trained_parameters"] == sum(p.numel() for p in parameters.values()) + alphas
+
+
+def test_the_time_to_the_first_step_is_that_of_the_run_without_evaluation(call, monkeypatch, tmp_path):
+    """By a clock of ten seconds to load the student, a hundred to evaluate and a thousand to train a step."""
+    clock = [5.0]
+
+    def slowed(where: object, name: str, seconds: float) -> None:
+        original = getattr(where, name)
+
+        def slow(*args, **kwargs):
+            clock[0] += seconds
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(where, name, slow)
+
+    slowed(train, "load_quantized_model", 10)
+    slowed(train.FluxQATTrainer, "_velocity_error", 100)
+    slowed(train.FluxQATTrainer, "compute_loss", 1000)
+    monkeypatch.setattr(trainer.interrupt, "STARTED", 5.0)
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(time=lambda: clock[0]))
+    assert call().returncode == 0
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert (summary["seconds_to_first_step"], summary["seconds_of_first_step"]) == (10, 1000)
+    assert call().returncode == 0  # it has no step to take, and keeps what it knows
+    again = json.loads((tmp_path / "out/summary.json").read_text())
+    assert all(again[name] == summary[name] for name in train.FIRST_STEP)
 
 
 def test_metrics_and_summary_are_json_that_other_programs_read(finished):

@@ -39,7 +39,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
 from models.trained import Shards, full, save_packed, save_shards, save_trained, save_whole
-from utils import scenes
+from utils import interrupt, scenes
 from utils.datautils import ShuffledSamples, Trajectories, collate, rebuild_latents, split_batch
 from utils.folders import read_json, remove_folder, whole_folder, write_json
 from utils.metrics import psnr, scene_score
@@ -151,7 +151,7 @@ class FluxQATTrainer(transformers.Trainer):
             eval_dataset=eval_data,
             data_collator=collate,
             optimizers=(None, None),
-            callbacks=[_Average(self), _Freeze(self)],
+            callbacks=[_Average(self), _Freeze(self), _Clock(self)],
         )
         if stock := self.pop_callback(TensorBoardCallback):
             self.add_callback(_TensorBoard(stock.tb_writer))
@@ -160,6 +160,7 @@ class FluxQATTrainer(transformers.Trainer):
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.doing = "training starts"
         self.aside = 0.0  # seconds spent on evaluation and checkpoints
+        self.first_step: dict[str, float] = {}  # when it began, from the script's start on, and how long it took
         self.averages: list[Tensor] | None = None
         if self.is_fsdp_enabled:
             prepare_fsdp(self.accelerator)
@@ -506,6 +507,23 @@ class _Average(transformers.TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.update_average()
+
+
+class _Clock(transformers.TrainerCallback):
+    """Notes how long it takes to the first step, without what is evaluated before it, and how long that takes: what is
+    compiled is compiled in it."""
+
+    def __init__(self, trainer: FluxQATTrainer):
+        self.trainer, self.began = trainer, None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.began is None:
+            self.began = time.time()
+            seconds = self.began - interrupt.STARTED - self.trainer.aside
+            self.trainer.first_step["seconds_to_first_step"] = round(seconds, 1)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.first_step.setdefault("seconds_of_first_step", round(time.time() - self.began, 1))
 
 
 class _Freeze(transformers.TrainerCallback):
