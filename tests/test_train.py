@@ -525,7 +525,7 @@ def test_two_ranks_do_what_one_does_with_the_double_batch(call, command, cache, 
     ("from_", "batch", "accumulation", "near", "flags"),
     [
         # bfloat16 rounds the sums over a batch: one rank takes the parts of it that the two take.
-        ("two", 2, 2, 1e-5, ["--ema_decay", 0.5, "--bf16", True]),
+        ("two", 2, 2, 1e-3, ["--ema_decay", 0.5, "--bf16", True]),
         ("one", 4, 2, 1e-3, ["--freeze_codes", 0.5, "--optim", "adamw_torch_8bit", "--gradient_accumulation_steps", 2]),
     ],
     ids=["average in bf16", "frozen codes in 8 bits"],
@@ -541,9 +541,10 @@ def test_weights_spread_over_two_ranks_are_trained_as_on_one(
     whole = [*flags, "--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation]
 
     def two(folder: Path):
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tests/spread_on_cpu.py"]
         result = run(*launch, *command(folder, *flags, "--fsdp", "full_shard"))
         assert result.returncode == 0, result.stderr
+        assert "FSDP2-wrapped module" in result.stderr  # torch says of views what may not be done with them
 
     one = call(*whole, folder=tmp_path / "one")
     assert one.returncode == 0, one.stderr

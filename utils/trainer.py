@@ -54,6 +54,7 @@ log = get_logger("train")
 THIRDS = ("early", "middle", "late")  # of the denoising steps: noise first, details last
 ERROR_FLOOR = 1e-12  # of a sample; the gradient of a power below 1 has a pole at zero
 STATE = "training_state"
+NOT_SPREAD = ("cpu", "mps")  # devices on which accelerate would take DDP instead, without a word
 FSDP_OPTIMIZERS = ("adamw_torch_8bit", "adamw_torch_fused", "adamw_torch", "sgd")
 ONLINE_WINDOW = 16  # trajectories kept at a time when there is no teacher cache
 
@@ -222,7 +223,8 @@ class FluxQATTrainer(transformers.Trainer):
         Below 1 the power keeps them from outweighing all others in the gradient.
         """
         inputs, target = split_batch(inputs)
-        velocity = model(**inputs, return_dict=False)[0]
+        with self.accelerator.autocast():  # which accelerate leaves to FSDP2's policy, where weights stay in fp32
+            velocity = model(**inputs, return_dict=False)[0]
         errors = (velocity.float() - target.float()).square().flatten(1).mean(1)
         loss = errors.clamp(min=ERROR_FLOOR).pow(self.args.loss_power).mean()
         if self.args.feature_loss:
@@ -301,6 +303,7 @@ class FluxQATTrainer(transformers.Trainer):
 
     @torch.no_grad()
     def _swap_average(self) -> None:
+        reshard(self.model)  # an evaluation leaves the root's parameters whole
         for parameter, average in zip(map(local, self.trained()), map(local, self.average), strict=True):
             kept = parameter.detach().clone()
             parameter.copy_(average)
@@ -618,6 +621,8 @@ def check_fsdp(args, lora_r: int) -> None:
     """ValueError on what cannot be spread by FSDP2."""
     if args.fsdp_config.get("version", 2) != 2:
         raise ValueError("--fsdp: version 1 keeps flat copies of the weights; use version 2, the default")
+    if args.device.type in NOT_SPREAD:
+        raise ValueError(f"--fsdp: accelerate spreads weights over GPUs, not over a {args.device.type}: leave it out")
     if args.world_size == 1:
         raise ValueError("--fsdp spreads the weights over several processes, and this is one: leave it out")
     if args.optim.value not in FSDP_OPTIMIZERS:
