@@ -649,6 +649,7 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(flags, make, data, tmp
 @pytest.mark.parametrize(
     ("flags", "ranks", "lora_r", "message"),
     [
+        ([], 2, 0, "accelerate spreads weights over GPUs, not over a cpu: leave it out"),
         ([], 1, 0, "several processes, and this is one: leave it out"),
         (["--optim", "adafactor"], 2, 0, "--optim adafactor cannot be spread by --fsdp: use adamw_torch_8bit or"),
         ([], 2, 4, "of a LoRA that is little: leave out --fsdp or --lora_r"),
@@ -660,7 +661,8 @@ def test_what_fsdp2_cannot_spread_is_refused(flags, ranks, lora_r, message, tmp_
         (tmp_path / "fsdp.json").write_text(flags[1])
         flags = ["--fsdp_config", str(tmp_path / "fsdp.json")]
     _, _, args = process_args(["--device", "cpu", "--fsdp", "full_shard", *flags])
-    told = SimpleNamespace(fsdp_config=args.fsdp_config, optim=args.optim, world_size=ranks)
+    device = torch.device("cpu" if "cpu" in message else "cuda")
+    told = SimpleNamespace(fsdp_config=args.fsdp_config, optim=args.optim, world_size=ranks, device=device)
     with pytest.raises(ValueError, match=message):
         trainer.check_fsdp(told, lora_r)
 
