@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -414,8 +414,11 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield full, parameter
 
 
-def read_index(folder: Path, config: dict, variant: str | None = None) -> dict:
-    """The index of a packed folder; ValueError if it is unreadable, of another format, or not that of `config`."""
+def read_index(folder: Path, config: dict, blocks: Mapping[str, str], variant: str | None = None) -> dict:
+    """The index of a packed folder; ValueError if it is unreadable, of another format, or not that of `config`.
+
+    blocks: the model's lists of blocks, of each the config's entry with its length.
+    """
     file = folder / index_name(variant)
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
@@ -430,11 +433,10 @@ def read_index(folder: Path, config: dict, variant: str | None = None) -> dict:
         raise ValueError(f"{file}: shards and checksums do not belong together; save or download it again")
     if config_digest(config) != wanted:
         raise ValueError(f"{folder / 'config.json'}: differs from what was saved; save or download it again")
-    for kind in ("num_layers", "num_single_layers"):  # before a model of that size is built
-        prefix = "transformer_blocks." if kind == "num_layers" else "single_transformer_blocks."
-        found = len({name.split(".")[1] for name in weight_map if name.startswith(prefix)})
-        if config.get(kind) != found:
-            raise ValueError(f"{file}: holds {found} {prefix[:-1]}, config.json says {kind}={config.get(kind)!r}")
+    for kind, entry in blocks.items():  # before a model of that size is built
+        found = len({name.split(".")[1] for name in weight_map if name.startswith(f"{kind}.")})
+        if config.get(entry) != found:
+            raise ValueError(f"{file}: holds {found} {kind}, config.json says {entry}={config.get(entry)!r}")
     return index
 
 

@@ -25,7 +25,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch.nn import functional as F
 
-from models import kernels, modeling_flux_quant
+from models import attention, kernels
 from models.kernels import FP8
 from models.modeling_flux_quant import FastGELU, FastProjectedGELU, FluxTransformer2DModel, FusedFluxAttnProcessor
 from models.packing import PackedLinear
@@ -496,8 +496,8 @@ def joining(monkeypatch):
         parts = [[norm(x) for x, norm in pair] for pair in (text, image) if pair]
         return [apply_rotary_emb(torch.cat(part, 1), rotary, sequence_dim=1) for part in zip(*parts, strict=True)]
 
-    monkeypatch.setattr(modeling_flux_quant, "can_rotate", lambda *_: not torch.is_grad_enabled())
-    monkeypatch.setattr(modeling_flux_quant, "norm_rotate", norm_rotate)
+    monkeypatch.setattr(attention, "can_rotate", lambda *_: not torch.is_grad_enabled())
+    monkeypatch.setattr(attention, "norm_rotate", norm_rotate)
 
 
 @pytest.mark.parametrize(("blocks", "inputs"), [("transformer_blocks", 8), ("single_transformer_blocks", 3)])
