@@ -912,11 +912,10 @@ CODES = {"codes": "*u8", "alpha": "*fp32", "columns": "i32", "alpha_stride": "i3
 LEVELS = {"in_features": "i32", "shift": "fp32", "factor": "fp32"}
 WORDS = {"out": "*fp8e4nv", "count": "i32"}
 FOUR = {f"{name}_{place}": kind for name, kind in (("codes", "*u8"), ("alpha", "*fp32")) for place in (1, 2, 3)}
-FOUR |= dict.fromkeys(("bias", "bias_1", "bias_2", "bias_3", "all_bias"), "*bf16") | {"all_alpha": "*fp32"}
-FOUR |= dict.fromkeys(("rows", "rows_1", "rows_2", "rows_3"), "i32")
-UNBIASED = FOUR | dict.fromkeys(
-    ("bias", "bias_1", "bias_2", "bias_3", "all_bias"), "*fp32"
-)  # step sizes in their place
+FOUR |= dict.fromkeys(("rows", "rows_1", "rows_2", "rows_3"), "i32") | {"all_alpha": "*fp32"}
+BIASES = ("bias", "bias_1", "bias_2", "bias_3", "all_bias")
+UNBIASED = FOUR | dict.fromkeys(BIASES, "*fp32")  # step sizes in their place
+FOUR |= dict.fromkeys(BIASES, "*bf16")
 ROTATION = {f"{part}query{kind}": "*bf16" for part in ("text_", "") for kind in ("", "_weight")}
 ROTATION |= {f"{part}key{kind}": "*bf16" for part in ("text_", "") for kind in ("", "_weight")}
 ROTATION |= {"cos": "*fp32", "sin": "*fp32", "heads": "i32", "eps": "fp32"}
