@@ -136,6 +136,27 @@ def test_blocks_of_a_kind_compile_whole_and_share_their_code(packed, fused):
         torch._dynamo.reset()
 
 
+@pytest.mark.gpu
+@torch.no_grad()
+def test_its_modes_on_a_gpu_eager_and_compiled(monkeypatch):
+    torch.manual_seed(0)
+    config = CONFIGS["FLUX.2"] | {"attention_head_dim": 64, "num_attention_heads": 4, "axes_dims_rope": (16,) * 4}
+    model = Flux2Transformer2DModel(**config, guidance_embeds=False, w_bits=0).eval().pack()
+    given = inputs(model.config, torch.bfloat16, text_tokens=40)
+    given = {name: part.cuda() if torch.is_tensor(part) else part for name, part in given.items()}
+    model = torch.nn.Module.to(model, "cuda", torch.bfloat16)
+    exact = model(**given)[0].double()
+    model.set_inference_mode("fast")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.RMSNorm, "forward", lambda *_: pytest.fail("diffusers' own attention was called"))
+        found = [model(**given)[0]]
+    torch._dynamo.reset()
+    model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    found.append(model(**given)[0])
+    for velocity in found:
+        assert 0 < (velocity - exact).square().sum() < 1e-2 * exact.square().sum()
+
+
 @pytest.mark.parametrize("level", ["leaf_level", "block_level"])
 def test_it_is_offloaded_by_diffusers(packed, fused, level):
     model = copy.deepcopy(packed).set_inference_mode("fast")
