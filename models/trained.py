@@ -224,7 +224,7 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
 
 def describe_base(model: nn.Module, name: str, start_from: str | None = None) -> dict | None:
     """What base.json holds for a model made from pipeline `name`, its weights moved to the codes of `start_from` if
-    that is given (see FluxTransformer2DModel.start_from); None if no parameter of it is frozen."""
+    that is given (see QuantizedTransformer.start_from); None if no parameter of it is frozen."""
     parameters = dict(model.named_parameters())
     frozen = {name: parameters[name] for name in frozen_names(model)}
     if not frozen:

@@ -353,7 +353,7 @@ class Mark(dict):
     def get(self, key, default=None):
         raise ValueError(
             f"{self['name']} is quantized (w_bits={self['w_bits']}): an ordinary layer cannot load what its state dict "
-            "holds; load it into the FluxTransformer2DModel of models.modeling_flux_quant, made with the same settings"
+            "holds; load it into this package's model of the same class, made with the same settings"
         )
 
     def __deepcopy__(self, memo) -> "Mark":

@@ -1,0 +1,65 @@
+"""Attention in fast mode: projections of one input multiplied as one, queries and keys by one kernel (norm_rotate).
+
+What stands here goes before one of diffusers' attention processors among the bases of a class; where the kernel cannot
+do it or something hooks a norm, diffusers' own does. A projection that is hooked is called by itself.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor, nn
+
+from models.kernels import can_rotate, norm_rotate
+from models.packing import PackedLinear, is_unhooked
+
+Rotary = tuple[Tensor, Tensor]  # cosines and sines [tokens, width of a head]
+
+
+def can_fuse(tokens: Tensor, head_dim: int, norms: Sequence[nn.RMSNorm], rotary: Rotary | None) -> bool:
+    """Whether norm_rotate can make the queries and keys of `tokens` by calling none of the norms."""
+    return rotary is not None and all(
+        is_unhooked(norm) and can_rotate(tokens, head_dim, norm) and norm.eps == norms[0].eps for norm in norms
+    )
+
+
+def attend(processor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention [batch, tokens, heads, width] by what was chosen on the processor -> [batch, tokens, channels]."""
+    return dispatch_attention_fn(
+        query, key, value, attn_mask=mask, backend=processor._attention_backend,
+        parallel_config=processor._parallel_config,
+    ).flatten(2)  # fmt: skip
+
+
+class FusedAttention:
+    """Of FluxAttention and Flux2Attention: text and image tokens, each with their projections, or one sort alone."""
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Rotary | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Tokens [batch, tokens, channels] -> the same; with those of the text given, the pair of image and text."""
+        joint = encoder_hidden_states is not None
+        norms = [attn.norm_q, attn.norm_k] + ([attn.norm_added_q, attn.norm_added_k] if joint else [])
+        if not can_fuse(hidden_states, attn.head_dim, norms, image_rotary_emb):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+        def heads(tokens: Tensor, *layers: nn.Module) -> list[Tensor]:
+            return [part.unflatten(-1, (-1, attn.head_dim)) for part in PackedLinear.together(layers, tokens)]
+
+        query, key, value = heads(hidden_states, attn.to_q, attn.to_k, attn.to_v)
+        image, text = [(query, attn.norm_q), (key, attn.norm_k)], None
+        if joint:
+            added = heads(encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            text = [(added[0], attn.norm_added_q), (added[1], attn.norm_added_k)]
+            value = torch.cat([added[2], value], 1)
+        query, key = norm_rotate(text, image, image_rotary_emb)
+        out = attend(self, query, key, value, attention_mask)
+        if not joint:
+            return out
+        text_out, image_out = out.tensor_split([encoder_hidden_states.shape[1]], 1)
+        return attn.to_out[1](attn.to_out[0](image_out.contiguous())), attn.to_add_out(text_out.contiguous())
