@@ -626,6 +626,7 @@ def norm_rotate(
     _launch(
         _norm_rotate, (batch * tokens, 2), *text_pair, *pair, *weights, cos, sin, out, text_count, tokens, heads,
         norms[0].eps, *text_pair[0].stride()[:2], *pair[0].stride()[:2], 1 << (heads - 1).bit_length(), width,
+        num_warps=8,  # with four, heads of 128 go through shared memory: 61 µs a block of FLUX.1-dev on an H200
     )  # fmt: skip
     return out[0], out[1]
 
