@@ -394,7 +394,7 @@ def kept(layer: nn.Module, dtype: torch.dtype) -> Tensor | None:
     In int8 it is the layer's `integers`, in another dtype its dequantized weight. It is made anew once codes or step
     sizes are written to or lie elsewhere; writing through their `.data` goes unnoticed, as it does in autograd.
     """
-    codes, alpha = layer.weight_codes, layer.weight_clip_val
+    codes, alpha = layer._parameters["weight_codes"], layer._parameters["weight_clip_val"]
     if torch.compiler.is_compiling() or codes.is_inference() or layer.out_features * layer.in_features > KEPT:
         return None
     state = dtype, codes.data_ptr(), codes._version, alpha.data_ptr(), alpha._version
