@@ -62,6 +62,7 @@ from utils.datautils import OnlineTeacher, TeacherCache, Trajectories, default_f
 from utils.folders import check_disks, check_target, locked, read_json, whole_folder, write_json
 from utils.process_args import LARGE, process_args
 from utils.prompts import pick_prompts
+from utils.rates import choose_rates
 from utils.sampling import native_size
 from utils.teacher import Teacher, TeacherSettings, prompt_seeds
 from utils.trainer import (
@@ -78,6 +79,7 @@ from utils.trainer import (
     save_curves,
 )
 from utils.utils import device_name, from_root, get_logger, pick_dtype, run_script
+from utils.widen import width_of
 
 log = get_logger("train")
 TORCHAO_OPTIMIZERS = ("adamw_torch_8bit", "adamw_torch_4bit")
@@ -151,8 +153,9 @@ def run_settings(model_args, training_args, teacher: dict) -> dict:
     names = ("lora_r", "lora_alpha", "clip_init", "quantize_modulation", "train_weights", "train_unquantized")
     settings = {"w_bits": model_args.w_bits[0]}
     settings |= {name: getattr(model_args, name) for name in (*names, "start_from")}
-    names = ("learning_rate", "clip_learning_rate", "weight_decay", "ema_decay", "feature_loss", "bf16", "fp16")
-    names += ("early_share", "loss_power", "freeze_codes", "seed", "warmup_steps", "max_grad_norm")
+    names = ("learning_rate", "clip_learning_rate", "rate_share", "weight_decay", "ema_decay", "feature_loss")
+    names += ("bf16", "fp16", "early_share", "loss_power", "freeze_codes", "seed", "data_seed", "warmup_steps")
+    names += ("max_grad_norm",)
     names += ("adam_beta1", "adam_beta2", "adam_epsilon")
     settings |= {name: getattr(training_args, name) for name in names}
     settings |= {
@@ -366,6 +369,7 @@ def train(model_args, data_args, training_args) -> None:
     source = Teacher(model_args.input_model_filename, pick_dtype(training_args, device))
     if is_quantized(source.config):
         raise ValueError(f"{model_args.input_model_filename}: already quantized; the teacher must be full precision")
+    choose_rates(training_args, bool(model_args.lora_r) and not model_args.train_weights, width_of(source.config))
     start = None
     if model_args.start_from is not None and checkpoint is None:
         start_folder = transformer_folder(Path(from_root(model_args.start_from)))

@@ -13,6 +13,7 @@ import run as script
 from utils import compare_oneshot, compare_recipes, compare_training_step
 from utils.process_args import process_args
 from utils.processes import run_logged, spread
+from utils.rates import choose_rates
 from utils.scenes import CATEGORIES
 
 FINAL = {"eval_nmse": 0.0125, "eval_psnr": 30.26, "eval_scene_score": 0.9, "eval_scene_score_teacher": 0.95}
@@ -49,6 +50,9 @@ def test_the_defaults_of_train_py_are_one_of_the_recipes():
 
     def values(arguments):
         found = {name: value for part in process_args(arguments) for name, value in vars(part).items()}
+        settings = SimpleNamespace(**found)
+        choose_rates(settings, lora=False, width=256)
+        found |= vars(settings)
         found["clip_learning_rate"] = found["clip_learning_rate"] or found["learning_rate"]  # what leaving it out means
         return {flag: found[flag.removeprefix("--")] for flag in flags[::2]}
 

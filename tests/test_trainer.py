@@ -225,6 +225,27 @@ def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay(clip_le
             assert settings[id(parameter)] == {"weight_decay": 0.1 if parameter.ndim == 2 else 0.0}, name
 
 
+def test_a_rate_can_be_a_share_of_each_layers_step_size(make):
+    made = make("--rate_share", 0.01, "--weight_decay", 0.1)
+    groups = {id(p): group for group in made.create_optimizer().param_groups for p in group["params"]}
+    assert sorted(groups) == sorted(id(p) for p in made.trained())
+    rates = set()
+    for name, layer in made.model.named_modules():
+        if isinstance(layer, QuantizeLinear):
+            rates.add(groups[id(layer.weight)]["lr"])
+            for parameter, decay in ((layer.weight, 0.1), (layer.weight_clip_val, 0.0)):
+                group = groups[id(parameter)]
+                assert group["lr"] == pytest.approx(0.01 * layer.weight_clip_val.mean().item()), name
+                assert group["weight_decay"] == decay
+    assert len(rates) > 1
+    assert groups[id(made.model.proj_out.weight)]["lr"] == 1e-3
+
+
+def test_the_order_of_the_samples_may_have_a_seed_of_its_own(make):
+    usual, same, other = (list(make(*flags).sampler) for flags in ([], ["--data_seed", 42], ["--data_seed", 43]))
+    assert usual == same != other
+
+
 # -------------------------------------------------------------------------------------------------------- the loss
 
 

@@ -97,10 +97,19 @@ def compile_blocks(transformer: FluxTransformer2DModel, spread: bool = False) ->
         block.forward = torch.compile(block.forward)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, clip_learning_rate: float | None) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, clip_learning_rate: float | None, rate_share: float | None = None
+) -> list[dict]:
     """The trained parameters for an optimizer: matrices with weight decay, the rest without, step sizes at their own
-    learning rate."""
-    trained = [(name.rpartition(".")[2], p) for name, p in model.named_parameters() if p.requires_grad]
+    learning rate; with `rate_share` the weight and the step sizes of every quantized layer at this share of its mean
+    step size."""
+    shared = [] if rate_share is None else shares(model, weight_decay, rate_share)
+    taken = {id(p) for group in shared for p in group["params"]}
+    trained = [
+        (name.rpartition(".")[2], p)
+        for name, p in model.named_parameters()
+        if p.requires_grad and id(p) not in taken
+    ]
     clip = {} if clip_learning_rate is None else {"lr": clip_learning_rate}
     groups = [
         {"params": [p for name, p in trained if name == "weight_clip_val"], "weight_decay": 0.0} | clip,
@@ -110,7 +119,19 @@ def parameter_groups(model: nn.Module, weight_decay: float, clip_learning_rate: 
         },
         {"params": [p for name, p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return [group for group in groups if group["params"]]
+    return [group for group in groups if group["params"]] + shared
+
+
+def shares(model: nn.Module, weight_decay: float, rate_share: float) -> list[dict]:
+    """A group for the weight and one for the step sizes of every quantized layer, as far as they are trained."""
+    groups = []
+    for layer in quantized_layers(model):
+        if layer.weight_clip_val is not None:
+            rate = rate_share * full(layer.weight_clip_val.detach()).mean().item()
+            for parameter, decay in ((layer.weight, weight_decay), (layer.weight_clip_val, 0.0)):
+                if parameter.requires_grad:
+                    groups.append({"params": [parameter], "lr": rate, "weight_decay": decay})
+    return groups
 
 
 class FluxQATTrainer(transformers.Trainer):
@@ -142,7 +163,8 @@ class FluxQATTrainer(transformers.Trainer):
             raise ValueError("feature_loss needs the teacher")
         self.eval_pipe, self.settings, self.teacher, self.base = eval_pipe, settings, teacher, base
         self.num_images, self.num_final_images = num_images, num_final_images
-        self.sampler = ShuffledSamples(len(train_data.prompts), train_data.steps, args.seed, window, args.early_share)
+        order = args.seed if args.data_seed is None else args.data_seed
+        self.sampler = ShuffledSamples(len(train_data.prompts), train_data.steps, order, window, args.early_share)
         self.folder = Path(args.output_dir)
         super().__init__(
             model=model,
@@ -185,7 +207,8 @@ class FluxQATTrainer(transformers.Trainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = parameter_groups(self.model, self.args.weight_decay, self.args.clip_learning_rate)
+            rates = self.args.clip_learning_rate, self.args.rate_share
+            groups = parameter_groups(self.model, self.args.weight_decay, *rates)
             self.optimizer = kind(groups, **settings)
         return self.optimizer
 
