@@ -155,8 +155,7 @@ def run_settings(model_args, training_args, teacher: dict) -> dict:
     settings |= {name: getattr(model_args, name) for name in (*names, "start_from")}
     names = ("learning_rate", "clip_learning_rate", "rate_share", "weight_decay", "ema_decay", "feature_loss")
     names += ("bf16", "fp16", "early_share", "loss_power", "freeze_codes", "seed", "data_seed", "warmup_steps")
-    names += ("max_grad_norm",)
-    names += ("adam_beta1", "adam_beta2", "adam_epsilon")
+    names += ("max_grad_norm", "vote_codes", "visit_share", "adam_beta1", "adam_beta2", "adam_epsilon")
     settings |= {name: getattr(training_args, name) for name in names}
     settings |= {
         "optim": training_args.optim.value,
@@ -388,9 +387,10 @@ def train(model_args, data_args, training_args) -> None:
         training_args.dataloader_num_workers, training_args.dataloader_persistent_workers = 0, False
 
     # 2. The student. Unless the teacher is needed on the way, nothing of its pipeline is there but the autoencoder.
-    if training_args.feature_loss:
+    watched = bool(training_args.feature_loss or training_args.visit_share)
+    if watched:
         source.load("transformer", device=device)
-    pipe, teacher = source.pipe, source.pipe.transformer if training_args.feature_loss else None
+    pipe, teacher = source.pipe, source.pipe.transformer if watched else None
     torch.manual_seed(training_args.seed)  # of the LoRA's start
     # A whole checkpoint holds what was trained in fp32; the pipeline's own weights are no finer than its dtype.
     dtype = pick_dtype(training_args, device)

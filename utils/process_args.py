@@ -182,6 +182,20 @@ class TrainingArguments(transformers.TrainingArguments):
             "quantized are trained; default: 0.1, with --ema_decay 0"
         },
     )
+    vote_codes: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of the steps, before the codes are frozen, over which each code is averaged, to be frozen "
+            "where it was most of the time; 0: where it is last"
+        },
+    )
+    visit_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of the steps, at the end, in which the student learns at states of pictures that it draws "
+            "itself, a batch of training prompts every so many steps as a picture has; keeps the teacher in memory"
+        },
+    )
     feature_loss: float = field(
         default=0.0,
         metadata={
@@ -335,6 +349,18 @@ def process_args(
             raise ValueError(f"--rate_share must be above 0, got {training_args.rate_share}")
         if training_args.rate_share is not None and model_args.lora_r:
             raise ValueError("--rate_share is of a layer's own weights, and with --lora_r it is not these that move")
+        for name in ("visit_share", "vote_codes"):
+            if not 0 <= getattr(training_args, name) <= 1:
+                raise ValueError(f"--{name} must be 0 to 1, got {getattr(training_args, name)}")
+        if training_args.vote_codes and (model_args.lora_r or not training_args.freeze_codes):
+            raise ValueError(
+                "--vote_codes decides which codes of the weights are frozen: it needs --freeze_codes above "
+                "0 and --lora_r 0"
+            )
+        if training_args.vote_codes + training_args.freeze_codes > 1:
+            raise ValueError("--vote_codes and --freeze_codes are shares of all steps: together at most 1")
+        if training_args.visit_share and data_args.teacher_cache == "off":
+            raise ValueError("--visit_share draws any training prompt again and again: it needs a teacher cache")
         if not 0 < training_args.loss_power <= 1:
             raise ValueError(f"--loss_power must be above 0 and at most 1, got {training_args.loss_power}")
     except ValueError as error:
