@@ -29,12 +29,13 @@ def cells(line):
 
 def test_recipes_become_a_table():
     summary = {"final": FINAL, "seconds_per_step": 0.0481}
-    head, rule, *rows = compare_recipes.table({"uniform": summary, "published": summary}).splitlines()
+    table = compare_recipes.table({compare_recipes.Cell(name): summary for name in ("uniform", "published")})
+    head, rule, *rows = table.splitlines()
     assert len(rows) == 2
     assert all(len(cells(line)) == len(cells(head)) for line in (rule, *rows))
     row = dict(zip(cells(head), cells(rows[1]), strict=True))
     assert row["recipe"] == compare_recipes.RECIPES["published"][0]
-    assert (row["NMSE"], row["PSNR dB"], row["s a step"]) == ("0.01250", "30.3", "0.048")
+    assert (row["NMSE"], row["PSNR dB"], row["s a step"]) == ("0.01250", "30.26", "0.048")
     assert (row["scene score"], row["of teacher"], row["color_attr"]) == ("0.900", "94.7%", "0.500")
 
 
@@ -42,7 +43,9 @@ def test_the_published_recipe_is_literal():
     flags = compare_recipes.RECIPES["published"][1]
     pairs = dict(zip(flags[::2], flags[1::2], strict=True))  # the last of a flag counts, as in argparse
     plain = {"--ema_decay": "0", "--early_share": "0.25", "--loss_power": "1", "--freeze_codes": "0"}
-    plain["--feature_loss"] = "0"  # not all of these are the defaults
+    plain |= dict.fromkeys(
+        ("--feature_loss", "--vote_codes", "--visit_share"), "0"
+    )  # not all of these are the defaults
     assert {name: pairs.pop(name) for name in plain} == plain
     assert pairs.pop("--clip_learning_rate") == pairs["--learning_rate"]
     assert pairs == {"--lora_r": "32", "--lora_alpha": "1", "--clip_init": "max", "--learning_rate": "2e-5"}
@@ -104,6 +107,46 @@ def test_a_recipe_that_starts_from_a_one_shot_gets_one(tmp_path, monkeypatch):
     made = oneshot[oneshot.index("--output_path") + 1]
     assert training[training.index("--start_from") + 1] == made == str(tmp_path / "oneshot")
     assert oneshot[oneshot.index("--w_bits") + 1] == "0"
+
+
+def test_seeds_and_bit_widths_are_trainings_of_their_own(tmp_path, monkeypatch):
+    """Each from a start of its bit width, with the mean of the seeds in the table."""
+    called = []
+
+    def run(words, log, environment):
+        words = [str(word) for word in words]
+        called.append(words)
+        if words[0] == "run.py":
+            script.parse_args(words[1:])
+        elif "--do_train" not in words:
+            process_args(words[1:])
+            folder = Path(words[words.index("--output_dir") + 1])
+            folder.mkdir()
+            nmse = 0.02 if folder.name.endswith("1") else 0.04
+            worst = {"eval_scene_worst_of_teacher": 0.96}
+            summary = {"final": FINAL | worst | {"eval_nmse": nmse}, "seconds_per_step": 0.1}
+            (folder / "summary.json").write_text(json.dumps(summary))
+
+    monkeypatch.setattr(compare_recipes, "run_logged", run)
+    flags = ["--output", str(tmp_path), "--recipes", "last_blockwise", "--w_bits", "0", "2", "--data_seeds", "1", "2"]
+    monkeypatch.setattr(sys, "argv", ["compare_recipes", *flags])
+    compare_recipes.main()
+    starts = [words for words in called if words[0] == "run.py"]
+    assert all(words[words.index("--method") + 1] == "blockwise" for words in starts) and len(starts) == 2
+    trained = [words for words in called if words[0] == "train.py" and "--do_train" not in words]
+    for words in trained:
+        given = {flag: words[len(words) - 1 - words[::-1].index(flag) + 1] for flag in words if flag.startswith("--")}
+        bits, seed = given["--w_bits"], given["--data_seed"]
+        suffix = "" if bits == "0" else f"+{bits}bit"
+        assert given["--output_dir"] == str(tmp_path / f"last_blockwise{suffix}+seed{seed}")
+        assert given["--start_from"] == str(tmp_path / f"blockwise{suffix}")
+        assert (given["--vote_codes"], given["--visit_share"]) == ("0.05", "0.3")
+    assert len(trained) == 4 and len(json.loads((tmp_path / "recipes.json").read_text())["recipes"]) == 4
+    head, _, *rows = (tmp_path / "recipes.md").read_text().splitlines()
+    rows = [dict(zip(cells(head), cells(row), strict=True)) for row in rows]
+    [mean] = [row for row in rows if "mean of 2 seeds" in row["recipe"] and "2 bits" not in row["recipe"]]
+    assert (mean["NMSE"], mean["worst category of teacher"]) == ("0.03000", "96.0%")
+    assert len([row for row in rows if row["recipe"].endswith("spread") and row["NMSE"] == "0.01414"]) == 2
 
 
 def test_oneshot_figures_become_a_table(tmp_path, monkeypatch):
