@@ -676,6 +676,8 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(flags, make, data, tmp
         ([], 1, 0, "several processes, and this is one: leave it out"),
         (["--optim", "adafactor"], 2, 0, "--optim adafactor cannot be spread by --fsdp: use adamw_torch_8bit or"),
         ([], 2, 4, "of a LoRA that is little: leave out --fsdp or --lora_r"),
+        (["--visit_share", "0.5"], 2, 0, "--visit_share is for weights that are whole on every GPU"),
+        (["--vote_codes", "0.5"], 2, 0, "--vote_codes is for weights that are whole on every GPU"),
         (["--fsdp_config", '{"version": 1}'], 2, 0, "version 1 keeps flat copies of the weights; use version 2"),
     ],
 )
@@ -684,7 +686,10 @@ def test_what_fsdp2_cannot_spread_is_refused(flags, ranks, lora_r, message, tmp_
         (tmp_path / "fsdp.json").write_text(flags[1])
         flags = ["--fsdp_config", str(tmp_path / "fsdp.json")]
     _, _, args = process_args(["--device", "cpu", "--fsdp", "full_shard", *flags])
-    told = SimpleNamespace(fsdp_config=args.fsdp_config, optim=args.optim, world_size=ranks)
+    told = SimpleNamespace(
+        **{name: getattr(args, name) for name in ("fsdp_config", "optim", "visit_share", "vote_codes")}
+    )
+    told.world_size = ranks
     with pytest.raises(ValueError, match=message):
         trainer.check_fsdp(told, lora_r)
 

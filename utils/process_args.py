@@ -345,7 +345,7 @@ def process_args(
             raise ValueError(f"--freeze_codes must be at least 0 and below 1, got {training_args.freeze_codes}")
         if training_args.freeze_codes and training_args.ema_decay:
             raise ValueError("--freeze_codes cannot be combined with --ema_decay: averaged step sizes want other codes")
-        if training_args.rate_share is not None and training_args.rate_share <= 0:
+        if training_args.rate_share is not None and not training_args.rate_share > 0:
             raise ValueError(f"--rate_share must be above 0, got {training_args.rate_share}")
         if training_args.rate_share is not None and model_args.lora_r:
             raise ValueError("--rate_share is of a layer's own weights, and with --lora_r it is not these that move")
