@@ -243,7 +243,7 @@ def test_both_training_steps_train_a_lora_on_the_same_linears():
 
 
 def rate_of(power: float, width: int) -> float:
-    return 4e-4 * (256 / width) ** power
+    return 8e-4 * (256 / width) ** power
 
 
 def measured(power: float, seeds=(42,)) -> dict:
@@ -299,7 +299,7 @@ def test_the_plot_and_the_table_are_made_of_what_is_there(start, tmp_path):
     assert start(compare_widths.main, "compare_widths.py", "--output", tmp_path) == 0
     lines = (tmp_path / "widths.md").read_text().splitlines()
     rows = [cells(line) for line in lines if line.startswith("| 256 | trained")]
-    assert len(rows) == 5 and rows[0][:4] == ["256", "trained", "0.000125", "42"] and rows[0][7] == "88.9%"
+    assert len(rows) == 5 and rows[0][:4] == ["256", "trained", "0.00025", "42"] and rows[0][7] == "88.9%"
     ranked = [cells(line)[0] for line in lines[lines.index("") :] if cells(line)[0] in compare_widths.RULES]
     ranked.remove("width")  # the head of the table of optima
     assert set(ranked[:2]) == {"sqrt", "alpha"} and len(ranked) == 5
@@ -343,7 +343,7 @@ def test_cells_are_measured_once_and_kept_as_they_come(tmp_path, monkeypatch):
     assert data["cells"]["256-blockwise"]["score"] == 0.4
     assert data["cells"]["256-trained-0.0005-42"]["nmse"] == FINAL["eval_nmse"]
     rates = [words[words.index("--learning_rate") + 1] for words in called if "--learning_rate" in words]
-    assert [float(rate) for rate in rates] == [1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3]
+    assert [float(rate) for rate in rates] == [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3]
 
     elsewhere = tmp_path / "elsewhere"  # another machine: nothing but widths.json
     elsewhere.mkdir()

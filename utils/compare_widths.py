@@ -4,9 +4,10 @@
     python -m utils.compare_widths --models assets/tiny-flux output/tiny-flux-512 output/tiny-flux-1024 --parallel 6
     python -m utils.compare_widths --output output/widths                          # the plot of what is there
 
-At each width: one-shot quantization (mse, calibrated), block-wise training, and end-to-end training at five learning
-rates, a factor of two apart, around 5e-4 · sqrt(256/width), halfway between the rules. Budgets are short and the same
-at every width. A cell is a train.py, or a run.py and a test.py.
+At each width: one-shot quantization (mse, calibrated), block-wise training at 5e-4 · sqrt(256/width), and end-to-end
+training at five learning rates, a factor of two apart, around --middle · sqrt(256/width), halfway between the rules.
+Budgets are short and the same at every width; the best rate of so few steps is above that of a whole training. A cell
+is a train.py, or a run.py and a test.py.
 
 OUTPUT/widths.json holds every figure and is all that the same command needs to go on from, here or elsewhere; cells of
 the widest model come first. OUTPUT/widths.md: the table, the optimum of each width (of the NMSE, by a parabola through
@@ -15,7 +16,8 @@ optimum is carried over by:
 
     constant        the same rate
     sqrt, width     1/sqrt(width), 1/width
-    alpha, rms      a share of the mean step size of the weights, of their root mean square
+    alpha, rms      a share of the mean step size of the weights, of their root mean square. Of widened teachers both
+                    fall by about 1/sqrt(width), since they start that way: these tell little beside "sqrt"
 
 OUTPUT/widths.png: scene score of the teacher's, NMSE and optimum over the width.
 """
@@ -38,7 +40,7 @@ import torch
 from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
 from utils.folders import read_json, write_json, write_text
 from utils.processes import quantize_and_judge, run_logged, spread
-from utils.rates import EXPONENTS, scaled
+from utils.rates import EXPONENTS, REFERENCE_RATE, scaled
 from utils.utils import ArgumentParser, device_name, from_root, get_logger, pick_device, run_script
 from utils.widen import width_of
 
@@ -72,9 +74,9 @@ def model_facts(model: str) -> dict:
     return facts | {"alpha": alpha / count, "rms": math.sqrt(energy / count)}
 
 
-def rate_cells(width: int, seeds: list[int]) -> list[dict]:
-    """End-to-end training at each rate and with each order of the samples."""
-    rates = [scaled("sqrt", width) * factor for factor in FACTORS]
+def rate_cells(width: int, seeds: list[int], middle: float = 1e-3) -> list[dict]:
+    """End-to-end training at each rate, around `middle` at width 256, and with each order of the samples."""
+    rates = [middle * scaled("sqrt", width) / REFERENCE_RATE * factor for factor in FACTORS]
     return [
         {"width": width, "method": "trained", "rate": float(f"{rate:.4g}"), "seed": seed}
         for seed in seeds
@@ -157,9 +159,9 @@ def fill(models: dict[int, str], results: Results, args: argparse.Namespace) -> 
     end = time.time() + 60 * args.minutes
     cells = []
     for width in sorted(models, reverse=True):
-        cells += rate_cells(width, args.seeds)
-        middle = float(f"{scaled('sqrt', width):.4g}")
-        cells += [{"width": width, "method": method, "rate": middle, "seed": 0} for method in reversed(METHODS)]
+        cells += rate_cells(width, args.seeds, args.middle)
+        rate = float(f"{scaled('sqrt', width):.4g}")
+        cells += [{"width": width, "method": method, "rate": rate, "seed": 0} for method in reversed(METHODS)]
     cells = [cell for cell in cells if key_of(cell) not in results.data["cells"]]
 
     def prepare(width: int, environment: Mapping[str, str]) -> None:
@@ -330,6 +332,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--parallel", type=int, default=1, help="cells measured at a time on each GPU")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many; default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42], help="orders of the samples to train in")
+    parser.add_argument("--middle", type=float, default=1e-3, help="of the learning rates, at width 256")
     parser.add_argument("--w_bits", type=int, default=0)
     parser.add_argument("--max_steps", type=int, default=600, help="of end-to-end training")
     parser.add_argument("--batch_size", type=int, default=128)

@@ -557,7 +557,7 @@ def zero_modulation(transformer: FluxTransformer2DModel) -> None:
 def compile_blocks(transformer: FluxTransformer2DModel) -> None:
     """Compile the two kinds of block on CUDA, where the saved time pays for it."""
     if transformer.device.type == "cuda":
-        transformer.compile_repeated_blocks(fullgraph=True)
+        transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)  # two models: each its own sizes
 
 
 # --------------------------------------------------------------------------------------------------- assembly
