@@ -16,8 +16,9 @@ student, the same transformer with quantized linears, learns to predict the same
 `--lora_r 32 --lora_alpha 1 --clip_init max --learning_rate 2e-5 --early_share 0.25 --loss_power 1 --freeze_codes 0` is
 the recipe of the published port. `--early_share` is how much of the training goes to the first quarter of the denoising
 steps, which decide the layout, `--loss_power` below 1 makes hard samples count for less; for the last `--freeze_codes`
-of the steps the codes stay, and what is left is trained for them; `--start_from FOLDER` starts from the codes that
-run.py found. It writes
+of the steps the codes stay, and what is left is trained for them; `--vote_codes` freezes each where it was most of the
+time, `--visit_share` has the student learn at states of its own pictures; `--start_from FOLDER` starts from the codes
+that run.py found. It writes
 
     LOCAL_DIR/teacher_cache/MODEL-DIGEST/            trajectories, shared by all runs that ask the same of a teacher
     OUTPUT_DIR/eval/step_N/, step-N.png, steps.png   held-out prompts as the student draws them

@@ -32,6 +32,7 @@ def test_tiny_flux_has_the_rates_it_was_tuned_to(rule, monkeypatch):
     monkeypatch.setattr(rates, "RULE", rule)
     assert chosen(256).learning_rate == chosen(256).clip_learning_rate == 5e-4
     assert rates.default_rate(256, "lora") == 5e-4
+    assert chosen(64).learning_rate == chosen(64).clip_learning_rate == 5e-4  # below, nothing is known
 
 
 def test_a_share_of_the_step_size_can_be_the_rule(monkeypatch):

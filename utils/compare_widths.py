@@ -46,6 +46,7 @@ from utils.widen import width_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 (the backend is to be chosen first)
+from matplotlib.ticker import NullFormatter  # noqa: E402
 
 log = get_logger("widths")
 METHODS = ("mse", "calibrated", "blockwise")
@@ -316,8 +317,12 @@ def plot(data: dict, verdict: dict, file: Path) -> None:
     error.set(title="velocity NMSE", xlabel="width", xscale="log", yscale="log")
     rates.set(title="NMSE of end-to-end training", xlabel="learning rate", xscale="log", yscale="log")
     best.set(title="best learning rate", xlabel="width", xscale="log", yscale="log")
+    widths = sorted({cell["width"] for cell in data["cells"].values()})
     for axis in (score, error, rates, best):
         axis.grid(alpha=0.3)
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        if axis is not rates:
+            axis.set_xticks(widths, labels=widths)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize="small")
     figure.savefig(file, dpi=110)

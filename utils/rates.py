@@ -1,6 +1,6 @@
 """Which learning rate a width gets, of the rate that tiny-flux's 256 channels were tuned to.
 
-    rate(width) = 5e-4 · (256 / width)^e
+    rate(width) = 5e-4 · (256 / width)^e        narrower ones get no more: nothing is known below 256
 
 RULE says what holds for weights: AdamW moves every weight by about the rate at each step, whatever its gradient. That
 is a share of the weight that grows with √width, since weights fall with it ("sqrt": e = 1/2, the same share at every
@@ -20,7 +20,7 @@ EVIDENCE = "no measurement yet"  # for RULE, as --help tells it
 
 def scaled(rule: str, width: int) -> float:
     """The rate at `width` by a rule that goes by the width alone."""
-    return REFERENCE_RATE * (REFERENCE_WIDTH / width) ** EXPONENTS[rule]
+    return REFERENCE_RATE * min(1, REFERENCE_WIDTH / width) ** EXPONENTS[rule]
 
 
 def default_rate(width: int, kind: str) -> float:
