@@ -9,7 +9,7 @@ from models.packing import PackedLinear, unpack_codes, unpack_trits
 from models.utils_quant import code_grid, init_clip_val, quantize
 from utils import oneshot
 from utils.sampling import generate_images, record_inputs, record_velocities
-from utils.walk import Block, Work, first_inputs, stored_tensors
+from utils.walk import Work, first_inputs, make_block, stored_tensors
 
 CPU = torch.device("cpu")
 
@@ -226,7 +226,7 @@ def test_moments_are_those_of_each_layers_own_inputs(recorded):
     """Layers with one input share one object; the teacher's inputs are those that the block's own parameters make."""
     transformer, calls = recorded
     module = transformer.transformer_blocks[0]
-    block = Block("transformer_blocks.0", module, first_inputs(transformer, calls, CPU))
+    block = make_block(transformer, "transformer_blocks.0", first_inputs(transformer, calls, CPU))
     finished = {name: p.detach() * 1.5 for name, p in module.named_parameters()}
     linears = {name: m for name, m in module.named_modules() if isinstance(m, torch.nn.Linear)}
     weights = [1.0, 3.0]
@@ -243,7 +243,7 @@ def test_moments_are_those_of_each_layers_own_inputs(recorded):
 
     teachers, students = inputs({}), inputs(finished)
     covered = []
-    for group in oneshot.GROUPS:
+    for group in block.order:
         names = [name for name in linears if name in group]
         with torch.no_grad():
             found = oneshot.collect(block, names, finished, weights)
