@@ -188,7 +188,7 @@ class PackedLinear(ReadOnlyWeight, QuantizedLayer, nn.Linear):
     QuantizeLinear up to the order of the sum, "fast" those of activations in 8 bits (kernels.py). Parameters, none
     of which wants a gradient: weight_codes [out, row_bytes] uint8, weight_clip_val [out, 1] or [1, 1] fp32, bias [out].
     Gradients reach x and the bias; asking for those of codes or step sizes is a ValueError. `weight` is a
-    ComputedWeight in the bias's dtype.
+    ComputedWeight in the bias's dtype; without a bias in `weight_dtype`, which follows .to(dtype).
     """
 
     _fp32_parameters = ("weight_clip_val",)
@@ -202,6 +202,7 @@ class PackedLinear(ReadOnlyWeight, QuantizedLayer, nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.w_bits, self.weight_layerwise = check_bits(w_bits), weight_layerwise
         self.kept = None  # see kernels.kept
+        self.weight_dtype = torch.get_default_dtype() if dtype is None else dtype
 
         def parameter(*shape: int, dtype: torch.dtype | None) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
@@ -234,10 +235,11 @@ class PackedLinear(ReadOnlyWeight, QuantizedLayer, nn.Linear):
 
         ValueError, opening with `name`, if weight or step sizes hold NaN or inf.
         """
+        dtype = layer.latent_weight().dtype
         if layer.latent_weight().is_meta:
             sizes = (layer.in_features, layer.out_features, layer.bias is not None)
             settings = {"w_bits": layer.w_bits, "weight_layerwise": layer.weight_layerwise}
-            return cls(*sizes, device="meta", **settings).eval()
+            return cls(*sizes, device="meta", dtype=dtype, **settings).eval()
         weight, alpha = layer.effective_weight(), layer.weight_clip_val
         if not (weight.sum().isfinite() or weight.isfinite().all()) or not alpha.isfinite().all():
             raise ValueError(f"{name or cls.__name__}: the weight or its step sizes hold NaN or inf")
@@ -246,7 +248,9 @@ class PackedLinear(ReadOnlyWeight, QuantizedLayer, nn.Linear):
         codes = torch.cat([
             quantize_codes(weight[rows], steps[rows], layer.w_bits) for rows in row_chunks(*weight.shape)
         ])  # fmt: skip
-        return cls.from_codes(codes, alpha, layer.bias, layer.w_bits, layer.weight_layerwise)
+        packed = cls.from_codes(codes, alpha, layer.bias, layer.w_bits, layer.weight_layerwise)
+        packed.weight_dtype = dtype
+        return packed
 
     def codes(self) -> Tensor:
         """Signed codes [out, in] (int8)."""
@@ -257,7 +261,11 @@ class PackedLinear(ReadOnlyWeight, QuantizedLayer, nn.Linear):
         return kernels.dequantize(self.weight_codes, self.weight_clip_val, self.w_bits, self.in_features, dtype)
 
     def weight_like(self) -> tuple[torch.dtype, torch.device]:
-        return torch.float32 if self.bias is None else self.bias.dtype, self.weight_codes.device
+        return self.weight_dtype if self.bias is None else self.bias.dtype, self.weight_codes.device
+
+    def _apply(self, fn, recurse=True):
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device="cpu")).dtype
+        return super()._apply(fn, recurse)
 
     # diffusers looks an adapter's layers up in state_dict(), under the name of their weight. What stands there is
     # [out, in, bits]: no other layer can take it for a weight, and it costs nothing in a file.

@@ -459,11 +459,10 @@ class QuantizedTransformer:
         try:
             with _without_loading_warnings():
                 model = super().from_single_file(source, **kwargs, w_bits=16, lora_r=0, packed=0)
-        except (IndexError, KeyError, NotImplementedError, TypeError) as error:  # of reading what is not there
+        except (LookupError, NotImplementedError, TypeError, ValueError) as error:  # of reading what is not there
             problem = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"{name}: not a whole full-precision {cls.family.name} transformer in one file ({problem})"
-            ) from error
+            family = cls.family.name
+            raise ValueError(f"{name}: no full-precision {family} transformer in one file ({problem})") from error
         if is_quantized(settings):
             model._set_in_config(**settings)
             model._swap_linears()
@@ -493,6 +492,9 @@ class QuantizedTransformer:
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype={dtype!r} is not supported: name a torch dtype, such as torch.bfloat16, or 'auto'")
         load_packed(model, folder, index, dtype, torch.device("cpu" if device is None else device))
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                module.weight_dtype = model.dtype
         model.register_to_config(_name_or_path=str(path))
         return model.eval()
 

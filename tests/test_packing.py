@@ -29,9 +29,11 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from diffusers.utils import hub_utils
 from safetensors import safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
+from tiny_models import draw, inputs, load_pipeline, output, write_klein
 from torch import nn
 
 from models import kernels, packing
+from models.families import load_transformer
 from models.modeling_flux_quant import FluxTransformer2DModel
 from models.packing import INDEX, PackedLinear
 from models.utils_quant import ALPHA_FLOOR, LoRAQuantizeLinear, QuantizeLinear
@@ -319,9 +321,20 @@ def test_dense_padding_that_is_not_zero_is_refused(w_bits, columns, chunks):
 # Models
 
 
+both = pytest.mark.parametrize("pipeline_folder", ["FLUX.1", "FLUX.2"], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def pipeline_folder(request, pipeline_folder, tmp_path_factory):
+    """Of FLUX.1 unless a test asks for both."""
+    if getattr(request, "param", "FLUX.1") == "FLUX.1":
+        return pipeline_folder
+    return write_klein(tmp_path_factory.mktemp("models") / "random-klein")
+
+
 def student(pipeline_folder, **settings):
     """A quantized model, as if trained."""
-    model = FluxTransformer2DModel.from_pretrained(pipeline_folder / "transformer", **settings).eval()
+    model = load_transformer(pipeline_folder / "transformer", **settings).eval()
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if name.endswith("weight_clip_val"):
@@ -329,36 +342,6 @@ def student(pipeline_folder, **settings):
         elif "lora_" in name:
             parameter.data.normal_(std=0.1)
     return model
-
-
-def inputs(dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    return {
-        "hidden_states": randn(2, 6, 16),
-        "encoder_hidden_states": randn(2, 5, 32),
-        "pooled_projections": randn(2, 32),
-        "timestep": torch.tensor([0.3, 0.9], dtype=dtype),
-        "guidance": torch.tensor([3.5, 1.0], dtype=dtype),
-        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(2.0), torch.arange(3.0)),
-        "txt_ids": torch.zeros(5, 3),
-        "return_dict": False,
-    }
-
-
-def output(model, dtype=torch.float32, seed=0):
-    with torch.no_grad():
-        return model(**inputs(dtype, seed))[0]
-
-
-def draw(pipe, output_type="np", **kwargs):
-    pipe.set_progress_bar_config(disable=True)
-    arguments = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": output_type} | kwargs
-    images = pipe("a red ball on a table", generator=torch.Generator().manual_seed(0), **arguments).images
-    return torch.as_tensor(images)
 
 
 def packed_layers(model):
@@ -373,7 +356,7 @@ def same_parameters(a, b):
 @pytest.fixture(scope="module")
 def base(pipeline_folder):
     """The stock pipeline."""
-    return diffusers.FluxPipeline.from_pretrained(pipeline_folder)
+    return load_pipeline(pipeline_folder)
 
 
 @pytest.fixture(scope="module")
@@ -386,19 +369,21 @@ def ternary(pipeline_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("pipeline_folder", "settings"),
     [
-        *({"w_bits": w_bits} for w_bits in (0, 1, 2, 3, 4, 8)),
-        {"w_bits": 0, "weight_layerwise": True},
-        {"w_bits": 4, "weight_layerwise": True},
-        {"w_bits": 0, "quantize_modulation": False},
-        {"w_bits": 0, "lora_r": 2, "lora_alpha": 3.0},
+        *(("FLUX.1", {"w_bits": w_bits}) for w_bits in (0, 1, 2, 3, 4, 8)),
+        ("FLUX.1", {"w_bits": 0, "weight_layerwise": True}),
+        ("FLUX.1", {"w_bits": 4, "weight_layerwise": True}),
+        *((family, {"w_bits": 0, "quantize_modulation": False}) for family in ("FLUX.1", "FLUX.2")),
+        *((family, {"w_bits": 0, "lora_r": 2, "lora_alpha": 3.0}) for family in ("FLUX.1", "FLUX.2")),
+        *(("FLUX.2", {"w_bits": w_bits}) for w_bits in (0, 3)),
     ],
     ids=str,
+    indirect=["pipeline_folder"],
 )
 def test_packing_saving_and_loading_change_neither_output_nor_image(pipeline_folder, base, tmp_path, settings):
     model = student(pipeline_folder, **settings)
-    pipe = diffusers.FluxPipeline(**base.components | {"transformer": model})
+    pipe = type(base)(**base.components | {"transformer": model})
     expected, image = output(model), draw(pipe)
     quantized = {name for name, module in model.named_modules() if isinstance(module, QuantizeLinear)}
     assert model.pack() is model
@@ -413,19 +398,19 @@ def test_packing_saving_and_loading_change_neither_output_nor_image(pipeline_fol
         shards = sorted(folder.glob("*.safetensors"))
         assert len(shards) == 1 if size > 10**6 else len(shards) > 3
         assert {file.name for file in folder.iterdir()} == {"config.json", INDEX} | {file.name for file in shards}
-        loaded = FluxTransformer2DModel.from_pretrained(folder)
+        loaded = type(model).from_pretrained(folder)
         assert same_parameters(loaded, model)
         assert not loaded.training
         assert torch.equal(output(loaded), expected)
         for key in ("w_bits", "weight_layerwise", "quantize_modulation"):
             assert loaded.config[key] == model.config[key]
         assert (loaded.config.packed, loaded.config.lora_r) == (packing.FORMAT, 0)
-    pipe = diffusers.FluxPipeline.from_pretrained(pipeline_folder, transformer=loaded)
+    pipe = load_pipeline(pipeline_folder, transformer=loaded)
     assert pipe.transformer is loaded
     assert torch.equal(draw(pipe), image)
     pipe.save_pretrained(tmp_path / "pipe")
-    again = diffusers.FluxPipeline.from_pretrained(tmp_path / "pipe")
-    assert isinstance(again.transformer, FluxTransformer2DModel)
+    again = load_pipeline(tmp_path / "pipe")
+    assert type(again.transformer) is type(model)
     assert packed_layers(again.transformer)
     assert torch.equal(draw(again), image)
 
@@ -461,6 +446,7 @@ def test_weights_move_no_further_than_to_the_codes_they_are_given(w_bits, layerw
         assert layer.weight[i, j].item() == pytest.approx(float(expected), rel=1e-5, abs=1e-6)
 
 
+@both
 @pytest.mark.parametrize("settings", [{"w_bits": 0}, {"w_bits": 3, "lora_r": 2}, {"w_bits": 4}])
 def test_a_model_starts_from_another_ones_codes(settings, pipeline_folder):
     """And from what else a block-wise training changes: norms. All in all it computes the same."""
@@ -468,7 +454,7 @@ def test_a_model_starts_from_another_ones_codes(settings, pipeline_folder):
     packed = student(pipeline_folder, w_bits=bits).pack()
     for name in ("transformer_blocks.0.attn.norm_q.weight", "single_transformer_blocks.0.attn.norm_k.weight"):
         packed.get_parameter(name).data.mul_(1.5)
-    model = FluxTransformer2DModel.from_pretrained(pipeline_folder / "transformer", **settings).eval()
+    model = load_transformer(pipeline_folder / "transformer", **settings).eval()
     assert not torch.equal(output(model), output(packed))
     assert model.start_from(packed) is model
     assert torch.equal(output(model.pack()), output(packed))
@@ -621,9 +607,10 @@ def test_a_copy_is_the_same_and_its_own(ternary):
     assert torch.equal(output(model), expected)
 
 
+@both
 def test_casting_leaves_codes_and_step_sizes_alone(ternary):
     model, folder = ternary
-    loaded = FluxTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    loaded = load_transformer(folder, torch_dtype=torch.bfloat16)
     for cast in (copy.deepcopy(model).to(torch.bfloat16), copy.deepcopy(model).bfloat16(), loaded):
         assert cast.dtype == torch.bfloat16
         original = dict(model.named_parameters())
@@ -633,18 +620,23 @@ def test_casting_leaves_codes_and_step_sizes_alone(ternary):
                 assert torch.equal(parameter, original[name])
             else:
                 assert torch.equal(parameter, original[name].bfloat16()), name
+        # With a bias or without: adapters take their dtype from here.
+        assert {layer.weight.dtype for layer in packed_layers(cast).values()} == {torch.bfloat16}
         assert torch.equal(output(cast, torch.bfloat16), output(loaded, torch.bfloat16))
     assert output(loaded, torch.bfloat16).dtype == torch.bfloat16
-    assert same_parameters(FluxTransformer2DModel.from_pretrained(folder, torch_dtype=None), model)
+    assert {layer.weight.dtype for layer in packed_layers(model).values()} == {torch.float32}
+    assert same_parameters(load_transformer(folder, torch_dtype=None), model)
 
 
+@both
 def test_a_model_cast_before_it_is_packed_computes_the_same(pipeline_folder, tmp_path):
     model = student(pipeline_folder, w_bits=0).to(torch.bfloat16)
     expected = output(model, torch.bfloat16)
     model.pack().save_pretrained(tmp_path)
-    loaded = FluxTransformer2DModel.from_pretrained(tmp_path, torch_dtype="auto")
+    loaded = load_transformer(tmp_path, torch_dtype="auto")
     assert loaded.dtype == torch.bfloat16
     for each in (model, loaded):
+        assert {layer.weight.dtype for layer in packed_layers(each).values()} == {torch.bfloat16}
         assert torch.equal(output(each, torch.bfloat16), expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(output(loaded, torch.bfloat16), expected)
@@ -660,13 +652,14 @@ def test_without_a_dtype_a_model_is_loaded_as_diffusers_loads_it(pipeline_folder
     assert draw(diffusers.FluxPipeline.from_pretrained(pipeline_folder, transformer=loaded), "latent").isfinite().all()
 
 
+@both
 def test_a_state_dict_goes_into_another_model(ternary):
     model, _ = ternary
     state = model.state_dict()
     for name, layer in packed_layers(model).items():
         # Looked up by diffusers; of no shape that a layer could take for a weight.
         assert state[f"{name}.weight"].tolist() == [layer.out_features, layer.in_features, layer.w_bits]
-    other = FluxTransformer2DModel.from_config(model.config)
+    other = type(model).from_config(model.config)
     assert set(packed_layers(other)) == set(packed_layers(model))
     keys = set(state)
     other.load_state_dict(state)
@@ -678,6 +671,7 @@ def test_a_state_dict_goes_into_another_model(ternary):
         other.load_state_dict({name: tensor for name, tensor in state.items() if name != codes})
 
 
+@both
 def test_a_compiled_model_computes_the_same(ternary):
     model = copy.deepcopy(ternary[0])
     expected = output(model)
@@ -688,6 +682,7 @@ def test_a_compiled_model_computes_the_same(ternary):
         torch._dynamo.reset()
 
 
+@both
 def test_a_model_offloaded_by_accelerate_computes_the_same(ternary):
     expected = output(ternary[0])
     model = accelerate.cpu_offload(copy.deepcopy(ternary[0]), execution_device=torch.device("cpu"))
@@ -861,6 +856,7 @@ def test_settings_that_contradict_the_packed_checkpoint_are_named(ternary, key, 
     assert same_parameters(FluxTransformer2DModel.from_pretrained(ternary[1], **{key: stored}), ternary[0])
 
 
+@both
 def test_nothing_is_fused_into_codes(ternary):
     with pytest.raises(ValueError, match="cannot merge an adapter into quantized weights"):
         ternary[0].fuse_lora()
@@ -877,13 +873,16 @@ def adapters(base, tmp_path_factory):
     peft = pytest.importorskip("peft")
     folders = []
     targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "proj_out", "norm.linear", "add_k_proj", "ff.net.2"]
+    if isinstance(base, diffusers.Flux2KleinPipeline):
+        targets[4:7] = ["to_qkv_mlp_proj", "single_transformer_blocks.0.attn.to_out", "single_stream_modulation.linear"]
+        targets[-1] = "ff.linear_out"
     for seed, modules in enumerate((targets[:7], targets[3:])):
         torch.manual_seed(seed)
         transformer = copy.deepcopy(base.transformer)
         config = peft.LoraConfig(r=4 + seed, lora_alpha=8, init_lora_weights=False, target_modules=modules)
         transformer.add_adapter(config)
         folders.append(tmp_path_factory.mktemp("adapter"))
-        diffusers.FluxPipeline.save_lora_weights(
+        base.save_lora_weights(
             folders[-1],
             transformer_lora_layers=peft.utils.get_peft_model_state_dict(transformer),
             transformer_lora_adapter_metadata=config.to_dict() | {"target_modules": modules} if seed else None,
@@ -891,16 +890,17 @@ def adapters(base, tmp_path_factory):
     return folders
 
 
+@pytest.mark.parametrize(
+    ("pipeline_folder", "w_bits"), [("FLUX.1", 0), ("FLUX.1", 3), ("FLUX.2", 0)], indirect=["pipeline_folder"]
+)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("w_bits", [0, 3])
 def test_adapters_of_the_plain_model_work_on_the_packed_one(pipeline_folder, base, adapters, tmp_path, w_bits, dtype):
     packed = student(pipeline_folder, w_bits=w_bits).pack().to(dtype)
     plain = copy.deepcopy(base.transformer).to(dtype)
     for name, layer in packed_layers(packed).items():
         plain.get_submodule(name).weight.data = layer.dequantize(dtype)
     pipes = [
-        diffusers.FluxPipeline.from_pretrained(pipeline_folder, torch_dtype=dtype, transformer=transformer)
-        for transformer in (packed, plain)
+        load_pipeline(pipeline_folder, torch_dtype=dtype, transformer=transformer) for transformer in (packed, plain)
     ]
 
     def latents():
@@ -927,12 +927,13 @@ def test_adapters_of_the_plain_model_work_on_the_packed_one(pipeline_folder, bas
         pipe.unload_lora_weights()
     assert torch.equal(latents(), drawn[0])
     packed.save_pretrained(tmp_path)
-    assert same_parameters(FluxTransformer2DModel.from_pretrained(tmp_path, torch_dtype="auto"), packed)
+    assert same_parameters(load_transformer(tmp_path, torch_dtype="auto"), packed)
 
 
+@both
 def test_loading_an_adapter_dequantizes_nothing(pipeline_folder, adapters, monkeypatch):
     packed = student(pipeline_folder, w_bits=0).pack()
-    pipe = diffusers.FluxPipeline.from_pretrained(pipeline_folder, transformer=packed)
+    pipe = load_pipeline(pipeline_folder, transformer=packed)
     monkeypatch.setattr(kernels, "dequantize", None)
     for name, folder in zip(("one", "two"), adapters, strict=True):
         pipe.load_lora_weights(folder, adapter_name=name)
@@ -1041,12 +1042,13 @@ def test_adapters_are_not_fused(quantized):
 def losses(model, checkpointing=False):
     """Of thirty steps from another model's velocities, by diffusers' own training scripts' way."""
     target, model = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(3)), model.train()
+    given = inputs(model.config)
     if checkpointing:
         model.enable_gradient_checkpointing()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer, result = torch.optim.AdamW(trained, lr=1e-2), []
     for _ in range(30):
-        loss = (model(**inputs())[0] - target).square().mean()
+        loss = (model(**given)[0] - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -1054,6 +1056,7 @@ def losses(model, checkpointing=False):
     return torch.tensor(result)
 
 
+@both
 @pytest.mark.parametrize("wrap", ["add_adapter", "get_peft_model"])
 def test_a_lora_is_trained_on_packed_codes_as_on_the_plain_model(ternary, base, wrap):
     peft = pytest.importorskip("peft")
@@ -1061,7 +1064,8 @@ def test_a_lora_is_trained_on_packed_codes_as_on_the_plain_model(ternary, base, 
     for model, checkpointing in ((twin, False), (ternary[0], False), (ternary[0], True)):
         model = copy.deepcopy(model).requires_grad_(False)
         torch.manual_seed(0)
-        config = peft.LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_q", "ff.net.2"])
+        targets = ["to_q", "ff.net.2", "ff.linear_out", "to_qkv_mlp_proj"]
+        config = peft.LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=targets)
         inner, before = model, {name: p.clone() for name, p in model.named_parameters()}
         if wrap == "add_adapter":
             model.add_adapter(config)
@@ -1249,13 +1253,16 @@ def test_what_the_config_does_not_describe_is_not_saved(quantized, tmp_path):
     assert empty_or_missing(tmp_path / "folder")
 
 
-def test_other_classes_do_not_read_its_folder(quantized, tmp_path):
+@both
+def test_other_classes_do_not_read_its_folder(quantized, base, tmp_path):
     quantized.save_pretrained(tmp_path)
-    for reader in (diffusers.FluxTransformer2DModel, diffusers.AutoModel):
-        for folder in (tmp_path, SHIPPED):
-            with pytest.raises(ValueError, match=r"flux-1.58bit \(to be loaded with models.modeling_flux_quant"):
+    kind = type(quantized)
+    for reader in (type(base.transformer), diffusers.AutoModel):
+        for folder in (tmp_path, SHIPPED) if kind is FluxTransformer2DModel else (tmp_path,):
+            match = rf"flux-1.58bit \(to be loaded with {kind.__module__}.{kind.__name__}\)"
+            with pytest.raises(ValueError, match=match):
                 reader.from_pretrained(str(folder))
-    assert "quantization_config" not in FluxTransformer2DModel.from_pretrained(tmp_path).config
+    assert "quantization_config" not in kind.from_pretrained(tmp_path).config
 
 
 def test_a_full_precision_folder_stays_one_for_every_class(pipeline_folder, tmp_path):
