@@ -8,8 +8,9 @@ outputs. Modulation is made once for all blocks of a kind, by three linears outs
     student = Flux2Transformer2DModel.from_pretrained(path, subfolder="transformer", w_bits=0)
     pipe = Flux2KleinPipeline.from_pretrained(path, transformer=student)
 
-Fast mode leaves SwiGLU as diffusers has it: a product and one exponential, which the compiler computes in the kernel
-that rounds the tokens to 8 bits.
+from_single_file wants config="black-forest-labs/FLUX.2-klein-4B", subfolder="transformer": else diffusers takes
+FLUX.2-dev's. Fast mode leaves SwiGLU as diffusers has it: one exponential and two products, which the compiler computes
+in the kernel that rounds the tokens to 8 bits.
 """
 
 import diffusers

@@ -402,7 +402,8 @@ class QuantizedTransformer:
         config, _ = cls.load_config(path, return_unused_kwargs=True, **kwargs)
         kind = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
         if kind != cls.__name__:
-            raise ValueError(f"{path}: config.json describes a {kind}, expected a {cls.__name__}")
+            wanted = f"expected a {cls.__name__}; load it with the class of that name"
+            raise ValueError(f"{path}: config.json describes a {kind}, {wanted}")
         stored = {key: config.get(key, default) for key, default in DEFAULT_SETTINGS.items()}
         settings = stored | asked
         if stored["packed"]:

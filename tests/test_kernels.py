@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,10 +24,12 @@ from diffusers.models.transformers.transformer_flux import (
     FluxIPAdapterAttnProcessor,
     FluxPosEmbed,
 )
+from diffusers.models.transformers.transformer_flux2 import Flux2Attention, Flux2ParallelSelfAttention
 from torch.nn import functional as F
 
 from models import attention, kernels
 from models.kernels import FP8
+from models.modeling_flux2_quant import FusedFlux2AttnProcessor, FusedFlux2ParallelAttnProcessor
 from models.modeling_flux_quant import FastGELU, FastProjectedGELU, FluxTransformer2DModel, FusedFluxAttnProcessor
 from models.packing import PackedLinear
 
@@ -855,14 +858,23 @@ def test_the_kernel_of_queries_and_keys_leaves_alone_what_it_cannot_do():
     assert not taken(64)  # a gradient may be wanted
 
 
+HEADS = {"query_dim": 96, "out_dim": 96, "heads": 3, "dim_head": 32, "eps": 1e-6}
+ATTENTION = {  # in double and in single blocks
+    "FLUX.1 joint": (partial(FluxAttention, added_kv_proj_dim=96, bias=True, **HEADS), FusedFluxAttnProcessor),
+    "FLUX.1 single": (partial(FluxAttention, pre_only=True, bias=True, **HEADS), FusedFluxAttnProcessor),
+    "FLUX.2 joint": (partial(Flux2Attention, added_kv_proj_dim=96, **HEADS), FusedFlux2AttnProcessor),
+    "FLUX.2 single": (partial(Flux2ParallelSelfAttention, mlp_ratio=2.0, **HEADS), FusedFlux2ParallelAttnProcessor),
+}
+
+
 @pytest.mark.kernels
 @pytest.mark.skipif(not (GPU or INTERPRETED), reason="where there is no Triton, diffusers itself does it")
-@pytest.mark.parametrize("joint", [True, False])
-def test_attention_with_that_kernel_is_that_of_diffusers(joint, monkeypatch):
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_attention_with_that_kernel_is_that_of_diffusers(kind, monkeypatch):
     torch.manual_seed(0)
-    attn = FluxAttention(96, heads=3, dim_head=32, bias=True, eps=1e-6, added_kv_proj_dim=96 if joint else None,
-                         pre_only=not joint).to(DEVICE)  # fmt: skip
-    attn.requires_grad_(False)
+    make, fused = ATTENTION[kind]
+    attn, joint = make().to(DEVICE).requires_grad_(False), kind.endswith("joint")
+    stock = type(attn.processor)
     for norm in (module for module in attn.modules() if isinstance(module, torch.nn.RMSNorm)):
         norm.weight.normal_()
     image, text = (torch.randn(2, count, 96, device=DEVICE) for count in (7, 5))
@@ -870,7 +882,7 @@ def test_attention_with_that_kernel_is_that_of_diffusers(joint, monkeypatch):
     tokens = 12 if joint else 7
     given["image_rotary_emb"] = FluxPosEmbed(10000, [16, 16])(torch.randint(50, (tokens, 2)).to(DEVICE))
     expected = attn(image, **given)
-    attn.set_processor(FusedFluxAttnProcessor())
+    attn.set_processor(fused())
     with torch.no_grad():
         found = attn(image, **given)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -879,7 +891,7 @@ def test_attention_with_that_kernel_is_that_of_diffusers(joint, monkeypatch):
             attn(image, **given)
         attn.norm_k.eps = 1.0  # the kernel knows one eps
         found = attn(image, **given)
-        attn.set_processor(FluxAttnProcessor())
+        attn.set_processor(stock())
         torch.testing.assert_close(found, attn(image, **given))
 
 
@@ -900,8 +912,10 @@ CODES = {"codes": "*u8", "alpha": "*fp32", "columns": "i32", "alpha_stride": "i3
 LEVELS = {"in_features": "i32", "shift": "fp32", "factor": "fp32"}
 WORDS = {"out": "*fp8e4nv", "count": "i32"}
 FOUR = {f"{name}_{place}": kind for name, kind in (("codes", "*u8"), ("alpha", "*fp32")) for place in (1, 2, 3)}
-FOUR |= dict.fromkeys(("bias", "bias_1", "bias_2", "bias_3", "all_bias"), "*bf16") | {"all_alpha": "*fp32"}
-FOUR |= dict.fromkeys(("rows", "rows_1", "rows_2", "rows_3"), "i32")
+FOUR |= dict.fromkeys(("rows", "rows_1", "rows_2", "rows_3"), "i32") | {"all_alpha": "*fp32"}
+BIASES = ("bias", "bias_1", "bias_2", "bias_3", "all_bias")
+UNBIASED = FOUR | dict.fromkeys(BIASES, "*fp32")  # step sizes in their place
+FOUR |= dict.fromkeys(BIASES, "*bf16")
 ROTATION = {f"{part}query{kind}": "*bf16" for part in ("text_", "") for kind in ("", "_weight")}
 ROTATION |= {f"{part}key{kind}": "*bf16" for part in ("text_", "") for kind in ("", "_weight")}
 ROTATION |= {"cos": "*fp32", "sin": "*fp32", "heads": "i32", "eps": "fp32"}
@@ -920,8 +934,10 @@ TERNARY = TILE | {"COLUMNS": 768, "WORDS": 64, "WIDTH": 1024, "ALPHA_STRIDE": 1}
         ("_unpack_words", WORDS, {"BITS": 0, "IS_FP8": True, "BLOCK": 1024}),
         ("_unpack_words", WORDS, {"BITS": 2, "IS_FP8": False, "BLOCK": 1024}),
         ("_unpack_siblings", WORDS | FOUR, {"BITS": 0, "IS_FP8": True, "BIASED": True, "BLOCK": 1024}),
+        ("_unpack_siblings", WORDS | UNBIASED, {"BITS": 0, "IS_FP8": True, "BIASED": False, "BLOCK": 1024}),
         ("_few_tokens", LEVELS | OUTPUT | {"x": "*bf16"}, TILE | {"WIDTH": 4}),
         ("_few_tokens_ternary", LEVELS | OUTPUT | {"x": "*bf16"}, TERNARY),
+        ("_few_tokens_ternary", LEVELS | OUTPUT | {"x": "*bf16"}, TERNARY | {"BIASED": False}),
         ("_few_tokens_ternary", LEVELS | OUTPUT | {"x": "*fp16", "out": "*fp16"}, TERNARY),
         ("_norm_rotate", OUTPUT | ROTATION, {"HEADS": 32, "WIDTH": 128}),
     ],

@@ -23,6 +23,7 @@ from torch import nn
 
 from models.families import load_transformer, transformer_class
 from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
+from models.trained import describe_base, save_trained
 from models.utils_quant import LoRAQuantizeLinear, init_clip_val
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -244,6 +245,26 @@ def test_step_sizes_and_lora_stay_fp32(plain, tmp_path, lora_r):
         assert output(each, torch.bfloat16).dtype == torch.bfloat16
 
 
+@both
+@pytest.mark.parametrize("start", [False, True])
+def test_what_was_trained_and_a_base_make_the_model_again(plain, tmp_path, start):
+    shutil.copytree(plain, tmp_path / "base/transformer")
+    model = load_transformer(plain, w_bits=0, lora_r=2, lora_alpha=8.0).requires_grad_(False)
+    if start:
+        load_transformer(plain, w_bits=0, clip_init="max").pack().save_pretrained(tmp_path / "packed")
+        model.start_from(load_transformer(tmp_path / "packed"))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_().data.normal_(std=0.1)
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    save_trained(model, folder, describe_base(model, str(tmp_path / "base"), str(tmp_path / "packed") * start or None))
+    assert {file.name for file in folder.iterdir()} == {"base.json", "config.json", "trained.safetensors"}
+    again = load_transformer(folder)
+    assert type(again) is type(model)
+    assert torch.equal(output(again), output(model.eval()))
+
+
 # One file
 
 
@@ -418,7 +439,7 @@ def test_a_folder_of_one_family_is_refused_by_the_other_ones_class(plain, tmp_pa
         (model.pack() if kind == "packed" else model).save_pretrained(folder)
     (other,) = set(OURS.values()) - {type(load_transformer(folder))}
     name = json.loads((folder / "config.json").read_text())["_class_name"]
-    with pytest.raises(ValueError, match=f": config.json describes a {name}, expected a {other.__name__}$") as info:
+    with pytest.raises(ValueError, match=f": config.json describes a {name}, expected a {other.__name__}; ") as info:
         other.from_pretrained(folder)
     assert "\n" not in str(info.value)
 
