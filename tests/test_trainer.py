@@ -30,7 +30,7 @@ from utils.trainer import FluxQATTrainer, choose_parameters, parameter_groups
 
 SIZE, GUIDANCE, TRAIN_STEPS, EVAL_STEPS, EVAL_SEED = 64, 3.5, 3, 4, 70
 FLAGS = """
---device cpu --bf16 False --loss_power 1 --freeze_codes 0 --max_steps 2
+--device cpu --bf16 False --early_share 0.8 --loss_power 1 --freeze_codes 0 --max_steps 2
 --per_device_train_batch_size 2 --per_device_eval_batch_size 2 --learning_rate 1e-3
 --lr_scheduler_type constant --warmup_steps 0 --eval_strategy no --eval_on_start False
 --save_strategy no --logging_steps 1 --disable_tqdm True --report_to none
