@@ -4,6 +4,7 @@ import json
 import statistics
 import sys
 
+import diffusers
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel as Diffusers
@@ -256,12 +257,13 @@ def test_a_pipeline_names_its_own_sizes(pipeline_folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "tokens"), [("flux-dev", 11.901e9, 512), ("flux-schnell", 11.891e9, 256)]
+    ("name", "parameters", "tokens"),
+    [("flux-dev", 11.901e9, 512), ("flux-schnell", 11.891e9, 256), ("flux2-klein-4b", 3.876e9, 512)],
 )
 def test_architectures_have_the_published_size(name, parameters, tokens):
     config, text_tokens, sizes, kind = bench.read_config(name)
     with torch.device("meta"):
-        model = Diffusers(**config)
+        model = getattr(diffusers, kind.__name__)(**config)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, abs=1e6)
     assert text_tokens == tokens and sizes == [1024, 512]
 

@@ -11,6 +11,7 @@ import torch
 
 import run as script
 from utils import compare_oneshot, compare_recipes, compare_training_step
+from utils.pipelines import early_share
 from utils.process_args import process_args
 from utils.processes import run_logged, spread
 from utils.scenes import CATEGORIES
@@ -50,6 +51,7 @@ def test_the_defaults_of_train_py_are_one_of_the_recipes():
     def values(arguments):
         found = {name: value for part in process_args(arguments) for name, value in vars(part).items()}
         found["clip_learning_rate"] = found["clip_learning_rate"] or found["learning_rate"]  # what leaving it out means
+        found["early_share"] = found["early_share"] or early_share(28)
         return {flag: found[flag.removeprefix("--")] for flag in flags[::2]}
 
     assert values(flags) == values([])

@@ -99,6 +99,32 @@ def test_a_calibrated_layer_keeps_its_outputs_better_than_a_rounded_one():
     torch.testing.assert_close(mean, layer(inputs).mean(0).detach(), atol=1e-4, rtol=0)
 
 
+def test_a_layer_without_a_bias_makes_up_for_means_with_its_codes():
+    """Its moments are about zero, which the formula in float64 says; its outputs are kept, their mean among them."""
+    generator = torch.Generator().manual_seed(4)
+    inputs, unseen = (correlated(4000, 32, generator) + 2 * torch.randn(32, generator=generator)).split(2000)
+    weight = torch.randn(16, 32, generator=generator)
+    statistics = oneshot.Statistics(32, CPU)
+    statistics.add(inputs[:500], inputs[:500] + 0.5, 3.0)
+    statistics.add(inputs[500:], inputs[500:] + 0.5, 1.0)
+    *_, square, cross = statistics.moments(centred=False)
+    x = inputs.double()
+    counts = torch.where(torch.arange(2000) < 500, 3.0, 1.0).double()[:, None]
+    torch.testing.assert_close(square.double(), x.T @ (counts * x) / counts.sum(), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(cross.double(), (x + 0.5).T @ (counts * x) / counts.sum(), atol=1e-3, rtol=1e-4)
+
+    errors = {}
+    for has_bias in (False, True):
+        statistics = oneshot.Statistics(32, CPU)
+        statistics.add(inputs, inputs, 1.0)
+        codes, alpha, shift = oneshot.calibrate_weight(weight, statistics, 0, has_bias=has_bias)
+        assert has_bias or not shift.any()
+        errors[has_bias] = (unseen @ (dequantized(codes, alpha, 0) - weight).T).square().mean().item()
+    rounded = quantize(weight, init_clip_val(weight, 0), 0)
+    assert errors[False] < 0.5 * errors[True]  # moments about the mean leave the mean to a bias, which is not there
+    assert errors[False] < 0.3 * (unseen @ (rounded - weight).T).square().mean()
+
+
 def test_the_target_undoes_what_earlier_layers_did():
     """Without rounding errors to speak of (8 bits), the layer on bent inputs gives what it gave on the teacher's."""
     generator = torch.Generator().manual_seed(6)

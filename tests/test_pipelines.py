@@ -315,8 +315,8 @@ def test_features_are_the_image_tokens_of_every_block(klein_folder):
 
 
 def test_sanity_draws_it(start, klein_base_folder, tmp_path):
-    words = ("sanity.py", "--model", klein_base_folder, "--w_bits", 8, "--num_images", 1, "--num_inference_steps", 2, "--device")
-    assert start(sanity.main, *words, "cpu", "--output_dir", tmp_path, "--pack", "True") == 0
+    words = ("sanity.py", "--model", klein_base_folder, "--w_bits", 8, "--num_images", 1, "--num_inference_steps", 2)
+    assert start(sanity.main, *words, "--device", "cpu", "--output_dir", tmp_path, "--pack", "True") == 0
     full, eight = json.loads((tmp_path / "samples/metrics.json").read_text())["rows"]
     assert eight["nmse"] < 0.01 and eight["packed_bytes"] < full["packed_bytes"] / 1.5
     saved = sum(file.stat().st_size for file in (tmp_path / "cache/bits_8").glob("*.safetensors"))
