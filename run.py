@@ -58,6 +58,7 @@ from utils.sampling import (
     generate_images,
     load_pipeline,
     native_size,
+    pipeline_family,
     place,
     set_attention,
     unplace,
@@ -105,6 +106,7 @@ def local_pipeline(model_id: str) -> Path:
     """The pipeline's folder, downloaded if `model_id` is a hub id; ValueError if it is of no family that is taken."""
     folder = Path(model_id)
     if not folder.is_dir():
+        pipeline_family(model_id)  # before anything large is downloaded
         endings = ("safetensors", "json", "txt", "model", "jinja")
         patterns = ["model_index.json", *(f"*/*.{ending}" for ending in endings)]
         try:
