@@ -45,7 +45,7 @@ from models.packing import FORMAT, PackedLinear, PackedWriter, disk_row_bytes, r
 from models.quantized_model import QuantizedTransformer, is_quantized
 from models.utils_quant import check_bits, code_grid
 from utils.blockwise import STARTS, Settings, channel_weights, train_block, used_steps
-from utils.checkpoints import bits_name
+from utils.checkpoints import bits_name, is_packed
 from utils.folders import PREFIX, check_disk, is_empty, locked, scratch_folder, whole_folder, write_json
 from utils.oneshot import INGREDIENTS, METHODS, calibrate, round_weight
 from utils.pictures import save_grid, save_images
@@ -378,7 +378,7 @@ def add_block_flags(parser: argparse.ArgumentParser) -> None:
     many, few = MANY_BLOCKWISE, FEW_BLOCKWISE
 
     def both(name: str) -> str:
-        return f"default: {many[name]}, above {MANY_PIXELS} pixels {few[name]}"
+        return f"default: {many[name]}, above {MANY_PIXELS} pixels or a billion parameters {few[name]}"
 
     group = parser.add_argument_group("with --method blockwise")
     group.add_argument("--block_start", choices=STARTS, default="calibrated",
@@ -503,7 +503,8 @@ def choose_sizes(args: argparse.Namespace, pipe: DiffusionPipeline) -> None:
     if args.block_early_share is None:
         args.block_early_share = early_share(args.steps)
     big, stride = args.resolution > MANY_PIXELS, max(1, round(args.steps / USED_STEPS))
-    sizes = FEW_BLOCKWISE | {"calibration_stride": stride} if big else dict(MANY_BLOCKWISE)
+    few = big or is_packed(pipe.transformer, None)  # the hidden states of many would be hundreds of GB
+    sizes = FEW_BLOCKWISE | {"calibration_stride": stride} if few else dict(MANY_BLOCKWISE)
     if args.method != "blockwise":
         prompts = FEW_PROMPTS if big else MANY_PROMPTS
         sizes |= {"calibration_prompts": prompts, "calibration_stride": stride, "batch_size": 8}

@@ -17,8 +17,11 @@ import test as test_script
 import train
 from models.modeling_flux2_quant import Flux2Transformer2DModel
 from models.packing import PackedLinear
+from utils.blockwise import used_steps
+from utils.cuda_graph import compile_steps
 from utils.datautils import TeacherCache, collate, fill_cache, split_batch
 from utils.pipelines import FAMILIES, Flux2Klein, early_share, family_of, sampling_settings, steps_taken
+from utils.random_flux import skeleton
 from utils.sampling import generate_images, initial_noise, load_pipeline, place, record_inputs, with_transformer
 from utils.teacher import Teacher, TeacherSettings, prompt_seeds
 from utils.trainer import record_features
@@ -94,6 +97,26 @@ def test_a_streamed_pipeline_draws_the_same(klein_folder):
     expected = generate_images(streamed, PROMPTS, num_inference_steps=2)
     place(streamed, CPU, "sequential")
     assert torch.equal(generate_images(streamed, PROMPTS, num_inference_steps=2), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", [None, "model", "sequential"])
+def test_an_offloaded_pipeline_draws_the_same(offload, klein_base_folder):
+    settings = {"num_inference_steps": 2, "guidance_scale": GUIDANCE}
+    expected = generate_images(load_pipeline(str(klein_base_folder), torch.float32).to("cuda"), PROMPTS, **settings)
+    pipe = load_pipeline(str(klein_base_folder), torch.float32)
+    place(pipe, torch.device("cuda"), offload)
+    torch.testing.assert_close(generate_images(pipe, PROMPTS, **settings), expected, rtol=0, atol=5e-3)
+
+
+@pytest.mark.gpu
+def test_steps_as_cuda_graphs_draw_the_same(klein_base_folder):
+    """One graph for both calls of a step, whose texts differ."""
+    pipe = load_pipeline(str(klein_base_folder), torch.float32).to("cuda")
+    settings = {"num_inference_steps": 3, "guidance_scale": GUIDANCE}
+    expected = generate_images(pipe, PROMPTS, **settings)
+    compile_steps(pipe.transformer)
+    torch.testing.assert_close(generate_images(pipe, PROMPTS, **settings), expected, rtol=0, atol=1e-2)
 
 
 def test_another_transformer_leaves_the_rest_as_it_is(folder):
@@ -272,6 +295,18 @@ def test_every_way_without_training(start, folder, tmp_path):
         errors[method] = metrics["nmse"]
         assert metrics["steps"] == (STEPS if steps else 4) and len(metrics["nmse_by_step"]) == metrics["steps"]
     assert max(errors[method] for method in ways if method != "mse") < errors["mse"] / 3
+
+
+def test_large_transformers_are_trained_block_by_block_on_fewer_samples(klein_folder):
+    """At 512 pixels, too, where a small one gets thousands; of four steps all are used, and alike."""
+    pipe = load_pipeline(str(klein_folder), torch.float32)
+    for transformer, wanted in ((pipe.transformer, (4096, 1, 8)), (skeleton("flux2-klein-4b"), (256, 1, 2))):
+        pipe.register_modules(transformer=transformer)
+        args = run_script.parse_args("--method blockwise --resolution 512 --device cpu".split())
+        run_script.choose_sizes(args, pipe)
+        assert (args.calibration_prompts, args.calibration_stride, args.lookahead) == wanted
+        assert (args.steps, args.guidance_scale, args.block_early_share) == (4, 1.0, 0.25)
+    assert [used_steps(batch, 4, 0.25, 1) for batch in range(2)] == [[0, 1, 2, 3]] * 2
 
 
 def test_training_takes_the_error_under_a_third(start, folder, tmp_path):
