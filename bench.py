@@ -9,12 +9,13 @@
 
 The transformer gets random ternary weights on the device itself; every rival holds the same numbers in its own form, so
 that the relative error ‖y − y_ref‖/‖y_ref‖ of the velocity says what that form costs. The reference is the uncompiled
-full-precision rival, for the fast mode the uncompiled exact mode. All compiled rivals are compiled block by block with
-the same settings; the eager ones are the same models with compilation switched off, the graphs are CUDA graphs of the
-compiled ones, in which the CPU's part of a step is gone. Where the CPU is slower than the GPU (--resolution 512 on an
-H100), --cpp_wrapper halves its part for the compiled ones.
+full-precision rival, for the fast mode the uncompiled exact mode. All compiled rivals are compiled block by block: ours
+with the options of utils/cuda_graph.py, the others as torch does it, or with --same_options like ours. The eager ones
+are the same models with compilation switched off, the graphs are CUDA graphs of the compiled ones, in which the CPU's
+part of a step is gone. Where the CPU is slower than the GPU (--resolution 512 on an H100), --cpp_wrapper halves its
+part for the compiled ones.
 
-    ms         median over rounds in which the rivals take turns, each after one untimed step of its own; batch 1
+    ms         median over rounds in which the rivals take turns, each after one untimed step of its own
     ratio      to the anchor: the full-precision rival run the same way, that is as a graph for graphs, else compiled if
                anything is
     resident   bytes of the rival's own parameters
@@ -130,21 +131,21 @@ def read_config(name: str) -> tuple[dict, int, list[int], type[QuantizedTransfor
 
 
 def step_inputs(config: Mapping, size: int, args: argparse.Namespace) -> dict[str, Tensor]:
-    """What a pipeline hands to the transformer in one step, batch 1, at `size` pixels a side."""
-    side, text = size // 16, args.text_tokens
+    """What a pipeline hands to the transformer in one step, args.batch_size pictures of `size` pixels a side."""
+    side, text, count = size // 16, args.text_tokens, args.batch_size
     family = family_with(args.kind)
     generator = torch.Generator().manual_seed(args.seed)
     inputs = {
-        "hidden_states": torch.randn(1, side**2, config["in_channels"], generator=generator),
-        "encoder_hidden_states": torch.randn(1, text, config["joint_attention_dim"], generator=generator),
-        "timestep": torch.tensor([0.5]),
+        "hidden_states": torch.randn(count, side**2, config["in_channels"], generator=generator),
+        "encoder_hidden_states": torch.randn(count, text, config["joint_attention_dim"], generator=generator),
+        "timestep": torch.full([count], 0.5),
         "img_ids": family.image_ids(side, args.dtype),
         "txt_ids": family.text_ids(text, args.dtype),
     }
     if "pooled_projection_dim" in config:
-        inputs["pooled_projections"] = torch.randn(1, config["pooled_projection_dim"], generator=generator)
+        inputs["pooled_projections"] = torch.randn(count, config["pooled_projection_dim"], generator=generator)
     if config["guidance_embeds"]:
-        inputs["guidance"] = torch.tensor([3.5])
+        inputs["guidance"] = torch.full([count], 3.5)
     return {
         name: tensor.to(args.device, args.dtype if tensor.is_floating_point() else None)
         for name, tensor in inputs.items()
@@ -173,7 +174,16 @@ def step_rivals(args: argparse.Namespace) -> list[Rival]:
     rivals += [Rival(f"int8 codes, cast, {way}", "int8 codes, cast", way) for way in ways[:2]]
     for mode in args.mode:
         rivals += [Rival(f"ours {mode}, {way}", "ours", way, mode) for way in ways]
-    return rivals
+    asked = args.rivals or [""]
+    return [rival for rival in rivals if rival.kind == args.dtype_name or any(word in rival.name for word in asked)]
+
+
+def compile_settings(args: argparse.Namespace, ours: bool) -> dict:
+    """What ours or the other rivals are compiled with."""
+    options = {"cpp_wrapper": True} if args.cpp_wrapper else {}
+    if ours or args.same_options:
+        options |= compile_options(args.device) or {}
+    return {"fullgraph": True, "dynamic": False, "options": options or None}
 
 
 def anchor_of(rival: Rival, rivals: list[Rival]) -> Rival:
@@ -240,7 +250,7 @@ def bench_steps(args: argparse.Namespace, packed: QuantizedTransformer) -> list[
             try:
                 models[kind] = packed if kind == "ours" else twin(packed, MAKERS[kind])
                 if args.compile:
-                    models[kind].compile_repeated_blocks(**args.compile_settings)
+                    models[kind].compile_repeated_blocks(**compile_settings(args, kind == "ours"))
             except Exception as error:
                 problems[kind] = one_line(error)
         for size in args.resolution:
@@ -327,7 +337,7 @@ def layer_times(
         try:
             modules = layers if mode else [MAKERS[kind](layer) for layer in layers]
             if args.compile and kind not in ("float32", "float16", "bfloat16") and "gemlite" not in kind:
-                modules = [torch.compile(module, **args.compile_settings) for module in modules]
+                modules = [torch.compile(module, **compile_settings(args, bool(mode))) for module in modules]
         except Exception as error:
             problems[kind] = one_line(error)
             continue
@@ -483,6 +493,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--load", action="store_true", help="also time loading a packed checkpoint from a warm disk, and decoding codes"
     )
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help="of ours; default: both")
+    parser.add_argument("--rivals", nargs="+", metavar="WORD", help="beside full precision only those that have one of "
+                        "these words in their names, such as fp8 or \"ours fast\"; default: all")  # fmt: skip
+    parser.add_argument("--batch_size", type=int, default=1, help="pictures of a step; default: 1")
     parser.add_argument("--attention", metavar="NAME", help="of ours, one of diffusers' backends, such as sage, flash "
                         "or _flash_3; default: torch's own, as all rivals have")  # fmt: skip
     parser.add_argument("--no_steps", action="store_true", help="leave the denoising steps out")
@@ -490,8 +503,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", dest="dtype_name", choices=DTYPES,
                         help="of full precision and activations; default: bfloat16 on CUDA, else float32")  # fmt: skip
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
-    parser.add_argument("--pointwise_cat", action=argparse.BooleanOptionalAction, default=True, help="compile "
-                        "concatenations into the kernels that read them, on a GPU")  # fmt: skip
+    parser.add_argument("--same_options", action="store_true", help="compile every rival with the options of ours")
     parser.add_argument("--cpp_wrapper", action="store_true", help="compile the calls of the kernels as well, to C++: "
                         "the CPU needs about half as long for a step")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=10, help=f"turns of each rival, {RUNS} timed runs in each")
@@ -508,7 +520,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.resolution = args.resolution or sizes
         for size in args.resolution:
             check_resolution(size)
-        check_counts(args, "rounds", "text_tokens")
+        check_counts(args, "rounds", "text_tokens", "batch_size")
         check_seed(args.seed)
         if args.no_steps and not (args.layers or args.load):
             raise ValueError("--no_steps leaves nothing to measure: add --layers or --load")
@@ -518,10 +530,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError("--cpp_wrapper is a way to compile: add --compile")
     except ValueError as error:
         parser.error(str(error))
-    options = compile_options(args.device) if args.pointwise_cat else None
-    if args.cpp_wrapper:
-        options = (options or {}) | {"cpp_wrapper": True}
-    args.compile_settings = {"fullgraph": True, "dynamic": False, "options": options}
     args.dtype_name = args.dtype_name or ("bfloat16" if gpu else "float32")
     args.dtype = getattr(torch, args.dtype_name)
     return args
@@ -544,12 +552,14 @@ def main(argv: list[str] | None = None) -> None:
     packed = random_packed(config, args.dtype, args.device, args.seed, args.kind)
     if args.attention:
         set_attention(args.attention, packed)
+    own = compile_settings(args, ours=True)["options"]
     figures = {
         "command": shlex.join(["python", "bench.py", *words]),
         "config": args.config, "architecture": config, "note": note, "block_weights": weights,
-        "resolution": args.resolution, "text_tokens": args.text_tokens, "dtype": args.dtype_name, "batch_size": 1,
-        "attention": args.attention,
-        "compile": args.compile, "compile_options": args.compile_settings["options"],
+        "resolution": args.resolution, "text_tokens": args.text_tokens, "dtype": args.dtype_name,
+        "batch_size": args.batch_size,
+        "attention": args.attention, "compile": args.compile,
+        "compile_options": {"ours": own, "others": compile_settings(args, ours=False)["options"]},
         "rounds": args.rounds, "runs_a_round": RUNS,
         "seed": args.seed, "device": device_name(args.device),
         "host": f"{os.cpu_count()} CPU cores, {platform.platform()}", "threads": torch.get_num_threads(),

@@ -171,8 +171,7 @@ def is_unhooked(module: nn.Module) -> bool:
 
     Libraries that offload, cast or cache hook a module so, or put another forward into its place.
     """
-    hooked = module._forward_pre_hooks or module._forward_hooks
-    return not hooked and module.forward == type(module).forward.__get__(module)
+    return not (module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__)
 
 
 def _autocast(input: Tensor) -> Tensor:
@@ -290,9 +289,10 @@ class PackedLinear(ReadOnlyWeight, QuantizedLayer, nn.Linear):
 
     def _token_dtype(self, x: Tensor) -> torch.dtype | None:
         """What tokens x [..., in] are quantized to; None in exact mode and where it has to serve."""
-        if self.weight_clip_val.requires_grad:
+        parameters = self._parameters  # nn.Module would look for each in vain before it looks here
+        if parameters["weight_clip_val"].requires_grad:
             refuse_writing()
-        if self.mode != "fast" or kernels.wants_gradient(x, self.bias):
+        if self.mode != "fast" or kernels.wants_gradient(x, parameters["bias"]):
             return None
         return kernels.token_dtype(x, self.out_features, self.w_bits)
 
@@ -300,7 +300,7 @@ class PackedLinear(ReadOnlyWeight, QuantizedLayer, nn.Linear):
         x = _autocast(input)
         if (dtype := self._token_dtype(x)) is not None:
             return kernels.fast_linear(x, dtype, [self])[0]
-        bias = self.bias
+        bias = self._parameters["bias"]
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         if not kernels.wants_gradient(x, bias) and (weight := kernels.kept(self, x.dtype)) is not None:

@@ -170,6 +170,34 @@ def test_bench_measures_every_rival(folder, tmp_path, capsys):
     assert found["load"]["seconds"] > 0 and found["load"]["bytes"] > disk  # the headers and the index besides
 
 
+def test_ours_are_compiled_in_our_way_and_the_others_in_it_only_if_asked(monkeypatch):
+    monkeypatch.setattr(bench, "compile_options", lambda device: {"ours": True})
+    plain = {"fullgraph": True, "dynamic": False}
+    for flags, ours, others in (
+        ([], {"ours": True}, None),
+        (["--cpp_wrapper"], {"cpp_wrapper": True, "ours": True}, {"cpp_wrapper": True}),
+        (["--same_options"], {"ours": True}, {"ours": True}),
+    ):
+        args = bench.parse_args(["--device", "cpu", "--compile", *flags])
+        assert bench.compile_settings(args, ours=True) == plain | {"options": ours}
+        assert bench.compile_settings(args, ours=False) == plain | {"options": others}
+
+
+def test_some_rivals_with_several_pictures(folder, tmp_path):
+    flags = ("--config", folder, "--resolution", 32, "--batch_size", 3, "--rivals", "fast", "cast")
+    found = measured(tmp_path, *flags)
+    assert found["batch_size"] == 3
+    names = ["float32, eager", "int8 codes, cast, eager", "ours fast, eager"]
+    assert [row["rival"] for row in found["steps"]] == names and all(row["ms"] > 0 for row in found["steps"])
+    args = bench.parse_args(["--device", "cpu", "--batch_size", "3"])
+    model, inputs = small_model(), bench.step_inputs(SMALL, 32, args)
+    alone = {name: part if name.endswith("ids") else part[1:2] for name, part in inputs.items()}
+    with torch.no_grad():
+        together, one = (model(**given, return_dict=False)[0] for given in (inputs, alone))
+    assert together.shape == (3, 4, SMALL["in_channels"])
+    torch.testing.assert_close(together[1:2], one, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("flags, expected", [([], None), (["--cpp_wrapper"], {"cpp_wrapper": True})])
 def test_compiled_rivals_beside_eager_ones(folder, tmp_path, monkeypatch, flags, expected):
     graphs, options_seen = [], []
@@ -185,7 +213,7 @@ def test_compiled_rivals_beside_eager_ones(folder, tmp_path, monkeypatch, flags,
     monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
     found = measured(tmp_path, "--config", folder, "--resolution", 32, "--compile", *flags)
     assert options_seen and all(options == expected for options in options_seen)
-    assert found["compile_options"] == expected
+    assert found["compile_options"] == {"ours": expected, "others": expected}
     rows = {row["rival"]: row for row in found["steps"] if "ms" in row}
     assert set(rows) == {
         "float32, eager", "float32, compiled", "int8 codes, cast, eager", "int8 codes, cast, compiled",

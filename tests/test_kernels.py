@@ -713,9 +713,15 @@ def test_layers_that_differ_are_multiplied_each_by_its_own():
 def test_gelu_is_the_same_function_compiled():
     x = torch.cat([torch.linspace(-40, 40, 20001), torch.tensor([0.0, 1e-30, -1e30, 1e30])]).to(DEVICE)
     torch._dynamo.reset()
-    compiled = torch.compile(kernels.gelu, fullgraph=True, backend="eager")
+    compiled = torch.compile(kernels.gelu, fullgraph=True, backend="aot_eager")
     expected = F.gelu(x.double(), approximate="tanh")
     torch.testing.assert_close(compiled(x).double(), expected, rtol=1e-5, atol=1e-6)
+    slopes = []
+    for function in (kernels.gelu, compiled):
+        given = x[:-4].clone().requires_grad_()
+        slopes += torch.autograd.grad(function(given).sum(), given)
+    torch.testing.assert_close(*slopes)
+    assert slopes[0].abs().max() < 1.2
     assert torch.equal(kernels.gelu(x), F.gelu(x, approximate="tanh"))
     assert compiled(x.bfloat16()).dtype == torch.bfloat16
 

@@ -29,10 +29,14 @@ def captured(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 def compile_options(device: torch.device) -> dict[str, bool] | None:
     """Options of torch.compile for the blocks on this device.
 
-    On a GPU a concatenation is computed by the kernels that read it. Else, in the single blocks of fast mode, attention
-    and GELU are written beside each other, read for the largest value of every token and read again for its 8 bits.
+    On a GPU a concatenation is computed by the kernels that read it, and a token stays in registers from LayerNorm or
+    GELU to its largest value and its 8 bits. Else it is written, read and worked on again.
     """
-    return {"force_pointwise_cat": True} if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    from utils.inductor import keep_rows_in_registers  # which takes more than a second to import
+
+    return {"force_pointwise_cat": True} | keep_rows_in_registers()
 
 
 def compile_steps(transformer: nn.Module) -> nn.Module:
