@@ -51,6 +51,7 @@ from utils.oneshot import INGREDIENTS, METHODS, calibrate, round_weight
 from utils.pictures import save_grid, save_images
 from utils.pipelines import DEFAULTS, EARLY_SHARE, FEW_STEPS, early_share, family_called, sampling_settings
 from utils.prompts import pick_prompts
+from utils.rates import default_rate
 from utils.sampling import (
     OFFLOADS,
     check_offload,
@@ -234,7 +235,8 @@ def block_settings(args: argparse.Namespace) -> Settings:
     compile = args.device.type == "cuda" if args.block_compile is None else args.block_compile
     return Settings(
         w_bits=args.w_bits, start=args.block_start, steps=args.block_steps, batch_size=args.block_batch_size,
-        micro_batch_size=args.block_micro_batch_size, learning_rate=args.block_learning_rate,
+        micro_batch_size=args.block_micro_batch_size,
+        learning_rate=args.block_learning_rate or default_rate(args.width, "weights"),
         lookahead=args.lookahead, loss_power=args.block_loss_power, local_loss=args.block_local_loss,
         weigh_channels=args.block_weigh_channels,
         freeze_codes=args.block_freeze_codes, checkpointing=args.block_checkpointing, compile=compile, seed=args.seed,
@@ -267,6 +269,7 @@ def along_calls(pipe: DiffusionPipeline, target: Path, args: argparse.Namespace,
         total = torch.cuda.get_device_properties(args.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), args.device.index)
     transformer = pipe.transformer
+    args.width = transformer.inner_dim
     names = ("method", "w_bits", "steps", "calibration_stride", "guidance_scale", "resolution")
     settings = {name: getattr(args, name) for name in names} | {"dtype": str(transformer.dtype), "prompts": prompts}
     if args.method == "calibrated":
@@ -389,7 +392,8 @@ def add_block_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--block_micro_batch_size", type=int,
                        help="samples on the device at a time; less if its memory runs out; "
                        f"{both('block_micro_batch_size')}")  # fmt: skip
-    group.add_argument("--block_learning_rate", type=float, default=5e-4, help="of AdamW; less for wider models")
+    group.add_argument("--block_learning_rate", type=float,
+                       help="of AdamW; default: by the transformer's width, as train.py's --learning_rate")  # fmt: skip
     group.add_argument("--lookahead", type=int, metavar="K",
                        help="full-precision blocks after the one in training, whose outputs count: as many as there is "
                        f"time and memory for on the device; {both('lookahead')}")  # fmt: skip
@@ -482,7 +486,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             if getattr(args, name) is not None and getattr(args, name) < 0:
                 raise ValueError(f"--{name} must not be negative, got {getattr(args, name)}")
         for name in ("block_learning_rate", "block_loss_power"):
-            if getattr(args, name) <= 0:
+            if getattr(args, name) is not None and getattr(args, name) <= 0:
                 raise ValueError(f"--{name} must be above 0, got {getattr(args, name)}")
         if not 0 <= args.block_freeze_codes <= 1:
             raise ValueError(f"--block_freeze_codes must be 0 to 1, got {args.block_freeze_codes}")

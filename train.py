@@ -16,8 +16,9 @@ student, the same transformer with quantized linears, learns to predict the same
 `--lora_r 32 --lora_alpha 1 --clip_init max --learning_rate 2e-5 --early_share 0.25 --loss_power 1 --freeze_codes 0` is
 the recipe of the published port. `--early_share` is how much of the training goes to the first quarter of the denoising
 steps, which decide the layout (of few steps all count alike), `--loss_power` below 1 makes hard samples count for less;
-for the last `--freeze_codes` of the steps the codes stay, and what is left is trained for them; `--start_from FOLDER`
-starts from the codes that run.py found. It writes
+for the last `--freeze_codes` of the steps the codes stay, and what is left is trained for them; `--vote_codes` freezes
+each where it was most of the time, `--visit_share` has the student learn at states of its own pictures; `--start_from
+FOLDER` starts from the codes that run.py found. It writes
 
     LOCAL_DIR/teacher_cache/MODEL-DIGEST/            trajectories, shared by all runs that ask the same of a teacher
     OUTPUT_DIR/eval/step_N/, step-N.png, steps.png   held-out prompts as the student draws them
@@ -63,6 +64,7 @@ from utils.folders import check_disks, check_target, locked, read_json, whole_fo
 from utils.pipelines import early_share, sampling_settings
 from utils.process_args import LARGE, process_args
 from utils.prompts import pick_prompts
+from utils.rates import choose_rates
 from utils.sampling import native_size, with_transformer
 from utils.teacher import Teacher, TeacherSettings, prompt_seeds
 from utils.trainer import (
@@ -79,6 +81,7 @@ from utils.trainer import (
     save_curves,
 )
 from utils.utils import device_name, from_root, get_logger, pick_dtype, run_script
+from utils.widen import width_of
 
 log = get_logger("train")
 TORCHAO_OPTIMIZERS = ("adamw_torch_8bit", "adamw_torch_4bit")
@@ -152,9 +155,9 @@ def run_settings(model_args, training_args, teacher: dict) -> dict:
     names = ("lora_r", "lora_alpha", "clip_init", "quantize_modulation", "train_weights", "train_unquantized")
     settings = {"w_bits": model_args.w_bits[0]}
     settings |= {name: getattr(model_args, name) for name in (*names, "start_from")}
-    names = ("learning_rate", "clip_learning_rate", "weight_decay", "ema_decay", "feature_loss", "bf16", "fp16")
-    names += ("early_share", "loss_power", "freeze_codes", "seed", "warmup_steps", "max_grad_norm")
-    names += ("adam_beta1", "adam_beta2", "adam_epsilon")
+    names = ("learning_rate", "clip_learning_rate", "rate_share", "weight_decay", "ema_decay", "feature_loss")
+    names += ("bf16", "fp16", "early_share", "loss_power", "freeze_codes", "seed", "data_seed", "warmup_steps")
+    names += ("max_grad_norm", "vote_codes", "visit_share", "adam_beta1", "adam_beta2", "adam_epsilon")
     settings |= {name: getattr(training_args, name) for name in names}
     settings |= {
         "optim": training_args.optim.value,
@@ -370,6 +373,7 @@ def train(model_args, data_args, training_args) -> None:
     source = Teacher(model_args.input_model_filename, pick_dtype(training_args, device))
     if is_quantized(source.config):
         raise ValueError(f"{model_args.input_model_filename}: already quantized; the teacher must be full precision")
+    choose_rates(training_args, bool(model_args.lora_r) and not model_args.train_weights, width_of(source.config))
     start = None
     if model_args.start_from is not None and checkpoint is None:
         start_folder = transformer_folder(Path(from_root(model_args.start_from)))
@@ -388,9 +392,10 @@ def train(model_args, data_args, training_args) -> None:
         training_args.dataloader_num_workers, training_args.dataloader_persistent_workers = 0, False
 
     # 2. The student. Unless the teacher is needed on the way, nothing of its pipeline is there but the autoencoder.
-    if training_args.feature_loss:
+    watched = bool(training_args.feature_loss or training_args.visit_share)
+    if watched:
         source.load("transformer", device=device)
-    pipe, teacher = source.pipe, source.pipe.transformer if training_args.feature_loss else None
+    pipe, teacher = source.pipe, source.pipe.transformer if watched else None
     torch.manual_seed(training_args.seed)  # of the LoRA's start
     # A whole checkpoint holds what was trained in fp32; the pipeline's own weights are no finer than its dtype.
     dtype = pick_dtype(training_args, device)

@@ -1,21 +1,25 @@
 """The tables and figures of the programs utils/compare_*.py, and the calls they are filled by."""
 
 import json
+import math
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import run as script
-from utils import compare_oneshot, compare_recipes, compare_training_step
+from utils import compare_oneshot, compare_recipes, compare_training_step, compare_widths, processes
 from utils.pipelines import early_share
 from utils.process_args import process_args
 from utils.processes import run_logged, spread
+from utils.rates import choose_rates
 from utils.scenes import CATEGORIES
 
+ROOT = Path(__file__).parents[1]
 FINAL = {"eval_nmse": 0.0125, "eval_psnr": 30.26, "eval_scene_score": 0.9, "eval_scene_score_teacher": 0.95}
 FINAL |= {f"eval_scene_{category}": 0.1 * i for i, category in enumerate(CATEGORIES)}
 
@@ -26,12 +30,13 @@ def cells(line):
 
 def test_recipes_become_a_table():
     summary = {"final": FINAL, "seconds_per_step": 0.0481}
-    head, rule, *rows = compare_recipes.table({"uniform": summary, "published": summary}).splitlines()
+    table = compare_recipes.table({compare_recipes.Cell(name): summary for name in ("uniform", "published")})
+    head, rule, *rows = table.splitlines()
     assert len(rows) == 2
     assert all(len(cells(line)) == len(cells(head)) for line in (rule, *rows))
     row = dict(zip(cells(head), cells(rows[1]), strict=True))
     assert row["recipe"] == compare_recipes.RECIPES["published"][0]
-    assert (row["NMSE"], row["PSNR dB"], row["s a step"]) == ("0.01250", "30.3", "0.048")
+    assert (row["NMSE"], row["PSNR dB"], row["s a step"]) == ("0.01250", "30.26", "0.048")
     assert (row["scene score"], row["of teacher"], row["color_attr"]) == ("0.900", "94.7%", "0.500")
 
 
@@ -39,7 +44,9 @@ def test_the_published_recipe_is_literal():
     flags = compare_recipes.RECIPES["published"][1]
     pairs = dict(zip(flags[::2], flags[1::2], strict=True))  # the last of a flag counts, as in argparse
     plain = {"--ema_decay": "0", "--early_share": "0.25", "--loss_power": "1", "--freeze_codes": "0"}
-    plain["--feature_loss"] = "0"  # not all of these are the defaults
+    plain |= dict.fromkeys(
+        ("--feature_loss", "--vote_codes", "--visit_share"), "0"
+    )  # not all of these are the defaults
     assert {name: pairs.pop(name) for name in plain} == plain
     assert pairs.pop("--clip_learning_rate") == pairs["--learning_rate"]
     assert pairs == {"--lora_r": "32", "--lora_alpha": "1", "--clip_init": "max", "--learning_rate": "2e-5"}
@@ -50,6 +57,9 @@ def test_the_defaults_of_train_py_are_one_of_the_recipes():
 
     def values(arguments):
         found = {name: value for part in process_args(arguments) for name, value in vars(part).items()}
+        settings = SimpleNamespace(**found)
+        choose_rates(settings, lora=False, width=256)
+        found |= vars(settings)
         found["clip_learning_rate"] = found["clip_learning_rate"] or found["learning_rate"]  # what leaving it out means
         found["early_share"] = found["early_share"] or early_share(28)
         return {flag: found[flag.removeprefix("--")] for flag in flags[::2]}
@@ -101,6 +111,46 @@ def test_a_recipe_that_starts_from_a_one_shot_gets_one(tmp_path, monkeypatch):
     assert oneshot[oneshot.index("--w_bits") + 1] == "0"
 
 
+def test_seeds_and_bit_widths_are_trainings_of_their_own(tmp_path, monkeypatch):
+    """Each from a start of its bit width, with the mean of the seeds in the table."""
+    called = []
+
+    def run(words, log, environment):
+        words = [str(word) for word in words]
+        called.append(words)
+        if words[0] == "run.py":
+            script.parse_args(words[1:])
+        elif "--do_train" not in words:
+            process_args(words[1:])
+            folder = Path(words[words.index("--output_dir") + 1])
+            folder.mkdir()
+            nmse = 0.02 if folder.name.endswith("1") else 0.04
+            worst = {"eval_scene_worst_of_teacher": 0.96}
+            summary = {"final": FINAL | worst | {"eval_nmse": nmse}, "seconds_per_step": 0.1}
+            (folder / "summary.json").write_text(json.dumps(summary))
+
+    monkeypatch.setattr(compare_recipes, "run_logged", run)
+    flags = ["--output", str(tmp_path), "--recipes", "last_blockwise", "--w_bits", "0", "2", "--data_seeds", "1", "2"]
+    monkeypatch.setattr(sys, "argv", ["compare_recipes", *flags])
+    compare_recipes.main()
+    starts = [words for words in called if words[0] == "run.py"]
+    assert all(words[words.index("--method") + 1] == "blockwise" for words in starts) and len(starts) == 2
+    trained = [words for words in called if words[0] == "train.py" and "--do_train" not in words]
+    for words in trained:
+        given = {flag: words[len(words) - 1 - words[::-1].index(flag) + 1] for flag in words if flag.startswith("--")}
+        bits, seed = given["--w_bits"], given["--data_seed"]
+        suffix = "" if bits == "0" else f"+{bits}bit"
+        assert given["--output_dir"] == str(tmp_path / f"last_blockwise{suffix}+seed{seed}")
+        assert given["--start_from"] == str(tmp_path / f"blockwise{suffix}")
+        assert (given["--vote_codes"], given["--visit_share"]) == ("0.05", "0.3")
+    assert len(trained) == 4 and len(json.loads((tmp_path / "recipes.json").read_text())["recipes"]) == 4
+    head, _, *rows = (tmp_path / "recipes.md").read_text().splitlines()
+    rows = [dict(zip(cells(head), cells(row), strict=True)) for row in rows]
+    [mean] = [row for row in rows if "mean of 2 seeds" in row["recipe"] and "2 bits" not in row["recipe"]]
+    assert (mean["NMSE"], mean["worst category of teacher"]) == ("0.03000", "96.0%")
+    assert len([row for row in rows if row["recipe"].endswith("spread") and row["NMSE"] == "0.01414"]) == 2
+
+
 def test_oneshot_figures_become_a_table(tmp_path, monkeypatch):
     """An interrupted comparison goes on: what is measured already is read, nothing is run."""
     score = dict.fromkeys(CATEGORIES, 0.5) | {"mean": 0.5, "stderr": 0.01}
@@ -112,7 +162,7 @@ def test_oneshot_figures_become_a_table(tmp_path, monkeypatch):
         (tmp_path / name / "test" / "metrics.json").write_text(json.dumps(figures))
         run = {"method": name.split("_")[0], "without": without, "seconds": 61.2}
         (tmp_path / name / "pipeline" / "metrics.json").write_text(json.dumps(run))
-    monkeypatch.setattr(compare_oneshot, "run_logged", lambda *args: pytest.fail("measured again"))
+    monkeypatch.setattr(processes, "run_logged", lambda *args: pytest.fail("measured again"))
     monkeypatch.setattr(compare_oneshot, "INGREDIENTS", ("bias",))
     flags = ["--output", str(tmp_path), "--w_bits", "0", "--methods", "mse", "calibrated", "--ablate"]
     monkeypatch.setattr(sys, "argv", ["compare_oneshot", *flags])
@@ -189,3 +239,128 @@ def test_both_training_steps_train_a_lora_on_the_same_linears():
     assert matrices == adapted
     trained = {name for name, p in ours.named_parameters() if p.requires_grad}
     assert not any(name.endswith(".weight") and name.removesuffix(".weight") in matrices for name in trained)
+
+
+# ---------------------------------------------------------------------------------------------------------- widths
+
+
+def rate_of(power: float, width: int) -> float:
+    return 8e-4 * (256 / width) ** power
+
+
+def measured(power: float, seeds=(42,)) -> dict:
+    """widths.json of models whose NMSE is least at a rate that falls with the width to this power."""
+    data, rest = {"models": {}, "cells": {}}, {"psnr": 25.0, "score": 0.8, "teacher": 0.9, "seconds": 1}
+    for width in (256, 512, 1024):
+        data["models"][str(width)] = {"width": width, "alpha": 0.2 * (256 / width) ** 0.5, "rms": 0.1}
+        for cell in compare_widths.rate_cells(width, list(seeds)):
+            shift = math.log(cell["rate"] / rate_of(power, width)) - 0.1 * (cell["seed"] - 42)
+            data["cells"][compare_widths.key_of(cell)] = cell | rest | {"nmse": 0.05 * math.exp(0.3 * shift**2)}
+        for method, nmse in (("mse", 0.9), ("blockwise", 0.1)):
+            cell = {"width": width, "method": method, "rate": 1e-4, "seed": 0, "nmse": nmse}
+            data["cells"][compare_widths.key_of(cell)] = cell | rest
+    return data
+
+
+@pytest.mark.parametrize(("power", "winners"), [(0, {"constant", "rms"}), (0.5, {"sqrt", "alpha"}), (1, {"width"})])
+def test_the_rule_that_holds_is_found(power, winners):
+    verdict = compare_widths.judge(measured(power))
+    for width, best in verdict["optima"].items():
+        assert best["rate"] == pytest.approx(rate_of(power, width), rel=1e-3) and not best["bound"]
+        assert best["nmse"] == pytest.approx(0.05, rel=1e-3)
+    off = {rule: found["off"] for rule, found in verdict["rules"].items()}
+    assert {rule for rule, value in off.items() if value < 1e-2} == winners
+    if power == 1:  # by hand: the root of the mean of (log2 2)² and (log2 4)², of half of that
+        assert off["constant"] == pytest.approx(math.sqrt((1 + 4) / 2), abs=1e-2)
+        assert off["sqrt"] == pytest.approx(math.sqrt((1 + 4) / 2) / 2, abs=1e-2)
+        assert verdict["rules"]["constant"]["loss"] > verdict["rules"]["sqrt"]["loss"] > 0
+
+
+def test_an_optimum_at_the_last_rate_is_a_bound():
+    assert compare_widths.optimum({1e-4: 0.3, 2e-4: 0.2, 4e-4: 0.1}) == (4e-4, 0.1, True)
+
+
+def test_between_two_rates_the_error_is_interpolated():
+    points = {1e-4: 0.4, 4e-4: 0.1}
+    assert compare_widths.between(points, 2e-4) == pytest.approx(0.2)
+    assert (compare_widths.between(points, 1e-5), compare_widths.between(points, 1)) == (0.4, 0.1)
+
+
+def test_seeds_are_averaged_and_their_spread_is_told():
+    verdict = compare_widths.judge(measured(0.5, seeds=(41, 43)))
+    best = verdict["optima"][512]
+    assert best["rate"] == pytest.approx(rate_of(0.5, 512), rel=1e-3)
+    low, high = best["of_each_seed"]
+    assert high / low == pytest.approx(math.exp(0.2), rel=1e-3)
+
+
+def test_the_plot_and_the_table_are_made_of_what_is_there(start, tmp_path):
+    data = measured(0.5) | {"settings": {}}
+    del data["cells"]["1024-blockwise"]  # not measured yet
+    (tmp_path / "widths.json").write_text(json.dumps(data))
+    assert start(compare_widths.main, "compare_widths.py", "--output", tmp_path) == 0
+    lines = (tmp_path / "widths.md").read_text().splitlines()
+    rows = [cells(line) for line in lines if line.startswith("| 256 | trained")]
+    assert len(rows) == 5 and rows[0][:4] == ["256", "trained", "0.00025", "42"] and rows[0][7] == "88.9%"
+    ranked = [cells(line)[0] for line in lines[lines.index("") :] if cells(line)[0] in compare_widths.RULES]
+    ranked.remove("width")  # the head of the table of optima
+    assert set(ranked[:2]) == {"sqrt", "alpha"} and len(ranked) == 5
+    assert (tmp_path / "widths.png").stat().st_size > 10_000
+
+
+def test_cells_are_measured_once_and_kept_as_they_come(tmp_path, monkeypatch):
+    called = []
+
+    def run(words, log, environment):
+        words = [str(word) for word in words]
+        called.append(words)
+        if words[0] == "train.py":
+            process_args(words[1:])  # flags that there are
+            folder = Path(words[words.index("--output_dir") + 1])
+            if "--do_train" not in words:
+                folder.mkdir()
+                (folder / "summary.json").write_text(json.dumps({"final": FINAL, "seconds_per_step": 0.1}))
+        elif words[0] == "run.py":
+            args = script.parse_args(words[1:])
+            args.output_path.mkdir(parents=True)
+            (args.output_path / "metrics.json").write_text(json.dumps({"seconds": 5}))
+            if args.method == "mse":
+                raise ValueError("run.py failed")
+        else:
+            figures = {"nmse": 0.1, "psnr": 20.0, "scene_score": {"mean": 0.4}, "scene_score_teacher": {"mean": 0.8}}
+            folder = Path(words[words.index("--output_dir") + 1])
+            folder.mkdir()
+            (folder / "metrics.json").write_text(json.dumps(figures))
+
+    for module in (compare_widths, processes):
+        monkeypatch.setattr(module, "run_logged", run)
+    facts = {"width": 256, "alpha": 0.2, "rms": 0.1}
+    monkeypatch.setattr(compare_widths, "model_facts", lambda model: facts)
+    command = ["compare_widths", "--output", str(tmp_path), "--models", "assets/tiny-flux", "--num_images", "24"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(ValueError, match="run.py failed"):
+        compare_widths.main()
+    data = json.loads((tmp_path / "widths.json").read_text())
+    assert len(data["cells"]) == 7 and data["models"] == {"256": facts}  # all but mse
+    assert data["cells"]["256-blockwise"]["score"] == 0.4
+    assert data["cells"]["256-trained-0.0005-42"]["nmse"] == FINAL["eval_nmse"]
+    rates = [words[words.index("--learning_rate") + 1] for words in called if "--learning_rate" in words]
+    assert [float(rate) for rate in rates] == [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3]
+
+    elsewhere = tmp_path / "elsewhere"  # another machine: nothing but widths.json
+    elsewhere.mkdir()
+    (elsewhere / "widths.json").write_text(json.dumps(data))
+    called.clear()
+    command[2] = str(elsewhere)
+    monkeypatch.setattr(sys, "argv", [*command, "--minutes", "0"])
+    compare_widths.main()  # nothing is begun
+    assert not called
+    monkeypatch.setattr(sys, "argv", [*command, "--max_steps", "7"])
+    with pytest.raises(ValueError, match="widths.json: measured with max_steps=600, asked for max_steps=7"):
+        compare_widths.main()
+
+
+def test_what_a_rule_by_the_weights_goes_by():
+    facts = compare_widths.model_facts(str(ROOT / "assets/tiny-flux"))
+    assert facts["width"] == 256 and facts["parameters"] > 13e6
+    assert 0.11 < facts["rms"] < 0.12 and 0.19 < facts["alpha"] < 0.21

@@ -16,8 +16,8 @@ from utils.random_flux import skeleton
 
 ROOT = Path(__file__).parents[1]
 FLUX = Size(11_901_408_320, 242_050_112)
-WEIGHTS = ["--optim", "adamw_torch_8bit", "--learning_rate", "2e-5", "--clip_learning_rate", "1e-4"]
-LORA = ["--lora_r", "32", "--lora_alpha", "32", "--learning_rate", "2e-4"]
+WEIGHTS = ["--optim", "adamw_torch_8bit"]
+LORA = ["--lora_r", "32", "--lora_alpha", "32"]
 
 
 @pytest.fixture(autouse=True)

@@ -121,7 +121,7 @@ def make(pipe, pipeline_folder, data, tmp_path):
         frozen_dtype = torch.bfloat16 if args.bf16 else torch.float32
         choose_parameters(student, model_args, args.clip_learning_rate, frozen_dtype)
         eval_pipe = diffusers.FluxPipeline(**{**pipe.components, "transformer": student})
-        teacher = load(pipeline_folder / "transformer") if args.feature_loss else None
+        teacher = load(pipeline_folder / "transformer") if args.feature_loss or args.visit_share else None
         made = FluxQATTrainer(
             student, args, samples or data.train, data.eval, eval_pipe, settings or {}, num_images=2,
             num_final_images=3, teacher=teacher,
@@ -223,6 +223,27 @@ def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay(clip_le
             assert settings[id(parameter)] == {"weight_decay": 0.0} | expected, name
         else:
             assert settings[id(parameter)] == {"weight_decay": 0.1 if parameter.ndim == 2 else 0.0}, name
+
+
+def test_a_rate_can_be_a_share_of_each_layers_step_size(make):
+    made = make("--rate_share", 0.01, "--weight_decay", 0.1)
+    groups = {id(p): group for group in made.create_optimizer().param_groups for p in group["params"]}
+    assert sorted(groups) == sorted(id(p) for p in made.trained())
+    rates = set()
+    for name, layer in made.model.named_modules():
+        if isinstance(layer, QuantizeLinear):
+            rates.add(groups[id(layer.weight)]["lr"])
+            for parameter, decay in ((layer.weight, 0.1), (layer.weight_clip_val, 0.0)):
+                group = groups[id(parameter)]
+                assert group["lr"] == pytest.approx(0.01 * layer.weight_clip_val.mean().item()), name
+                assert group["weight_decay"] == decay
+    assert len(rates) > 1
+    assert groups[id(made.model.proj_out.weight)]["lr"] == 1e-3
+
+
+def test_the_order_of_the_samples_may_have_a_seed_of_its_own(make):
+    usual, same, other = (list(make(*flags).sampler) for flags in ([], ["--data_seed", 42], ["--data_seed", 43]))
+    assert usual == same != other
 
 
 # -------------------------------------------------------------------------------------------------------- the loss
@@ -613,9 +634,11 @@ def test_a_checkpoint_that_cannot_be_written_whole_is_not_there(make, tmp_path, 
         ["--optim", "adafactor"],
         ["--optim", "sgd"],
         ["--optim", "adamw_torch", "--freeze_codes", 0.6],
+        ["--optim", "adamw_torch", "--vote_codes", 0.5, "--freeze_codes", 0.1],
+        ["--optim", "adamw_torch", "--visit_share", 0.8],
         *(pytest.param(["--optim", name], marks=needs(library)) for name, library in EIGHT_BITS.items()),
     ],
-    ids=lambda flags: flags[1] + " in bf16" * ("--bf16" in flags) + " frozen" * ("--freeze_codes" in flags),
+    ids=lambda flags: f"{flags[1]} {' '.join(str(flag) for flag in flags[2::2])}",
 )
 def test_a_resumed_run_ends_where_an_undisturbed_one_does(flags, make, data, tmp_path):
     """Resumed in the middle of the second epoch, learning rate still moving."""
@@ -628,7 +651,8 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(flags, make, data, tmp
     again = make(*flags, *schedule, samples=resumed, checkpoint=checkpoint)
     again.train(resume_from_checkpoint=str(checkpoint))
 
-    assert resumed.asked == whole.asked[13:]  # the seventh batch was number two of the second epoch: 9 + 4 samples
+    if "--visit_share" not in flags:  # whose pictures ask for samples too
+        assert resumed.asked == whole.asked[13:]  # the seventh batch was number two of the second epoch: 9 + 4 samples
     assert len(again.recorder.weights) == 1 + 5
     # A checkpoint holds weights that quantize to the frozen codes, not those that did when they were frozen.
     left_out = by_kind(again.model)["weight"] if "--freeze_codes" in flags else set()
@@ -652,6 +676,8 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(flags, make, data, tmp
         ([], 1, 0, "several processes, and this is one: leave it out"),
         (["--optim", "adafactor"], 2, 0, "--optim adafactor cannot be spread by --fsdp: use adamw_torch_8bit or"),
         ([], 2, 4, "of a LoRA that is little: leave out --fsdp or --lora_r"),
+        (["--visit_share", "0.5"], 2, 0, "--visit_share is for weights that are whole on every GPU"),
+        (["--vote_codes", "0.5"], 2, 0, "--vote_codes is for weights that are whole on every GPU"),
         (["--fsdp_config", '{"version": 1}'], 2, 0, "version 1 keeps flat copies of the weights; use version 2"),
     ],
 )
@@ -660,7 +686,10 @@ def test_what_fsdp2_cannot_spread_is_refused(flags, ranks, lora_r, message, tmp_
         (tmp_path / "fsdp.json").write_text(flags[1])
         flags = ["--fsdp_config", str(tmp_path / "fsdp.json")]
     _, _, args = process_args(["--device", "cpu", "--fsdp", "full_shard", *flags])
-    told = SimpleNamespace(fsdp_config=args.fsdp_config, optim=args.optim, world_size=ranks)
+    told = SimpleNamespace(
+        **{name: getattr(args, name) for name in ("fsdp_config", "optim", "visit_share", "vote_codes")}
+    )
+    told.world_size = ranks
     with pytest.raises(ValueError, match=message):
         trainer.check_fsdp(told, lora_r)
 
@@ -729,6 +758,105 @@ def test_a_schedule_that_cannot_run_twice_is_named(make):
         ValueError, match="--lr_scheduler_type reduce_lr_on_plateau cannot run twice: choose another, or --freeze"
     ):
         made.create_optimizer_and_scheduler(4)
+
+
+# -------------------------------------------------------------------------------------------------- the last steps
+
+
+def test_codes_are_frozen_where_they_were_most_of_the_time(make):
+    """Against the codes of every step, counted here."""
+    made = make("--max_steps", 10, "--learning_rate", 0.02, "--vote_codes", 0.5, "--freeze_codes", 0.2)
+    seen = {}
+    for step in range(1, 11):
+        made.recorder.at[step] = lambda step=step: seen.update({step - 1: all_codes(made.model)})  # after step - 1
+    made.train()
+    changed = 0
+    for name, codes in all_codes(made.model).items():
+        votes = torch.stack([seen[step][name] for step in range(4, 9)]).float()  # the last five of the eight
+        wanted = votes.mean(0).round().to(torch.int8)
+        assert torch.equal(codes, wanted), name
+        changed += (wanted != seen[8][name]).sum().item() if name in seen[8] else 0
+    assert any(not torch.equal(seen[8][name], seen[7][name]) for name in seen[8])  # codes did flip
+    assert not made.votes.sums
+
+
+def test_a_code_between_two_others_is_not_frozen_where_it_never_was():
+    """The mean of -1 and 1 is 0; two neighbours give the one that was there more often."""
+    layer = QuantizeLinear(4, 1, w_bits=0, bias=False)
+    votes = trainer.Votes()
+    with torch.no_grad():
+        layer.weight_clip_val.fill_(1.0)
+        for weight in ([0.9, 0.9, -0.9, 0.1], [0.9, 0.1, -0.9, 0.1], [0.1, 0.1, -0.9, -0.9]):
+            layer.weight.copy_(torch.tensor([weight]))
+            votes.count({"layer": layer})
+        assert votes.decide({"layer": layer}) == 2 / 4
+    assert quantize_codes(layer.weight, layer.weight_clip_val, 0).tolist() == [[1, 0, -1, 0]]
+    assert layer.weight[0, 2].item() == pytest.approx(-0.9) and layer.weight_clip_val.item() == 1.0
+
+
+def test_visited_states_are_those_of_the_students_own_pictures(make, data):
+    """Against a loop over diffusers' scheduler, by the student, and the teacher at its states."""
+    made = make("--visit_share", 1)
+    with torch.no_grad():
+        for parameter in made.model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))  # another than the teacher
+    student, teacher, device = made.model, made.teacher, torch.device("cpu")
+    batch = made.visited.batch(0, student, teacher, device, (made.accelerator.autocast, made.teacher_autocast))
+    drawn = made.visited.drawn
+    assert batch.keys() == batch_of(data.train, [0]).keys()
+
+    generator = torch.Generator().manual_seed(42 + 1_000_003)
+    for row, number in enumerate(torch.randint(3, (2,), generator=generator).tolist()):
+        trajectory = data.train.trajectory(number)
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(made.eval_pipe.scheduler.config)
+        scheduler.set_timesteps(sigmas=trajectory["sigmas"][:-1].tolist(), mu=0.0)
+        scheduler.sigmas, scheduler.timesteps = trajectory["sigmas"], trajectory["timesteps"]
+        latents = trajectory["noise"].float()[None]
+        for step, timestep in enumerate(trajectory["timesteps"]):
+            inputs = batch_of(data.train, [number * TRAIN_STEPS])
+            inputs |= {"hidden_states": latents, "timestep": timestep[None] / 1000}
+            del inputs["velocity"]
+            with torch.no_grad():
+                torch.testing.assert_close(drawn["hidden_states"][step, row], latents[0], rtol=1e-4, atol=1e-4)
+                wanted, moved = (model(**inputs).sample for model in (teacher, student))
+            torch.testing.assert_close(drawn["velocity"][step, row], wanted[0], rtol=1e-4, atol=1e-4)
+            latents = scheduler.step(moved, timestep, latents).prev_sample
+    assert distance({"z": drawn["hidden_states"][2, 0]}, {"z": data.train[2]["hidden_states"].float()}) > 1e-3
+
+    # every sample of the batch is one of those drawn, with its own timestep, velocity and conditions
+    for i in range(2):
+        places = [
+            (step, row)
+            for step in range(TRAIN_STEPS)
+            for row in range(2)
+            if torch.equal(batch["hidden_states"][i], drawn["hidden_states"][step, row])
+        ]
+        [(step, row)] = places
+        assert torch.equal(batch["velocity"][i], drawn["velocity"][step, row])
+        assert batch["timestep"][i] == drawn["timestep"][step]
+        assert torch.equal(batch["encoder_hidden_states"][i], drawn["encoder_hidden_states"][row])
+
+
+def test_states_are_visited_at_the_end_and_drawn_anew_every_so_often(make, monkeypatch):
+    made, drawn, losses = make("--max_steps", 10, "--visit_share", 0.7), {}, []
+    draw, loss = made.visited.draw, made.compute_loss
+    monkeypatch.setattr(made.visited, "draw", lambda *args: drawn.setdefault(made.state.global_step, draw(*args)))
+    monkeypatch.setattr(made, "compute_loss", lambda model, inputs, **_: losses.append(inputs) or loss(model, inputs))
+    made.train()
+    assert list(drawn) == [3, 6, 9]  # three steps a picture
+    for step in range(3, 10):
+        there = drawn[step - step % 3]["hidden_states"].flatten(0, 1)
+        assert all(any(torch.equal(z, state) for state in there) for z in losses[step]["hidden_states"])
+
+
+def test_visiting_without_the_teacher_is_an_error(make):
+    plain = make()
+    plain.args.visit_share = 0.5
+    with pytest.raises(ValueError, match="visit_share needs the teacher"):
+        FluxQATTrainer(
+            plain.model, plain.args, plain.train_dataset, plain.eval_dataset, plain.eval_pipe, {}, num_images=1,
+            num_final_images=1,
+        )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------- pictures

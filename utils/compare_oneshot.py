@@ -12,13 +12,12 @@ table, OUTPUT/oneshot.md. What an interrupted call has finished is not done agai
 import utils.interrupt  # noqa: F401 (Ctrl-C is a line from here on)
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from utils.folders import write_json, write_text
 from utils.oneshot import INGREDIENTS, METHODS
-from utils.processes import run_logged, spread
+from utils.processes import quantize_and_judge, spread
 from utils.scenes import CATEGORIES
 from utils.utils import get_logger, run_script
 
@@ -58,20 +57,10 @@ RECIPES = {  # name: (what it is, flags of run.py)
 def cell(what: tuple[str, int, list[str]], environment: Mapping[str, str], args: argparse.Namespace) -> dict:
     """The figures of run.py and test.py for (name, bit width, flags of run.py)."""
     name, w_bits, own = what
-    folder = args.output / name
-    figures = folder / "test" / "metrics.json"
-    if not figures.exists():
-        log.info("%s", name)
-        pipeline = folder / "pipeline"
-        flags = ["--model_id", args.model, "--output_path", pipeline.absolute(), "--num_images", 0]
-        flags += ["--batch_size", args.batch_size, "--w_bits", w_bits, *own]
-        if not (pipeline / "metrics.json").exists():  # an interrupted run has left the folder, and goes on there
-            run_logged(["run.py", *flags, *args.flags], folder / "log.txt", environment)
-        flags = ["--model", args.model, "--num_images", args.num_images, "--batch_size", args.batch_size]
-        flags += ["--output_dir", (folder / "test").absolute()]
-        run_logged(["test.py", pipeline.absolute(), w_bits, *flags], folder / "log.txt", environment)
-    run = json.loads((folder / "pipeline/metrics.json").read_text())
-    return json.loads(figures.read_text()) | {"name": name, "run": run}
+    log.info("%s", name)
+    sizes = {"w_bits": w_bits, "num_images": args.num_images, "batch_size": args.batch_size}
+    found = quantize_and_judge(args.output / name, args.model, [*own, *args.flags], environment, **sizes)
+    return found | {"name": name}
 
 
 def describe(result: dict) -> str:

@@ -1,6 +1,7 @@
 """Train assets/tiny-flux: a complete FluxPipeline in miniature, from scratch, on drawn scenes.
 
     python -m utils.make_tiny_flux --output assets/tiny-flux        # one GPU, well under an hour
+    python -m utils.make_tiny_flux --width 512                      # a wider one, from assets/tiny-flux
 
 Five stages, each resumed where an earlier call left off:
 
@@ -12,6 +13,10 @@ Five stages, each resumed where an earlier call left off:
 4. guidance     guidance distillation (arXiv 2210.03142, as FLUX.1-dev): the student sees a guidance scale g and
                 learns v_empty + g (v_prompt - v_empty) of the model of stage 3 in one forward pass.
 5. score        the scene score on the evaluation prompts, written into the model card.
+
+A wider one keeps text encoders and autoencoder. Its transformer starts as the narrow one's function (utils/widen.py),
+and one stage replaces 3 and 4: trained on noise - z + (g - 1) (v_prompt - v_empty), it learns the data at guidance g
+at once, the difference being that of the narrow model, which stays as it is (model guidance, arXiv 2502.12154).
 
 The architecture is FLUX.1-dev's with small numbers; every part is diffusers' or transformers' own class.
 """
@@ -44,7 +49,8 @@ from utils.folders import whole_folder, write_json
 from utils.metrics import psnr, scene_score
 from utils.sampling import generate_images
 from utils.tokenizers import TEXT_LENGTH, make_tokenizers
-from utils.utils import device_name, pick_device, run_script
+from utils.utils import device_name, from_root, pick_device, run_script
+from utils.widen import check_width, copies_differ, widen, width_of
 
 # Counting, binding and above all relations are learned last: they are drawn more often.
 CATEGORY_SHARE = {"single_object": 1, "two_object": 1, "counting": 2, "colors": 1, "position": 3, "color_attr": 2}
@@ -463,24 +469,81 @@ def make_guided(folder: Path, args: argparse.Namespace, data: Latents, teacher_f
     student = copy.deepcopy(teacher).requires_grad_(True)
     compile_blocks(teacher)
     compile_blocks(student)
-    no_guidance = torch.ones(2 * args.batch_size, device=args.device)
-    low, high = GUIDANCE_RANGE
 
     def loss_fn() -> Tensor:
         noised, _, timestep, embeds, pooled = data.batch()
-        scale = low + (high - low) * torch.rand(args.batch_size, device=args.device)
-        with torch.no_grad():
-            both = velocity(
-                teacher, data, noised.repeat(2, 1, 1), timestep.repeat(2),
-                torch.cat([embeds, data.no_embeds.expand_as(embeds)]),
-                torch.cat([pooled, data.no_pooled.expand_as(pooled)]), no_guidance,
-            )  # fmt: skip
-            told, free = both.chunk(2)
-            target = free + scale.view(-1, 1, 1) * (told - free)
+        scale = draw_guidance(args)
+        told, free = told_and_free(teacher, data, noised, timestep, embeds, pooled)
+        target = free + scale.view(-1, 1, 1) * (told - free)
         return F.mse_loss(velocity(student, data, noised, timestep, embeds, pooled, scale), target)
 
     fit("guidance", student, loss_fn, args.guidance_steps, 6e-4, args, report=lambda i: report(student, i, 3.5))
     student.save_pretrained(folder)
+
+
+def draw_guidance(args: argparse.Namespace) -> Tensor:
+    """Guidance scales [B]."""
+    low, high = GUIDANCE_RANGE
+    return low + (high - low) * torch.rand(args.batch_size, device=args.device)
+
+
+@torch.no_grad()
+def told_and_free(teacher: FluxTransformer2DModel, data: Latents, noised, timestep, embeds, pooled):
+    """The teacher's velocities [B, L, C] at guidance 1 with the prompts and with the empty prompt."""
+    both = velocity(
+        teacher, data, noised.repeat(2, 1, 1), timestep.repeat(2),
+        torch.cat([embeds, data.no_embeds.expand_as(embeds)]), torch.cat([pooled, data.no_pooled.expand_as(pooled)]),
+        torch.ones(2 * len(noised), device=noised.device),
+    )  # fmt: skip
+    return both.chunk(2)
+
+
+def make_widened(
+    folder: Path, args: argparse.Namespace, data: Latents, narrow: FluxTransformer2DModel, report: Callable
+) -> None:
+    """Stages 3 and 4 of a wider model: it starts as the function of `narrow` and is trained on the data, guided."""
+    old = width_of(narrow.config)
+    wide = widen(narrow, args.width, args.seed).to(args.device)
+    narrow = narrow.to(args.device).requires_grad_(False)
+    compile_blocks(narrow)
+    compile_blocks(wide)
+
+    def loss_fn() -> Tensor:
+        noised, target, timestep, embeds, pooled = data.batch()
+        empty = torch.rand(args.batch_size, device=args.device) < EMPTY_PROMPT_SHARE
+        embeds = torch.where(empty.view(-1, 1, 1), data.no_embeds, embeds)
+        pooled = torch.where(empty.view(-1, 1), data.no_pooled, pooled)
+        scale = draw_guidance(args)
+        told, free = told_and_free(narrow, data, noised, timestep, embeds, pooled)
+        target = target + (scale - 1).view(-1, 1, 1) * (told - free)
+        return F.mse_loss(velocity(wide, data, noised, timestep, embeds, pooled, scale), target)
+
+    note(args, loss_as_widened=held_loss(loss_fn, args))
+    rate = args.widened_rate * old / args.width
+    fit("widened", wide, loss_fn, args.widened_steps, rate, args, report=lambda i: report(wide, i, 3.5))
+    note(args, loss_as_trained=held_loss(loss_fn, args), copies_differ=drift(wide, data, args.width // old, old))
+    wide.save_pretrained(folder)
+
+
+@torch.no_grad()
+def held_loss(loss_fn: Callable[[], Tensor], args: argparse.Namespace) -> float:
+    """The mean of `loss_fn()` over a few batches, the same ones at every call."""
+    device = torch.device(args.device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.compiler.set_stance("force_eager"):
+        torch.manual_seed(args.seed)
+        return sum(loss_fn().item() for _ in range(8)) / 8
+
+
+@torch.no_grad()
+def drift(wide: FluxTransformer2DModel, data: Latents, copies: int, old: int) -> float:
+    """copies_differ of the image tokens after the last block."""
+    kept: list[Tensor] = []
+    hook = wide.single_transformer_blocks[-1].register_forward_hook(lambda _, __, output: kept.append(output[1]))
+    noised, _, timestep, embeds, pooled = data.batch()
+    with torch.compiler.set_stance("force_eager"):
+        velocity(wide, data, noised, timestep, embeds, pooled, torch.full_like(timestep, 3.5))
+    hook.remove()
+    return copies_differ(kept[0], copies, old)
 
 
 def zero_modulation(transformer: FluxTransformer2DModel) -> None:
@@ -494,7 +557,7 @@ def zero_modulation(transformer: FluxTransformer2DModel) -> None:
 def compile_blocks(transformer: FluxTransformer2DModel) -> None:
     """Compile the two kinds of block on CUDA, where the saved time pays for it."""
     if transformer.device.type == "cuda":
-        transformer.compile_repeated_blocks(fullgraph=True)
+        transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)  # two models: each its own sizes
 
 
 # --------------------------------------------------------------------------------------------------- assembly
@@ -539,8 +602,8 @@ def write_card(folder: Path, figures: dict) -> None:
         rule=" | ".join("---" for _ in scores),
         rows="\n".join(rows),
         parts="\n".join(f"| {name} | {count:,} |" for name, count in figures["parameters"].items()),
+        made=(WIDENED if "widened_seconds" in figures["training"] else MADE).format(**figures["training"]),
         **figures,
-        **figures["training"],
     )
     (folder / "README.md").write_text(text)
 
@@ -560,7 +623,7 @@ damage of quantization can be counted.
 ```python
 from diffusers import FluxPipeline
 
-pipe = FluxPipeline.from_pretrained("assets/tiny-flux")
+pipe = FluxPipeline.from_pretrained("{path}")
 pipe("a red star and a blue ring", height=128, width=128, max_sequence_length=24, num_inference_steps=28).images[0]
 ```
 
@@ -584,12 +647,17 @@ mean {stderr:.3f}.
 {command}
 ```
 
-Text encoders {text_seconds:.0f} s on {text_on}, autoencoder {autoencoder_seconds:.0f} s on {autoencoder_on}, rectified
+{made} Figures as JSON: metrics.json.
+"""
+MADE = """Text encoders {text_seconds:.0f} s on {text_on}, autoencoder {autoencoder_seconds:.0f} s on \
+{autoencoder_on}, rectified
 flow {flow_seconds:.0f} s on {flow_on}, guidance distillation {guidance_seconds:.0f} s on {guidance_on}.
 On unseen prompts a linear probe reads the whole scene from CLIP's vector {clip_reads:.1%} of the time, from T5's first
-token {t5_reads:.1%}; the autoencoder's PSNR on unseen pictures is {autoencoder_psnr:.1f} dB. Figures as JSON:
-metrics.json.
-"""
+token {t5_reads:.1%}; the autoencoder's PSNR on unseen pictures is {autoencoder_psnr:.1f} dB."""
+WIDENED = """Widened from {narrow} to {width} channels without changing what it computes, then trained for \
+{widened_steps} steps of
+batch {batch_size}: {widened_seconds:.0f} s on {widened_on}; loss on training scenes {loss_as_widened:.4f} before and
+{loss_as_trained:.4f} after. {copies_differ:.0%} of the way from copied channels to independent ones."""
 
 
 def make_output(folder: Path, args: argparse.Namespace, guided: Path, vae: AutoencoderKL, text: Text) -> float:
@@ -611,7 +679,9 @@ def make_output(folder: Path, args: argparse.Namespace, guided: Path, vae: Autoe
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
-        "command": "python -m utils.make_tiny_flux",
+        "path": str(args.output),
+        "command": "python -m utils.make_tiny_flux"
+        + (f" --width {args.width} --widened_steps {args.widened_steps}" if args.width else ""),
         "parameters": {
             name: sum(p.numel() for p in getattr(pipe, name).parameters())
             for name in ("transformer", "vae", "text_encoder", "text_encoder_2")
@@ -625,10 +695,12 @@ def make_output(folder: Path, args: argparse.Namespace, guided: Path, vae: Autoe
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("assets/tiny-flux"), help="folder of the finished pipeline")
-    parser.add_argument(
-        "--work_dir", type=Path, default=Path("output/make_tiny_flux"), help="finished stages and states"
-    )
+    parser.add_argument("--output", type=Path, help="folder of the finished pipeline; default: assets/tiny-flux, with "
+                        "--width output/tiny-flux-WIDTH")  # fmt: skip
+    parser.add_argument("--work_dir", type=Path, help="finished stages and states; default: output/make_tiny_flux, "
+                        "with --width output/make_tiny_flux-WIDTH")  # fmt: skip
+    parser.add_argument("--width", type=int, help="channels of a wider transformer, a multiple of the narrow one's")
+    parser.add_argument("--narrow", default="assets/tiny-flux", help="with --width: the pipeline to start from")
     parser.add_argument("--device", help="default: cuda if there, else mps, else cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--examples", type=int, default=400_000, help="drawn scenes to train on")
@@ -639,10 +711,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--autoencoder_steps", type=int, default=2400)
     parser.add_argument("--flow_steps", type=int, default=26_000)
     parser.add_argument("--guidance_steps", type=int, default=6_000)
+    parser.add_argument("--widened_steps", type=int, default=3000)
+    parser.add_argument("--widened_rate", type=float, default=6e-4, help="learning rate, times the narrow model's "
+                        "width over --width")  # fmt: skip
     parser.add_argument("--save_every", type=int, default=3000, help="steps between saved states and interim scores")
     parser.add_argument("--eval_prompts", type=int, default=1200, help="evaluation prompts for the final score")
     parser.add_argument("--until", choices=["text", "autoencoder", "flow", "guidance"], help="stop after this stage")
     args = parser.parse_args(argv)
+    suffix = f"-{args.width}" if args.width else ""
+    args.output = args.output or Path(f"output/tiny-flux{suffix}" if args.width else "assets/tiny-flux")
+    args.work_dir = args.work_dir or Path(f"output/make_tiny_flux{suffix}")
+    if args.width and args.until:
+        parser.error("--until: with --width there is one stage, which cannot be stopped after")
     try:
         args.device = str(pick_device(args.device))
     except ValueError as error:
@@ -655,18 +735,26 @@ def main() -> None:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails for these small shapes (torch 2.11, H100)
     torch.manual_seed(args.seed)
+    if args.width:
+        source = Path(from_root(args.narrow))
+        narrow = FluxTransformer2DModel.from_pretrained(source / "transformer").float()
+        check_width(args.width, narrow.config)
     started = time.time()
     prompts, answers, layouts = make_examples(args.examples, args.seed)
     print(f"{len(prompts)} scenes in {time.time() - started:.0f} s, e.g. {prompts[:3]}")
 
     device = torch.device(args.device)
-    text = Text(stage("text", args, lambda folder: make_text(folder, args, prompts, answers)), device)
-    if args.until == "text":
-        return
-    vae_folder = stage("autoencoder", args, lambda folder: make_autoencoder(folder, args, layouts))
-    vae = AutoencoderKL.from_pretrained(vae_folder).to(device)
-    if args.until == "autoencoder":
-        return
+    if args.width:
+        text_folder, vae_folder = source, source / "vae"
+    else:
+        text_folder = stage("text", args, lambda folder: make_text(folder, args, prompts, answers))
+        if args.until == "text":
+            return
+        vae_folder = stage("autoencoder", args, lambda folder: make_autoencoder(folder, args, layouts))
+        if args.until == "autoencoder":
+            return
+    text = Text(text_folder, device)
+    vae = AutoencoderKL.from_pretrained(vae_folder).float().to(device)
     data = Latents(vae, text, prompts, layouts, args)
     vae.to(memory_format=torch.contiguous_format)
 
@@ -677,12 +765,16 @@ def main() -> None:
         score = measure(make_pipeline(plain.to(device), vae, text), prompts, guidance_scale)
         tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in score.items()))
 
-    flow = stage("flow", args, lambda folder: make_transformer(folder, args, data, report))
-    if args.until == "flow":
-        return
-    guided = stage("guidance", args, lambda folder: make_guided(folder, args, data, flow, report))
-    if args.until == "guidance":
-        return
+    if args.width:
+        note(args, narrow=args.narrow, width=args.width, widened_steps=args.widened_steps, batch_size=args.batch_size)
+        guided = stage("widened", args, lambda folder: make_widened(folder, args, data, narrow, report))
+    else:
+        flow = stage("flow", args, lambda folder: make_transformer(folder, args, data, report))
+        if args.until == "flow":
+            return
+        guided = stage("guidance", args, lambda folder: make_guided(folder, args, data, flow, report))
+        if args.until == "guidance":
+            return
     with whole_folder(args.output) as folder:
         score = make_output(folder, args, guided, vae, text)
     print(f"{args.output}: scene score at guidance 3.5: {score:.3f}")

@@ -26,8 +26,8 @@ from utils.utils import run_script
 GIB = 2**30
 PICTURE, BLOCK, SPARE = 2.0, 4.0, 0.95  # GiB a picture, GiB for one block; what may be used of a GPU's memory
 RANK = 32
-LORA = ("--lora_r", str(RANK), "--lora_alpha", str(RANK), "--learning_rate", "2e-4")
-WEIGHTS = ("--optim", "adamw_torch_8bit", "--learning_rate", "2e-5", "--clip_learning_rate", "1e-4")
+LORA = ("--lora_r", str(RANK), "--lora_alpha", str(RANK))  # at the learning rates that train.py has for the width
+WEIGHTS = ("--optim", "adamw_torch_8bit")
 FSDP = ("--fsdp", "full_shard")
 
 

@@ -20,6 +20,7 @@ from transformers.integrations import get_available_reporting_integrations
 from models.utils_quant import check_bits, check_clip_init, check_lora_r
 from utils.folders import check_name
 from utils.pipelines import DEFAULTS, EARLY_SHARE, FEW_STEPS
+from utils.rates import default_rate, told
 from utils.sampling import check_offload
 from utils.utils import (
     DTYPES,
@@ -148,9 +149,22 @@ class TrainingArguments(transformers.TrainingArguments):
         metadata={"choices": DTYPES, "help": "to compute in, instead of --bf16 and --fp16; default: bfloat16 on CUDA"},
     )
     optim: str = field(default="adamw_torch_fused", metadata={"help": "the optimizer"})
-    learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate"})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": f"peak learning rate; default: {told()}".replace("%", "%%")}
+    )
     clip_learning_rate: float | None = field(
-        default=None, metadata={"help": "of the step sizes; default: learning_rate; 0 freezes them"}
+        default=None,
+        metadata={
+            "help": "of the step sizes; 0 freezes them; default: the --learning_rate that is given, else "
+            f"{default_rate(256, 'step sizes'):g} at 256 channels, less by the root of the width"
+        },
+    )
+    rate_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "learning rate of quantized weights and of their step sizes, as a share of the layer's mean step "
+            "size, instead of the rates above"
+        },
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "the schedule of the learning rate"})
     warmup_steps: float = field(default=0.03, metadata={"help": "steps of linear warm-up; below 1: share of all steps"})
@@ -174,6 +188,20 @@ class TrainingArguments(transformers.TrainingArguments):
         metadata={
             "help": "share of the steps, at the end, in which the codes stay and step sizes, biases and what is not "
             "quantized are trained; default: 0.1, with --ema_decay 0"
+        },
+    )
+    vote_codes: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of the steps, before the codes are frozen, over which each code is averaged, to be frozen "
+            "where it was most of the time; 0: where it is last"
+        },
+    )
+    visit_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of the steps, at the end, in which the student learns at states of pictures that it draws "
+            "itself, a batch of training prompts every so many steps as a picture has; keeps the teacher in memory"
         },
     )
     feature_loss: float = field(
@@ -325,6 +353,22 @@ def process_args(
             raise ValueError(f"--freeze_codes must be at least 0 and below 1, got {training_args.freeze_codes}")
         if training_args.freeze_codes and training_args.ema_decay:
             raise ValueError("--freeze_codes cannot be combined with --ema_decay: averaged step sizes want other codes")
+        if training_args.rate_share is not None and not training_args.rate_share > 0:
+            raise ValueError(f"--rate_share must be above 0, got {training_args.rate_share}")
+        if training_args.rate_share is not None and model_args.lora_r:
+            raise ValueError("--rate_share is of a layer's own weights, and with --lora_r it is not these that move")
+        for name in ("visit_share", "vote_codes"):
+            if not 0 <= getattr(training_args, name) <= 1:
+                raise ValueError(f"--{name} must be 0 to 1, got {getattr(training_args, name)}")
+        if training_args.vote_codes and (model_args.lora_r or not training_args.freeze_codes):
+            raise ValueError(
+                "--vote_codes decides which codes of the weights are frozen: it needs --freeze_codes above "
+                "0 and --lora_r 0"
+            )
+        if training_args.vote_codes + training_args.freeze_codes > 1:
+            raise ValueError("--vote_codes and --freeze_codes are shares of all steps: together at most 1")
+        if training_args.visit_share and data_args.teacher_cache == "off":
+            raise ValueError("--visit_share draws any training prompt again and again: it needs a teacher cache")
         if not 0 < training_args.loss_power <= 1:
             raise ValueError(f"--loss_power must be above 0 and at most 1, got {training_args.loss_power}")
     except ValueError as error:

@@ -1,5 +1,6 @@
 """The repository's scripts as processes, several at a time on every GPU."""
 
+import json
 import os
 import queue
 import subprocess
@@ -27,6 +28,21 @@ def run_logged(words: Sequence[object], log: Path, environment: Mapping[str, str
         lines = log.read_text().splitlines()
         script = next(word for word in words if str(word).endswith(".py"))
         raise ValueError(f"{script} failed, see {log}: {lines[-1] if lines else 'no output'}")
+
+
+def quantize_and_judge(
+    folder: Path, model: str, flags: Sequence[object], environment: Mapping[str, str], *,
+    w_bits: int, num_images: int, batch_size: int,
+) -> dict:
+    """The figures of run.py with `flags`, under "run", and those of test.py; in `folder`, unless they are there."""
+    figures, pipeline, log = folder / "test" / "metrics.json", (folder / "pipeline").absolute(), folder / "log.txt"
+    if not figures.exists():
+        own = ["--model_id", model, "--output_path", pipeline, "--num_images", 0, "--batch_size", batch_size]
+        if not (pipeline / "metrics.json").exists():  # an interrupted run has left the folder, and goes on there
+            run_logged(["run.py", *own, "--w_bits", w_bits, *flags], log, environment)
+        own = ["--model", model, "--num_images", num_images, "--batch_size", batch_size]
+        run_logged(["test.py", pipeline, w_bits, *own, "--output_dir", (folder / "test").absolute()], log, environment)
+    return json.loads(figures.read_text()) | {"run": json.loads((pipeline / "metrics.json").read_text())}
 
 
 def visible_gpus() -> list[str]:

@@ -43,6 +43,7 @@ from models.utils_quant import QuantizeLinear
 from utils import scenes
 from utils.datautils import ShuffledSamples, Trajectories, collate, split_batch
 from utils.folders import read_json, remove_folder, whole_folder, write_json
+from utils.last_steps import VisitedStates, Votes
 from utils.metrics import psnr, scene_score
 from utils.pictures import save_images, save_strip
 from utils.sampling import decode_latents, sample_latents
@@ -98,10 +99,17 @@ def compile_blocks(transformer: QuantizedTransformer, spread: bool = False) -> N
         block.forward = torch.compile(block.forward)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, clip_learning_rate: float | None) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, clip_learning_rate: float | None, rate_share: float | None = None
+) -> list[dict]:
     """The trained parameters for an optimizer: matrices with weight decay, the rest without, step sizes at their own
-    learning rate."""
-    trained = [(name.rpartition(".")[2], p) for name, p in model.named_parameters() if p.requires_grad]
+    learning rate; with `rate_share` the weight and the step sizes of every quantized layer at this share of its mean
+    step size."""
+    shared = [] if rate_share is None else shares(model, weight_decay, rate_share)
+    taken = {id(p) for group in shared for p in group["params"]}
+    trained = [
+        (name.rpartition(".")[2], p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in taken
+    ]
     clip = {} if clip_learning_rate is None else {"lr": clip_learning_rate}
     groups = [
         {"params": [p for name, p in trained if name == "weight_clip_val"], "weight_decay": 0.0} | clip,
@@ -111,7 +119,19 @@ def parameter_groups(model: nn.Module, weight_decay: float, clip_learning_rate: 
         },
         {"params": [p for name, p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return [group for group in groups if group["params"]]
+    return [group for group in groups if group["params"]] + shared
+
+
+def shares(model: nn.Module, weight_decay: float, rate_share: float) -> list[dict]:
+    """A group for the weight and one for the step sizes of every quantized layer, as far as they are trained."""
+    groups = []
+    for layer in quantized_layers(model):
+        if layer.weight_clip_val is not None:
+            rate = rate_share * full(layer.weight_clip_val.detach()).mean().item()
+            for parameter, decay in ((layer.weight, weight_decay), (layer.weight_clip_val, 0.0)):
+                if parameter.requires_grad:
+                    groups.append({"params": [parameter], "lr": rate, "weight_decay": decay})
+    return groups
 
 
 class FluxQATTrainer(transformers.Trainer):
@@ -121,7 +141,7 @@ class FluxQATTrainer(transformers.Trainer):
     eval_pipe   a pipeline whose transformer is the student; its autoencoder and scheduler draw the pictures
     eval_data   held-out prompts; the first num_images are used, in the last evaluation the first num_final_images
     settings    what a resumed run must agree with, JSON-able
-    teacher     the full-precision transformer, for feature_loss
+    teacher     the full-precision transformer, for feature_loss and visit_share
     base        where frozen parameters come from (see trained.describe_base); checkpoints leave them out then
     """
 
@@ -139,11 +159,13 @@ class FluxQATTrainer(transformers.Trainer):
         teacher: nn.Module | None = None,
         base: dict | None = None,
     ):
-        if args.feature_loss and teacher is None:
-            raise ValueError("feature_loss needs the teacher")
+        for name in ("feature_loss", "visit_share"):
+            if getattr(args, name) and teacher is None:
+                raise ValueError(f"{name} needs the teacher")
         self.eval_pipe, self.settings, self.teacher, self.base = eval_pipe, settings, teacher, base
         self.num_images, self.num_final_images = num_images, num_final_images
-        self.sampler = ShuffledSamples(len(train_data.prompts), train_data.steps, args.seed, window, args.early_share)
+        order = args.seed if args.data_seed is None else args.data_seed
+        self.sampler = ShuffledSamples(len(train_data.prompts), train_data.steps, order, window, args.early_share)
         self.folder = Path(args.output_dir)
         super().__init__(
             model=model,
@@ -164,9 +186,14 @@ class FluxQATTrainer(transformers.Trainer):
         self.averages: list[Tensor] | None = None
         if self.is_fsdp_enabled:
             prepare_fsdp(self.accelerator)
+        self.votes = Votes()
         if teacher is not None:
             teacher.to(args.device).requires_grad_(False)
+        if args.feature_loss:
             self.features, self.teacher_features = record_features(model), record_features(teacher)
+        if args.visit_share:
+            size = args.per_device_train_batch_size
+            self.visited = VisitedStates(train_data, self.sampler, order, args.process_index, size)
 
     def trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -186,7 +213,8 @@ class FluxQATTrainer(transformers.Trainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = parameter_groups(self.model, self.args.weight_decay, self.args.clip_learning_rate)
+            rates = self.args.clip_learning_rate, self.args.rate_share
+            groups = parameter_groups(self.model, self.args.weight_decay, *rates)
             self.optimizer = kind(groups, **settings)
         return self.optimizer
 
@@ -226,11 +254,15 @@ class FluxQATTrainer(transformers.Trainer):
         errors = (velocity.float() - target.float()).square().flatten(1).mean(1)
         loss = errors.clamp(min=ERROR_FLOOR).pow(self.args.loss_power).mean()
         if self.args.feature_loss:
-            dtype = self.teacher.dtype
-            with torch.no_grad(), torch.autocast(self.args.device.type, dtype, enabled=dtype != torch.float32):
+            with torch.no_grad(), self.teacher_autocast():
                 self.teacher(**inputs)
             loss = loss + self.feature_weight() * feature_error(self.features, self.teacher_features)
         return (loss, velocity) if return_outputs else loss
+
+    def teacher_autocast(self) -> torch.autocast:
+        """What the teacher computes in: its own dtype."""
+        dtype = self.teacher.dtype
+        return torch.autocast(self.args.device.type, dtype, enabled=dtype != torch.float32)
 
     def feature_weight(self) -> float:
         """feature_loss at the first step, falling linearly to nothing: what the blocks put out on the way shows the
@@ -247,6 +279,10 @@ class FluxQATTrainer(transformers.Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         self.doing = f"step {self.state.global_step + 1} is trained, {self.args.per_device_train_batch_size} a batch"
+        step, last = self.state.global_step, self.state.max_steps
+        if self.args.visit_share and step >= last - round(self.args.visit_share * last):
+            contexts = self.accelerator.autocast, self.teacher_autocast
+            inputs = self.visited.batch(step, self.model, self.teacher, self.args.device, contexts)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not loss.isfinite():
             alone = None if self.is_fsdp_enabled else self.model  # a rank cannot run what is spread
@@ -416,6 +452,9 @@ class FluxQATTrainer(transformers.Trainer):
             score, teacher = scene_score(images, prompts), scene_score(teacher_images, prompts)
             metrics |= {"scene_score": score.pop("mean"), "scene_score_teacher": teacher["mean"]}
             metrics |= {f"scene_{name}": value for name, value in score.items()}
+            shares = [score[name] / teacher[name] for name in scenes.CATEGORIES if teacher.get(name)]
+            if shares:  # of the category that lost most
+                metrics["scene_worst_of_teacher"] = min(shares)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -442,6 +481,8 @@ class FluxQATTrainer(transformers.Trainer):
             if partial is not None:
                 (partial / "settings.json").write_text(json.dumps(self.settings, indent=2) + "\n")
                 self.state.save_to_json(str(partial / "trainer_state.json"))
+        if self.args.visit_share:
+            self.visited.forget()
         if self.args.should_save:
             rotate(self.folder, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
@@ -453,6 +494,8 @@ class FluxQATTrainer(transformers.Trainer):
         if self.average is not None:
             for i, parameter in enumerate(self.trained()):
                 yield f"weights.{i}", full(parameter.detach())
+        if self.votes.steps:
+            yield from self.votes.state().items()
 
     def save_transformer(self, folder: Path | None) -> None:
         """The transformer as it stands, for from_pretrained."""
@@ -473,9 +516,11 @@ class FluxQATTrainer(transformers.Trainer):
             save_whole(self.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """The transformer was made from the checkpoint already; here come its parameters before averaging."""
+        """The transformer was made from the checkpoint already; here come parameters before averaging and votes."""
+        state = Shards(Path(resume_from_checkpoint), STATE)
+        if "votes_steps" in state:
+            self.votes.load(state, self.args.device)
         if self.average is not None:
-            state = Shards(Path(resume_from_checkpoint), STATE)
             with torch.no_grad():
                 for i, (parameter, average) in enumerate(zip(self.trained(), self.average, strict=True)):
                     local(average).copy_(local(parameter))
@@ -508,16 +553,24 @@ class _Average(transformers.TrainerCallback):
 
 
 class _Freeze(transformers.TrainerCallback):
-    """Freezes the codes when it is time, in a resumed run too."""
+    """Has the codes voted on and freezes them when it is time, in a resumed run too."""
 
     def __init__(self, trainer: FluxQATTrainer):
         self.trainer = trainer
 
     def on_step_begin(self, args, state, control, **kwargs):
         if args.freeze_codes and state.global_step >= self.trainer.freeze_at(state.max_steps):
+            if self.trainer.votes.steps:
+                changed = self.trainer.votes.decide(named_layers(self.trainer.model))
+                log.info("step %d: %.2f %% of the codes are frozen by majority", state.global_step, 100 * changed)
             for layer in quantized_layers(self.trainer.model):
                 if layer.frozen is None:
                     layer.freeze_codes(full(layer.weight_clip_val.detach()).clone())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        end = self.trainer.freeze_at(state.max_steps)
+        if args.vote_codes and end - round(args.vote_codes * state.max_steps) < state.global_step <= end:
+            self.trainer.votes.count(named_layers(self.trainer.model))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """What the frozen codes are found from has to stay where it is: momentum and decay would move it on."""
@@ -540,7 +593,12 @@ class _TensorBoard(TensorBoardCallback):
 
 def quantized_layers(model: nn.Module) -> list[QuantizeLinear]:
     """The layers that hold weights and step sizes, with a LoRA inside the quantizer or without."""
-    return [module for module in model.modules() if isinstance(module, QuantizeLinear)]
+    return list(named_layers(model).values())
+
+
+def named_layers(model: nn.Module) -> dict[str, QuantizeLinear]:
+    """The quantized layers by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizeLinear)}
 
 
 def record_features(transformer: QuantizedTransformer) -> dict[int, Tensor]:
@@ -602,6 +660,9 @@ def check_fsdp(args, lora_r: int) -> None:
         raise ValueError("--fsdp spreads the weights over several processes, and this is one: leave it out")
     if args.optim.value not in FSDP_OPTIMIZERS:
         raise ValueError(f"--optim {args.optim.value} cannot be spread by --fsdp: use {' or '.join(FSDP_OPTIMIZERS)}")
+    for name in ("visit_share", "vote_codes"):
+        if getattr(args, name):
+            raise ValueError(f"--{name} is for weights that are whole on every GPU: leave out --fsdp or --{name}")
     if lora_r:
         raise ValueError("--fsdp spreads what is trained, and of a LoRA that is little: leave out --fsdp or --lora_r")
 
