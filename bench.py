@@ -61,6 +61,7 @@ from utils.pipelines import family_with
 from utils.random_flux import CONFIGS, stock_class
 from utils.rivals import (
     MAKERS,
+    NO_MEMORY,
     RUNS,
     Allocations,
     Rival,
@@ -85,6 +86,8 @@ from utils.utils import (
     empty_cache,
     from_root,
     get_logger,
+    memory_named,
+    peak_words,
     pick_device,
     run_script,
 )
@@ -96,6 +99,7 @@ log = get_logger("bench")
 TEXT_TOKENS = {"flux-dev": 512, "flux-schnell": 256, "flux2-klein-4b": 512}  # that their pipelines pad a prompt to
 CPU_ROWS = 512  # M of the multiplications on a CPU, at most
 IN_A_ROW = 8  # layers that see one token, timed together
+LESS_MEMORY = "try a smaller --resolution, or --no-compile, which leaves out the CUDA graphs"
 CPU_WEIGHTS = 10**9  # a larger transformer is cut down to a block of each kind there
 
 
@@ -362,17 +366,24 @@ def layer_times(
 
 
 def bench_load(args: argparse.Namespace, packed: QuantizedTransformer) -> dict:
-    """Seconds from a packed checkpoint, read once before, to a transformer on the device; its bytes."""
+    """Seconds from a packed checkpoint, read once before, to a transformer on the device, and to the end of its first
+    step in exact mode, for which the kernels were compiled before; the checkpoint's bytes."""
+    inputs = step_inputs(packed.config, args.resolution[0], args)
     check_disk(args.output, model_bytes(packed)[1], "the packed checkpoint")
     with scratch_folder(args.output) as folder:
         packed.save_pretrained(folder)
         size = sum(file.stat().st_size for file in folder.iterdir())
 
-        def load() -> None:
-            type(packed).from_pretrained(folder, device_map=str(args.device), dtype=args.dtype)
+        def load() -> QuantizedTransformer:
+            return type(packed).from_pretrained(folder, device_map=str(args.device), dtype=args.dtype)
 
-        load()
-        return {"seconds": seconds(load, args.device), "bytes": size}
+        @torch.no_grad()
+        def first_step() -> None:
+            load()(**inputs)
+
+        first_step()
+        loaded, stepped = seconds(load, args.device), seconds(first_step, args.device)
+        return {"seconds": loaded, "seconds_to_first_step": stepped, "bytes": size}
 
 
 def bench_decoding(args: argparse.Namespace, packed: QuantizedTransformer) -> dict[str, float]:
@@ -538,6 +549,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     args = parse_args(words)
+    args.doing = "the random transformer is made"
+    with memory_named(lambda: args.doing, LESS_MEMORY, args.device):
+        measure(words, args)
+
+
+def measure(words: list[str], args: argparse.Namespace) -> None:
+    """Make the transformer, measure what is asked for and write it down, part after part."""
     file = args.output / f"{command_name(words)}.json"
     torch._dynamo.config.recompile_limit = 64  # of a block's code, which all rivals share
     check_disk(args.output, 0, "the figures")
@@ -566,25 +584,30 @@ def main(argv: list[str] | None = None) -> None:
         "versions": versions(),
     }  # fmt: skip
     if not args.no_steps:
+        args.doing = "steps are measured"
         figures["steps"] = bench_steps(args, packed)
         print("\n" + table(figures["steps"], STEP_COLUMNS) + "\n")
         title = f"{args.config}, {figures['device']}, torch {torch.__version__}" + (f"\n{note}" if note else "")
         chart(figures["steps"], title, file.with_name(f"{command_name(words)}.png"))
         write_json(file, figures, indent=1)  # after each part, so that a part that is cut off costs no other
     if args.layers:
+        args.doing = "layers are measured"
         figures["layers"] = bench_layers(args, whole, packed)
         print("\n" + table(figures["layers"], LAYER_COLUMNS) + "\n")
         write_json(file, figures, indent=1)
     if args.load:
+        args.doing = "a packed checkpoint is loaded"
         figures["load"] = bench_load(args, packed) | {"decoded_gb_per_second": bench_decoding(args, packed)}
-        print("packed checkpoint: {bytes:,} bytes on disk, loaded in {seconds:.2f} s".format(**figures["load"]))
+        size, loaded, stepped = (figures["load"][name] for name in ("bytes", "seconds", "seconds_to_first_step"))
+        print(f"packed checkpoint: {size:,} bytes on disk; loaded in {loaded:.2f} s, first step after {stepped:.2f} s")
         rates = figures["load"]["decoded_gb_per_second"]
         print("codes decoded: " + ", ".join(f"{rate:.2f} GB/s on {device}" for device, rate in rates.items()) + "\n")
         write_json(file, figures, indent=1)
     log.info("figures: %s", file)
     for row in figures.get("steps", []) + figures.get("layers", []):
         if row["rival"].startswith(("ours", args.dtype_name)) and "problem" in row:
-            raise ValueError(f"{row['rival']}: {row['problem']}")
+            more = f" ({peak_words(args.device)}): {LESS_MEMORY}" if row["problem"] == NO_MEMORY else ""
+            raise ValueError(f"{row['rival']}: {row['problem']}{more}")
 
 
 if __name__ == "__main__":

@@ -22,11 +22,9 @@ import utils.interrupt  # noqa: F401 (Ctrl-C is a line from here on)
 import argparse
 import json
 import math
-import resource
 import shutil
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -46,15 +44,16 @@ from models.quantized_model import QuantizedTransformer, is_quantized
 from models.utils_quant import check_bits, code_grid
 from utils.blockwise import STARTS, Settings, channel_weights, train_block, used_steps
 from utils.checkpoints import bits_name, is_packed
-from utils.folders import PREFIX, check_disk, is_empty, locked, scratch_folder, whole_folder, write_json
+from utils.folders import PREFIX, check_disks, is_empty, locked, scratch_folder, whole_folder, write_json
 from utils.oneshot import INGREDIENTS, METHODS, calibrate, round_weight
 from utils.pictures import save_grid, save_images
-from utils.pipelines import DEFAULTS, EARLY_SHARE, FEW_STEPS, early_share, family_called, sampling_settings
+from utils.pipelines import DEFAULTS, EARLY_SHARE, FEW_STEPS, early_share, family_called, family_of, sampling_settings
 from utils.prompts import pick_prompts
 from utils.rates import default_rate
 from utils.sampling import (
     OFFLOADS,
     check_offload,
+    draw_in_less,
     drop_transformer,
     generate_images,
     load_pipeline,
@@ -76,6 +75,8 @@ from utils.utils import (
     empty_cache,
     from_root,
     get_logger,
+    memory_named,
+    peak_rss,
     pick_device,
     run_script,
 )
@@ -101,6 +102,9 @@ WEIGHED = 8  # calls by which channel weights are found
 HOW = ("micro_batch_size", "checkpointing", "compile")  # what may change when a block-wise training goes on
 CALL_TOKENS = 8192  # that go through a block at a time: one picture of 1024 pixels, or many small ones
 KINDS = ("norm", "attn", "ff", "proj")  # of layers, by a part of their name
+# What is being done, in words and for less_memory.
+LOADING, CALLS = "the pipeline is loaded", "the teacher draws the calibration prompts"
+BLOCKS, WEIGHTS = "blocks are quantized", "weights are rounded"
 
 
 def local_pipeline(model_id: str) -> Path:
@@ -243,6 +247,41 @@ def block_settings(args: argparse.Namespace) -> Settings:
     )  # fmt: skip
 
 
+def recorded_steps(args: argparse.Namespace) -> Callable[[int], Sequence[int]]:
+    """Of the number of a batch of prompts, the denoising steps in which the teacher is recorded."""
+    stride = args.calibration_stride
+    if args.method == "blockwise":
+        return partial(used_steps, steps=args.steps, early_share=args.block_early_share, stride=stride)
+    return lambda batch: range(0, args.steps, stride)
+
+
+def hidden_bytes(tokens: int, transformer: nn.Module) -> int:
+    """Of the hidden states that block-wise training keeps: both streams, and the targets."""
+    return 3 * tokens * transformer.inner_dim * transformer.dtype.itemsize
+
+
+def work_bytes(pipe: DiffusionPipeline, packed: int, args: argparse.Namespace) -> int:
+    """Bytes that work_folder(args) takes at most, less what is there already; `packed`: those of a packed transformer.
+
+    Finished blocks of every round, the text of each prompt, the latents of each call, and with --activations_on_disk
+    the hidden states. Where the number of steps differs from batch to batch the largest counts.
+    """
+    family, config, dtype = family_of(pipe), pipe.transformer.config, pipe.transformer.dtype
+    steps = max(len(recorded_steps(args)(batch)) for batch in range(args.steps))
+    steps *= family.calls_a_step(pipe, args.guidance_scale)
+    side, text = args.resolution // (2 * pipe.vae_scale_factor), family.text_length(pipe)
+    shapes = family.describe(pipe, config, args.guidance_scale)
+    once = sum(math.prod(shape) for name, shape in shapes.items() if name.endswith("_shape")) * dtype.itemsize
+    once += family.image_ids(side, dtype).nbytes + family.text_ids(text, dtype).nbytes
+    each = (side**2 * config.in_channels + 4) * dtype.itemsize  # with time and guidance
+    calls = args.calibration_prompts * (once + steps * each)
+    tokens = args.calibration_prompts * steps * (side**2 + text)
+    hidden = hidden_bytes(tokens, pipe.transformer) if args.method == "blockwise" and args.activations_on_disk else 0
+    rounds = args.block_rounds if args.method == "blockwise" else 1
+    there = sum(file.stat().st_size for file in work_folder(args).rglob("*.safetensors"))
+    return max(0, rounds * packed + calls - there) + hidden
+
+
 def work_folder(args: argparse.Namespace) -> Path:
     """Recorded calls and finished blocks: in the output folder, which may be the only place to write to."""
     return args.output_path / f"{PREFIX}work"
@@ -281,12 +320,9 @@ def along_calls(pipe: DiffusionPipeline, target: Path, args: argparse.Namespace,
     work = Work(work_folder(args), settings)
     calls = work.calls()
     if calls is None:
-        used = range(0, args.steps, args.calibration_stride)
-        if args.method == "blockwise":
-            share, stride = args.block_early_share, args.calibration_stride
-            used = partial(used_steps, steps=args.steps, early_share=share, stride=stride)
+        args.doing = CALLS
         calls = record_calls(
-            pipe, prompts, used, seed=CALIBRATION_SEED, size=args.resolution,
+            pipe, prompts, recorded_steps(args), seed=CALIBRATION_SEED, size=args.resolution,
             num_inference_steps=args.steps, guidance_scale=args.guidance_scale, batch_size=args.batch_size,
             device=args.device, limit=limit,
         )  # fmt: skip
@@ -295,6 +331,7 @@ def along_calls(pipe: DiffusionPipeline, target: Path, args: argparse.Namespace,
     weights = [call.pop("weight") for call in calls]
     skeleton = packed_skeleton(dict(transformer.config), args.w_bits)
     pipe.transformer = None
+    args.doing = BLOCKS
     if args.method == "calibrated":
         calibrate(transformer, calls, weights, args.w_bits, work, args.device, without=args.without)
     else:
@@ -319,11 +356,9 @@ def blockwise(
     """Train the blocks along the calls, round after round; the used-up transformer and the last round's work."""
     disk, before, weights = work_folder(args) if args.activations_on_disk else None, None, None
     tokens = sum(call[name].shape[:-1].numel() for call in calls for name in ("hidden_states", "encoder_hidden_states"))
-    size = 3 * tokens * transformer.inner_dim * transformer.dtype.itemsize  # both streams, and the targets
+    size = hidden_bytes(tokens, transformer)
     samples = sum(len(call["hidden_states"]) for call in calls)
     log.info("%d samples, whose hidden states take %.1f GB of %s", samples, size / 1e9, "disk" if disk else "memory")
-    if disk is not None:
-        check_disk(disk, size, "what block-wise training keeps of the samples")
     if args.block_weigh_channels:
         weights = channel_weights(transformer, calls[:: max(1, len(calls) // WEIGHED)][:WEIGHED], args.device)
     for number in range(args.block_rounds):
@@ -333,12 +368,7 @@ def blockwise(
             transformer = load_transformer(source, dtype=transformer.dtype)
         more = {"settings": block_settings(args), "before": before, "weights": weights}
         treat = partial(train_block, transformer=transformer, **more)
-        try:
-            walk(transformer, calls, args.w_bits, treat, work, args.device, disk)
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"out of device memory ({error}); go on with a lower --block_micro_batch_size, or --block_checkpointing"
-            ) from None
+        walk(transformer, calls, args.w_bits, treat, work, args.device, disk)
         before = work
     return transformer, work
 
@@ -358,17 +388,28 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def peak_rss() -> int:
-    """The most bytes of memory that this process has had so far, files mapped into it included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def peak_device(device: torch.device) -> int:
     """The most bytes of a GPU's memory that tensors of this process have taken so far."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
+def less_memory(args: argparse.Namespace) -> str:
+    """Which flag to change where memory does not suffice for what is being done."""
+    if args.doing == BLOCKS and args.method == "blockwise":
+        return "go on with a lower --block_micro_batch_size, or --block_checkpointing"
+    if args.doing in (CALLS, BLOCKS):
+        less = "a smaller --batch_size" if args.doing == CALLS and args.batch_size > 1 else "a smaller --resolution"
+        less = "a higher --memory_gib" if args.memory_gib else less
+        return f"try {less}, or --method mse, which looks at the weights alone"
+    if args.doing == LOADING:
+        return "try --method mse --num_images 0, which takes one tensor at a time"
+    if args.doing == WEIGHTS:
+        return "try --device cpu"
+    return draw_in_less(args.offload, args.device, "--batch_size" if args.batch_size != 1 else "--resolution")
+
+
 def draw(pipe: DiffusionPipeline, prompts: list[str], args: argparse.Namespace, desc: str) -> Tensor:
+    args.doing = f"pictures are drawn ({desc})"
     place(pipe, args.device, args.offload)
     return generate_images(
         pipe, prompts, args.seed, num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
@@ -528,7 +569,8 @@ def lasting_name(model: str) -> str:
 
 def main() -> None:
     args = parse_args()
-    with locked(args.output_path):
+    args.doing = LOADING
+    with locked(args.output_path), memory_named(lambda: args.doing, lambda: less_memory(args), args.device):
         quantize(args)
 
 
@@ -539,9 +581,9 @@ def quantize(args: argparse.Namespace) -> None:
         raise ValueError(f"--output_dir {args.output_path}: exists and is not empty; choose another")
     source = local_pipeline(args.model_id)
     rest = sum(f.stat().st_size for f in source.rglob("*.safetensors") if f.parent.name != "transformer")
-    copies = 2 if args.method in WITH_CALLS else 1  # the finished blocks, and the pipeline
-    packed = copies * packed_bytes(source / "transformer", args.w_bits)
-    check_disk(args.output_path, rest + packed, "the quantized pipeline")
+    packed = packed_bytes(source / "transformer", args.w_bits)
+    needs = [(args.output_path, rest + packed, "the quantized pipeline")]
+    check_disks(needs)
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32"))
     name = bits_name(args.w_bits)
 
@@ -550,6 +592,9 @@ def quantize(args: argparse.Namespace) -> None:
         if args.method in WITH_CALLS or args.num_images:
             pipe = load_pipeline(str(source), dtype)
             choose_sizes(args, pipe)
+        if args.method in WITH_CALLS:
+            kept = work_bytes(pipe, packed, args)
+            check_disks([*needs, (args.output_path, kept, "what a killed run goes on from")])
         if args.num_images:
             file, flag = args.prompts_json or args.prompts, "--prompts_json" if args.prompts_json else "--prompts"
             prompts, _ = pick_prompts(pipe, args.num_images, file, flag=flag)
@@ -560,6 +605,7 @@ def quantize(args: argparse.Namespace) -> None:
         else:
             if pipe is not None:
                 drop_transformer(pipe)
+            args.doing = WEIGHTS
             stream(source / "transformer", folder / "transformer", args, errors)
         quantizing = time.time() - quantizing
         copy_rest(source, folder)

@@ -45,8 +45,16 @@ from utils.pictures import save_grid, save_images
 from utils.pipelines import family_of, sampling_settings
 from utils.process_args import process_args
 from utils.prompts import pick_prompts
-from utils.sampling import drop_transformer, generate_images, load_pipeline, native_size, place, record_velocities
-from utils.utils import from_root, get_logger, pick_device, pick_dtype, run_script
+from utils.sampling import (
+    draw_in_less,
+    drop_transformer,
+    generate_images,
+    load_pipeline,
+    native_size,
+    place,
+    record_velocities,
+)
+from utils.utils import from_root, get_logger, memory_named, pick_device, pick_dtype, run_script
 
 log = get_logger("sanity")
 OWNER = "sanity.py"
@@ -110,7 +118,10 @@ def print_table(rows: list[dict], with_scores: bool) -> None:
 
 def main() -> None:
     model_args, data_args, training_args = process_args(description=__doc__, used=USED)
-    with locked(Path(training_args.output_dir)):
+    device = pick_device(model_args.device)
+    less = draw_in_less(model_args.offload, device, "--resolution")
+    model_args.doing = "the models are loaded"
+    with locked(Path(training_args.output_dir)), memory_named(lambda: model_args.doing, less, device):
         compare(model_args, data_args, training_args)
 
 
@@ -149,6 +160,7 @@ def compare(model_args, data_args, training_args) -> None:
     )
 
     def sample(name: str) -> Tensor:
+        model_args.doing = f"pictures are drawn ({name})"
         return generate_images(
             pipe,
             prompts,
@@ -186,6 +198,7 @@ def compare(model_args, data_args, training_args) -> None:
 
     for w_bits in model_args.w_bits:
         drop_transformer(pipe)
+        model_args.doing = f"the transformer is quantized ({bits_name(w_bits)})"
         transformer = load_quantized_model(model_args, training_args, w_bits=w_bits)
         total, quantized, _ = count_parameters(transformer)
         name = bits_name(w_bits)

@@ -45,6 +45,7 @@ from utils.prompts import pick_prompts, read_prompts, read_text
 from utils.sampling import (
     OFFLOADS,
     check_offload,
+    draw_in_less,
     drop_transformer,
     generate_images,
     load_pipeline,
@@ -63,6 +64,7 @@ from utils.utils import (
     device_name,
     from_root,
     get_logger,
+    memory_named,
     pick_device,
     run_script,
 )
@@ -169,6 +171,7 @@ def write_benchmark(pipe: DiffusionPipeline, args: argparse.Namespace, items: li
     settings["text_encoders"] = [fingerprint(getattr(pipe, name)) for name in family_of(pipe).text_encoders]
     check_benchmark(folder, settings | {"items": items})
     write_json(folder / "manifest.json", {"checkpoint": str(args.checkpoint), **settings, "items": items})
+    args.doing = "the checkpoint draws, one picture at a time"
     prepare(pipe, args)
     done = 0
     for number, item in enumerate(tqdm(items, desc="prompts", unit="prompt")):
@@ -276,17 +279,27 @@ def load(args: argparse.Namespace) -> tuple[QuantizedTransformer, DiffusionPipel
     return student, pipe
 
 
+def less_memory(args: argparse.Namespace) -> str:
+    """Which flag to change where memory does not suffice."""
+    if args.compile:
+        return "try it without --compile, with --offload"
+    drawn_together = not (args.geneval or args.prompt_list) and args.batch_size > 1
+    return draw_in_less(args.offload, args.device, "--batch_size" if drawn_together else "--resolution")
+
+
 def main() -> None:
     args = parse_args()
-    if args.geneval or args.prompt_list:
-        items, folder = read_items(args), benchmark_folder(args)
-        with locked(folder):
-            student, pipe = load(args)
-            pipe.register_modules(transformer=student)
-            write_benchmark(pipe, args, items, folder)
-    else:
-        with locked(args.output_dir):
-            judge(args)
+    args.doing = "the models are loaded"
+    with memory_named(lambda: args.doing, less_memory(args), args.device):
+        if args.geneval or args.prompt_list:
+            items, folder = read_items(args), benchmark_folder(args)
+            with locked(folder):
+                student, pipe = load(args)
+                pipe.register_modules(transformer=student)
+                write_benchmark(pipe, args, items, folder)
+        else:
+            with locked(args.output_dir):
+                judge(args)
 
 
 def judge(args: argparse.Namespace) -> None:
@@ -316,6 +329,7 @@ def judge(args: argparse.Namespace) -> None:
     # 1. The teacher.
     teacher_images, calls = None, []
     if not args.no_teacher:
+        args.doing = f"the teacher draws, {args.batch_size} pictures at a time"
         prepare(pipe, args)
         first, rest = prompts[:NMSE_PROMPTS], prompts[NMSE_PROMPTS:]
         with record_velocities(pipe.transformer) as calls:
@@ -324,6 +338,7 @@ def judge(args: argparse.Namespace) -> None:
             teacher_images = torch.cat([teacher_images, draw(rest, args.seed + len(first), "teacher")])
 
     # 2. The checkpoint in its place.
+    args.doing = f"the checkpoint draws, {args.batch_size} pictures at a time"
     drop_transformer(pipe)
     pipe.register_modules(transformer=student)
     prepare(pipe, args)
@@ -340,9 +355,11 @@ def judge(args: argparse.Namespace) -> None:
     images = draw(prompts, args.seed, name)
     metrics["seconds_per_image"] = (time.time() - started) / len(prompts)
     if calls:
+        args.doing = "velocities are compared"
         metrics["nmse"], metrics["nmse_by_step"] = velocity_nmse(student, calls, args.steps, each)
 
     # 3. The figures.
+    args.doing = "pictures are compared"
     if teacher_images is not None:
         metrics |= {"psnr": psnr(images, teacher_images), "ssim": ssim(images, teacher_images)}
     metrics |= learned_scores(images, teacher_images, prompts, device)

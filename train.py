@@ -35,6 +35,7 @@ import utils.interrupt  # noqa: F401 (Ctrl-C is a line from here on)
 
 import hashlib
 import importlib.util
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -74,16 +75,16 @@ from utils.trainer import (
     check_fsdp,
     choose_parameters,
     compile_blocks,
-    memory_named,
     moment_bytes,
     restore_metrics,
     restore_pictures,
     save_curves,
 )
-from utils.utils import device_name, from_root, get_logger, pick_dtype, run_script
+from utils.utils import device_name, from_root, get_logger, memory_named, pick_dtype, run_script
 from utils.widen import width_of
 
 log = get_logger("train")
+FIRST_STEP = ("seconds_to_first_step", "seconds_of_first_step")  # of summary.json
 TORCHAO_OPTIMIZERS = ("adamw_torch_8bit", "adamw_torch_4bit")
 
 
@@ -214,11 +215,13 @@ def get_teacher(
 def summarize(trainer: FluxQATTrainer, seconds: float, steps: int, earlier: dict) -> dict:
     """Settings, machine, the time of `steps` steps (of none: what `earlier`, the last summary, says), evaluations."""
     device = trainer.args.device
+    first_step = trainer.first_step or {name: earlier.get(name) for name in FIRST_STEP}
     evaluations = [line for line in trainer.state.log_history if "eval_nmse" in line]
     return {
         "settings": trainer.settings,
         "steps": trainer.state.global_step,
         "seconds_per_step": round(seconds / steps, 4) if steps else earlier.get("seconds_per_step"),
+        **first_step,
         "trained_parameters": sum(p.numel() for p in trainer.trained()),
         "start": evaluations[0] if evaluations[0]["step"] == 0 else None,  # not with --eval_on_start False
         "final": evaluations[-1],
@@ -274,19 +277,29 @@ def disk_needs(config: dict, model_args, training_args, packed: bool | None) -> 
     return int(checkpoint), result
 
 
-def check_room(config: dict, cache, output: Path, model_args, training_args, first_step: int) -> None:
+def checkpoints_to_keep(args, samples: int, first_step: int, there: int) -> int:
+    """How many more checkpoints than the `there` that are there will be on the disk at once, of a run that goes on from
+    `first_step` on so many samples: all that are to come or, with a limit, one beyond it, for the oldest goes when the
+    newest is whole."""
+    if args.save_strategy == "no":
+        return 0
+    batches = math.ceil(samples / args.per_device_train_batch_size / args.world_size)
+    epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
+    every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * steps)
+    if args.save_strategy == "epoch":
+        every = epoch
+    to_come, limit = math.ceil((steps - first_step) / every), args.save_total_limit or 0
+    return max(0, min(to_come, limit + 1 - there) if limit > 0 else to_come)
+
+
+def check_room(config: dict, data, cache, output: Path, model_args, training_args, first_step: int) -> None:
     """ValueError unless cache, checkpoints and trained model can be written and there is room for all of them."""
     checkpoint, result = disk_needs(config, model_args, training_args, model_args.pack)
-    folder, limit = Path(training_args.output_dir), training_args.save_total_limit or 0
-    there = len(list(folder.glob("checkpoint-*")))
-    most = limit + 1 if limit > 0 else 3  # the oldest goes when the newest is whole
-    if training_args.save_strategy == "no":
-        most = 0
-    elif training_args.save_strategy == "steps" and training_args.max_steps > 0 and training_args.save_steps >= 1:
-        most = min(most, there + -(-(training_args.max_steps - first_step) // int(training_args.save_steps)))
-    count = max(0, most - there)
+    folder = Path(training_args.output_dir)
+    count = checkpoints_to_keep(training_args, len(data), first_step, len(list(folder.glob("checkpoint-*"))))
     needs = [(folder, count * checkpoint, "the checkpoints"), (output, result, "the trained model")]
-    if isinstance(cache, TeacherCache):
+    if cache is not None:
         needs.insert(0, (Path(cache.folder), cache.bytes_to_write(), "the teacher cache"))
     check_disks(needs)
 
@@ -342,7 +355,9 @@ def main() -> None:
     if training_args.fsdp:
         check_fsdp(training_args, model_args.lora_r)
     if training_args.do_train:
-        with alone(Path(training_args.output_dir)):
+        training_args.checkpointed = training_args.gradient_checkpointing
+        less = advice(training_args, model_args)
+        with alone(Path(training_args.output_dir)), memory_named("the models are loaded", less, training_args.device):
             train(model_args, data_args, training_args)
     else:
         source = Teacher(model_args.input_model_filename, pick_dtype(training_args, training_args.device))
@@ -353,7 +368,8 @@ def main() -> None:
 
 def fill(cache: TeacherCache, source: Teacher, training_args) -> None:
     size, device = training_args.per_device_eval_batch_size, training_args.device
-    with memory_named("the teacher draws", "try a smaller --per_device_eval_batch_size", device):
+    smaller = "--per_device_eval_batch_size" if size > 1 else "--resolution"
+    with memory_named(f"the teacher draws, {size} a batch", f"try a smaller {smaller}", device):
         fill_cache(cache, source, size, device, training_args.compile_blocks or None)
 
 
@@ -385,10 +401,10 @@ def train(model_args, data_args, training_args) -> None:
         check_settings(checkpoint, settings)
     if window is None:
         cache = eval_data.joined(train_data)
-        check_room(source.config, cache, output, model_args, training_args, first_step)
+        check_room(source.config, train_data, cache, output, model_args, training_args, first_step)
         fill(cache, source, training_args)
     else:  # the teacher lives in this process and draws for it alone
-        check_room(source.config, None, output, model_args, training_args, first_step)
+        check_room(source.config, train_data, None, output, model_args, training_args, first_step)
         training_args.dataloader_num_workers, training_args.dataloader_persistent_workers = 0, False
 
     # 2. The student. Unless the teacher is needed on the way, nothing of its pipeline is there but the autoencoder.
@@ -401,7 +417,6 @@ def train(model_args, data_args, training_args) -> None:
     dtype = pick_dtype(training_args, device)
     load_dtype = torch.float32 if checkpoint is not None and not (checkpoint / BASE).is_file() else dtype
     frozen_dtype = torch.float32 if training_args.fsdp else dtype  # FSDP2 spreads parameters of one dtype
-    training_args.checkpointed = training_args.gradient_checkpointing
     with memory_named("the student is loaded", advice(training_args, model_args), device):
         student = load_quantized_model(model_args, training_args, checkpoint, model_args.w_bits[0], load_dtype)
         choose_parameters(student, model_args, training_args.clip_learning_rate, frozen_dtype)
@@ -449,10 +464,9 @@ def train(model_args, data_args, training_args) -> None:
         history = trainer.state.log_history
         if not any(line.get("step") == result.global_step and "eval_nmse" in line for line in history):
             trainer.evaluate()
-
-    # 4. The result.
-    with trainer.averaged_weights(), whole_folder(output, owner) if main_process else nullcontext() as partial:
-        trainer.save_result(partial, packed=packed, dtype=dtype)
+        # 4. The result.
+        with trainer.averaged_weights(), whole_folder(output, owner) if main_process else nullcontext() as partial:
+            trainer.save_result(partial, packed=packed, dtype=dtype)
     if main_process:
         earlier = read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
         summary = summarize(trainer, seconds, result.global_step - first_step, earlier)

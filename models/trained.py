@@ -12,7 +12,6 @@ Everything is written tensor by tensor, gathered from all ranks where FSDP2 has 
 and one of them writes.
 """
 
-import copy
 import hashlib
 import json
 import os
@@ -113,7 +112,8 @@ def full(tensor: Tensor) -> Tensor:
 
 def full_layer(layer: nn.Module) -> nn.Module:
     """The layer without its children, its parameters gathered."""
-    whole = copy.copy(layer)
+    whole = object.__new__(type(layer))  # copy.copy of what FSDP2 has spread would make a whole transformer anew
+    whole.__dict__.update(layer.__dict__)
     whole._parameters = {
         name: None if p is None else nn.Parameter(full(p.detach()), requires_grad=False)
         for name, p in layer._parameters.items()

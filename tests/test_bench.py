@@ -1,6 +1,7 @@
 """bench.py end to end on small transformers on the CPU, its rivals' numbers, and its errors."""
 
 import json
+import re
 import statistics
 import sys
 
@@ -112,6 +113,29 @@ def test_resident_and_disk_bytes_follow_from_the_bits():
     assert rivals.model_bytes(model) == (resident, disk)
 
 
+@pytest.mark.parametrize(
+    ("place", "flags", "what"),
+    [
+        ("random_packed", (), "while the random transformer is made"),
+        ("bench_layers", ("--layers", "--no_steps"), "while layers are measured"),
+        ("bench_load", ("--load", "--no_steps"), "while a packed checkpoint is loaded"),
+        ("twin", ("--resolution", 32), None),  # a rival's, of full precision
+    ],
+)
+def test_out_of_memory_says_what_was_done_and_which_flag_to_change(
+    place, flags, what, folder, start, monkeypatch, capsys, tmp_path
+):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(bench, place, full)
+    words = command(tmp_path, "--config", folder, "--text_tokens", 7, *flags)
+    assert start(bench.main, "bench.py", *words) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    begun = f"error: out of memory {what}" if what else "error: float32, eager: out of memory"
+    assert re.match(rf"bench\.py: {begun} \(peak [\d.]+ GiB of host memory\): try a smaller --resolution", line), line
+
+
 def test_bench_measures_every_rival(folder, tmp_path, capsys):
     found = measured(tmp_path, "--config", folder, "--resolution", 32, 48, "--layers", "--load", "--text_tokens", 7)
     printed = capsys.readouterr().out
@@ -168,6 +192,7 @@ def test_bench_measures_every_rival(folder, tmp_path, capsys):
     disk = rows[32, "ours exact, eager"]["disk_bytes"]
     assert set(found["load"]["decoded_gb_per_second"]) == {"cpu"} and found["load"]["decoded_gb_per_second"]["cpu"] > 0
     assert found["load"]["seconds"] > 0 and found["load"]["bytes"] > disk  # the headers and the index besides
+    assert found["load"]["seconds_to_first_step"] > 0
 
 
 def test_ours_are_compiled_in_our_way_and_the_others_in_it_only_if_asked(monkeypatch):

@@ -8,11 +8,19 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 
 import run as script
-from utils import compare_oneshot, compare_recipes, compare_training_step, compare_widths, processes
+from utils import (
+    compare_cache_speed,
+    compare_oneshot,
+    compare_recipes,
+    compare_training_step,
+    compare_widths,
+    processes,
+)
 from utils.pipelines import early_share
 from utils.process_args import process_args
 from utils.processes import run_logged, spread
@@ -239,6 +247,52 @@ def test_both_training_steps_train_a_lora_on_the_same_linears():
     assert matrices == adapted
     trained = {name for name, p in ours.named_parameters() if p.requires_grad}
     assert not any(name.endswith(".weight") and name.removesuffix(".weight") in matrices for name in trained)
+
+
+def test_the_teacher_cache_is_timed_beside_the_pipeline_and_ends_in_the_same_latents(
+    start, pipeline_folder, monkeypatch, tmp_path
+):
+    """By a clock that moves by a second at every step of the transformer, which takes both as many."""
+    clock, forward = [0.0], diffusers.FluxTransformer2DModel.forward
+
+    def counted(self, *args, **kwargs):
+        clock[0] += 1
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(diffusers.FluxTransformer2DModel, "forward", counted)
+    monkeypatch.setattr(compare_cache_speed.time, "perf_counter", lambda: clock[0])
+    flags = "--images 4 --batch_size 2 --num_inference_steps 3 --resolution 64 --eager --device cpu --count 7200"
+    command = ["compare_cache_speed.py", "--output", tmp_path, "--model", pipeline_folder, *flags.split()]
+    assert start(compare_cache_speed.main, *command) == 0
+    report = json.loads((tmp_path / "cache_speed.json").read_text())
+    assert report["pipeline_seconds_per_prompt"] == report["seconds_per_prompt"] == 2 * 3 / 4 and report["ratio"] == 1
+    assert report["once_seconds"] == 2 * 2  # two runs of two steps, by which the cache finds out how long it will take
+    assert report["gpu_hours"] == pytest.approx((7200 * 1.5 + 4) / 3600)
+    assert report["nmse"] < 1e-10
+    assert [file.name for file in tmp_path.iterdir()] == ["cache_speed.json"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--images", 3, "--batch_size", 2], "--images 3: must be a multiple of --batch_size 2"),
+        (["--count", 0], "--count must be at least 1, got 0"),
+        (["--resolution", 100], "--resolution must be a multiple of 16, got 100"),
+    ],
+)
+def test_cache_speed_refuses_what_makes_no_sense(flags, message, start, capsys, tmp_path):
+    assert start(compare_cache_speed.main, "compare_cache_speed.py", "--output", tmp_path / "none", *flags) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+def test_memory_that_runs_out_is_a_line(start, pipeline_folder, monkeypatch, capsys, tmp_path):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(compare_cache_speed, "time_pipeline", full)
+    command = ["compare_cache_speed.py", "--output", tmp_path, "--model", pipeline_folder, "--device", "cpu"]
+    assert start(compare_cache_speed.main, *command) == 1
+    assert "out of memory while pictures are drawn (peak " in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------- widths

@@ -132,7 +132,9 @@ def test_compiled_it_is_one_graph_with_the_same_numbers():
 def test_the_kernels_compile_for_a_gpu_that_is_not_there(kernel, constants):
     """The interpreter accepts what the compiler does not."""
     triton, function = lora_kernel.triton, getattr(lora_kernel, kernel)
-    constants = constants | {"RANK": 32, "SPLIT": True, "HEIGHT": 64, "WIDTH": 128}
+    tile = dict(lora_kernel.TILE)
+    options = {"num_warps": tile.pop("num_warps")}
+    constants = constants | {"RANK": 32, "SPLIT": True} | tile
     types = dict.fromkeys(("weight", "out", "grad", "inner"), "*bf16")
     types |= dict.fromkeys(("a", "b", "alpha", "step", "sums"), "*fp32")
     types |= dict.fromkeys(("scaling", "low", "high", "n", "s"), "fp32")
@@ -142,7 +144,7 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(kernel, constants):
         {(number,): constants[name] for number, name in enumerate(function.arg_names) if name in constants},
     )
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    assert "ptx" in triton.compile(source, target=target, options={"num_warps": 8}).asm
+    assert "ptx" in triton.compile(source, target=target, options=options).asm
 
 
 @pytest.mark.skipif(GPU or INTERPRETED or lora_kernel.triton is None, reason="the tests above ran the kernels")

@@ -5,6 +5,7 @@ References: diffusers' own Flux2KleinPipeline, called by itself and watched by h
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from models.modeling_flux2_quant import Flux2Transformer2DModel
 from models.packing import PackedLinear
 from utils.blockwise import used_steps
 from utils.cuda_graph import compile_steps
-from utils.datautils import TeacherCache, collate, fill_cache, split_batch
+from utils.datautils import ShuffledSamples, TeacherCache, collate, fill_cache, split_batch
+from utils.last_steps import VisitedStates
 from utils.pipelines import FAMILIES, Flux2Klein, early_share, family_of, sampling_settings, steps_taken
 from utils.random_flux import skeleton
 from utils.sampling import generate_images, initial_noise, load_pipeline, place, record_inputs, with_transformer
@@ -324,6 +326,31 @@ def test_training_takes_the_error_under_a_third(start, folder, tmp_path):
     assert summary["settings"]["early_share"] == 0.25
     metrics = velocity_error(start, tmp_path / "models/student", tmp_path / "test", "--model", folder, *steps)
     assert metrics["nmse"] == pytest.approx(summary["final"]["eval_nmse"], rel=1e-2)
+
+
+def test_visited_states_of_a_guided_teacher_are_those_of_guided_pictures(klein_base_folder, tmp_path):
+    """A student that is the teacher visits the teacher's own states, in both calls of every step."""
+    teacher = Teacher(str(klein_base_folder), torch.float32)
+    manifest, seeds = teacher.describe(TeacherSettings(96, STEPS, GUIDANCE)), prompt_seeds(PROMPTS, 1)
+    cache = TeacherCache(tmp_path, manifest, PROMPTS, seeds)
+    fill_cache(cache, teacher, 2, CPU)
+    transformer = load_pipeline(str(klein_base_folder), torch.float32).transformer
+    visited = VisitedStates(cache, ShuffledSamples(2, cache.steps, seed=0), seed=0, rank=0, size=2)
+    visited.generator = torch.Generator().manual_seed(0)
+    numbers = torch.randint(2, (2,), generator=torch.Generator().manual_seed(0)).tolist()
+    drawn = visited.drawn = visited.draw(transformer, transformer, CPU, (nullcontext, nullcontext))
+    for row, number in enumerate(numbers):
+        for call in range(cache.steps):
+            inputs, velocity = split_batch(cache[number * cache.steps + call])
+            torch.testing.assert_close(drawn["velocity"][call, row], velocity, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(drawn["hidden_states"][call, row], inputs["hidden_states"], rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(drawn["timestep"][call], inputs["timestep"])
+            text = inputs["encoder_hidden_states"]
+            torch.testing.assert_close(drawn["encoder_hidden_states"][call % 2, row], text)
+    batch = visited.batch(0, transformer, transformer, CPU, (nullcontext, nullcontext))
+    inputs, velocity = split_batch(batch)
+    with torch.no_grad():
+        torch.testing.assert_close(transformer(**inputs, return_dict=False)[0], velocity, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()

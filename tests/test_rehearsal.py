@@ -180,6 +180,46 @@ def test_reports_are_copied_and_folders_go_when_they_are_said_to(stage):
     assert not again["problem"] and not (stage.work / "new").exists()
 
 
+def writes(**files) -> str:
+    """Code that writes JSON files into the steps' folder."""
+    lines = [f"(WORK / {name + '.json'!r}).write_text({json.dumps(data)!r})" for name, data in files.items()]
+    return "; ".join(lines).replace("{", "{{").replace("}", "}}")
+
+
+@pytest.mark.parametrize(
+    ("figures", "problem"),
+    [
+        ({"rows": [{"ratio": 9}, {"ratio": 1.2}]}, ""),
+        ({"rows": [{"ratio": 1}, {"ratio": 1.21}]}, "rows.1.ratio is 1.21, to be at most 1.2"),
+        ({"rows": [{"ratio": 1}]}, "rows.1.ratio is None, to be at most 1.2"),
+        ({"rows": [{}, {"ratio": None}]}, "rows.1.ratio is None, to be at most 1.2"),
+        ({"rows": 5}, "rows.1.ratio is None, to be at most 1.2"),
+    ],
+)
+def test_a_figure_beyond_its_bound_is_a_problem_at_full_scale(figures, problem, stage):
+    measured = step(writes(a=figures), reports={"a.json": ("rows.1.ratio",)}, most={"rows.1.ratio": 1.2})
+    assert rehearsal.play(measured, stage, NO_GPU)["problem"] == ""  # the bounds are those of FLUX.1-dev
+    stage.scale = "flux"
+    row = rehearsal.play(measured, stage, NO_GPU)
+    assert row["problem"] == problem
+    assert rehearsal.figure(figures, "rows.1.ratio") == row["reports"].get("rows.1.ratio")
+
+
+@pytest.mark.parametrize(
+    ("other", "problem"),
+    [
+        (0.1, ""),
+        (0.10009, ""),
+        (0.09989, "final.nmse is 0.1, that of b.json 0.09989: further apart than 0.001 of it"),
+        (None, "final.nmse is 0.1, that of b.json None"),
+    ],
+)
+def test_two_runs_have_to_end_in_the_same(other, problem, stage):
+    both = writes(a={"final": {"nmse": 0.1}}, b={"final": {"nmse": other}})
+    found = rehearsal.play(step(both, agrees=("a.json", "b.json", "final.nmse", 1e-3)), stage, NO_GPU)["problem"]
+    assert found.startswith(problem) and bool(found) == bool(problem)
+
+
 # ----- the records
 
 
@@ -216,6 +256,7 @@ def test_every_step_is_well_formed(tmp_path):
             stage.command(step)
             for text in (*step.holds, *step.reports, step.kill):
                 stage.fill(text)
+            assert set(step.most) <= {name for names in step.reports.values() for name in names}, step.name
             assert {path.split("/")[0] for path in step.reads} <= alive, step.name
             alive = (alive | set(step.clears)) - set(step.drops)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import run as script
 from models.modeling_flux_quant import FluxTransformer2DModel
 from models.packing import PackedWriter
 from models.utils_quant import init_clip_val, quantize
+from utils import walk
 from utils.folders import locked
 
 FAST = ("--steps", 2, "--device", "cpu", "--calibration_prompts", 2, "--calibration_stride", 1)
@@ -232,6 +234,8 @@ def test_a_calibration_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(ru
 
 BLOCKWISE = ("--method", "blockwise", "--w_bits", 2, "--num_images", 0, "--block_steps", 3, "--block_batch_size", 2,
              "--lookahead", 1)  # fmt: skip
+DRAW_NONE = ("--num_images", 0)
+CALLS = "the teacher draws the calibration prompts"
 
 
 def test_blockwise_trains_norms_along_and_goes_on_from_the_round_before(call, pipeline_folder, tmp_path, monkeypatch):
@@ -268,17 +272,30 @@ def test_large_pictures_are_trained_on_in_smaller_batches(call, monkeypatch):
     assert found == {"batch_size": 16, "micro_batch_size": 2, "checkpointing": True, "lookahead": 2, "steps": 1}
 
 
-def test_too_little_device_memory_is_one_line_that_says_what_to_do(call, monkeypatch, tmp_path):
-    """And what it says can be done: the same training goes on with smaller micro-batches."""
-
+@pytest.mark.parametrize(
+    ("place", "doing", "advice", "flags"),
+    [
+        ("load_pipeline", "the pipeline is loaded", "try --method mse --num_images 0", ()),
+        ("generate_images", "pictures are drawn (teacher)", "try a smaller --batch_size", ()),
+        ("generate_images", "pictures are drawn (teacher)", "try a smaller --resolution", ("--batch_size", 1)),
+        ("stream", "weights are rounded", "try --device cpu", ("--method", "mse", "--num_images", 0)),
+        ("record_calls", CALLS, "try a smaller --batch_size, or --method mse", DRAW_NONE),
+        ("calibrate", "blocks are quantized", "try a smaller --resolution, or --method mse", DRAW_NONE),
+        ("calibrate", "blocks are quantized", "try a higher --memory_gib, or", (*DRAW_NONE, "--memory_gib", 24)),
+        ("train_block", "blocks are quantized", "go on with a lower --block_micro_batch_size, or", BLOCKWISE),
+    ],
+)
+def test_too_little_device_memory_is_one_line_that_says_what_to_do(place, doing, advice, flags, call, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     with monkeypatch.context() as patch:
-        patch.setattr(script, "train_block", full)
-        result = call(*BLOCKWISE)
-    assert result.returncode == 1 and "Tried to allocate 2 GiB); go on with a lower --block_micro" in result.line
-    assert call(*BLOCKWISE, "--block_micro_batch_size", 1).returncode == 0
+        patch.setattr(script, place, full)
+        result = call(*flags)
+    expected = rf"run\.py: error: out of memory while {re.escape(doing)} \(peak [\d.]+ GiB of host memory\): {advice}"
+    assert result.returncode == 1 and re.match(expected, result.line), result.line
+    if place == "train_block":  # the same training goes on, as it says
+        assert call(*flags, "--block_micro_batch_size", 1).returncode == 0
 
 
 def test_what_block_wise_training_was_begun_with_is_kept_to(call, monkeypatch, tmp_path):
@@ -316,6 +333,46 @@ def test_a_disk_that_is_too_small_is_noticed_before_any_work(call, copy, monkeyp
         t.nbytes for f in (result.folder / "transformer").glob("*.safetensors") for t in load_file(f).values()
     )
     assert weights == script.packed_bytes(copy / "transformer", 0)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        DRAW_NONE,
+        (*BLOCKWISE, "--block_rounds", 2, "--calibration_prompts", 5, "--batch_size", 2, "--steps", 8),
+        (*BLOCKWISE, "--activations_on_disk"),
+    ],
+    ids=["calibrated", "two rounds", "activations"],
+)
+def test_room_is_asked_for_what_a_killed_run_goes_on_from(flags, call, pipeline_folder, monkeypatch, tmp_path):
+    """Before anything is drawn; as much as it takes at most, and when the run goes on, what is still to come. (What
+    stands outside the blocks is counted with every round, though it is not written: little in a large model.)"""
+    kept, asked, hidden = tmp_path / "out" / ".flux158-work", [], []
+    monkeypatch.setattr(script, "remove_work", lambda args: None)
+    monkeypatch.setattr(script, "check_disks", lambda needs: asked.append({what: size for _, size, what in needs}))
+    to_host = walk.Streams.to_host
+
+    def counted(self, tensor):
+        hidden.append(tensor.nbytes * (self.folder is not None))
+        return to_host(self, tensor)
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(walk.Streams, "to_host", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "train_block" if "blockwise" in flags else "calibrate", stop)
+        assert call(*flags).returncode == 130
+    hidden.clear()
+    assert call(*flags).returncode == 0
+    first, second = (needs["what a killed run goes on from"] for needs in asked if len(needs) == 2)
+    taken = sum(t.nbytes for file in kept.rglob("*.safetensors") for t in load_file(file).values())
+    calls = sum(t.nbytes for t in load_file(kept / "calls.safetensors").values())
+    teacher = FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer")
+    outside = sum(p.numel() for name, p in teacher.named_parameters() if "transformer_blocks" not in name)
+    outside *= 4 * (2 if "--block_rounds" in flags else 1)
+    assert taken + outside + sum(hidden) <= first < 1.2 * (taken + outside) + 1.6 * sum(hidden)  # targets lie there too
+    assert first - 2 * calls < second < first - 0.9 * calls
 
 
 def change(file, **entries):

@@ -19,6 +19,7 @@ from models.modeling_flux_quant import FluxTransformer2DModel
 from utils import sampling
 from utils.sampling import (
     check_offload,
+    draw_in_less,
     drop_transformer,
     generate_images,
     load_pipeline,
@@ -271,6 +272,19 @@ def test_offloading_needs_a_gpu(offload):
 def test_an_offload_that_does_not_exist():
     with pytest.raises(ValueError, match="model, sequential"):
         check_offload("disk", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("offload", "device", "advice"),
+    [
+        (None, "cuda", "try --offload or a smaller --batch_size"),
+        ("model", "cuda", "try --offload sequential or a smaller --batch_size"),
+        ("sequential", "cuda", "try a smaller --batch_size"),
+        (None, "cpu", "try a smaller --batch_size"),
+    ],
+)
+def test_what_draws_in_less_memory(offload, device, advice):
+    assert draw_in_less(offload, torch.device(device), "--batch_size") == advice
 
 
 def test_a_streamed_pipeline_draws_the_same(pipe, pipeline_folder):

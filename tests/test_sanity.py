@@ -96,6 +96,26 @@ def call(start, capsys):
     return call
 
 
+@pytest.mark.parametrize(
+    ("place", "doing"),
+    [
+        ("load_pipeline", "the models are loaded"),
+        ("generate_images", "pictures are drawn (full)"),
+        ("load_quantized_model", "the transformer is quantized (1.58 bit)"),
+    ],
+)
+def test_out_of_memory_says_what_was_done(place, doing, call, pipeline_folder, monkeypatch, tmp_path):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(sanity, place, full)
+    flags = ["--input_model_filename", pipeline_folder, "--output_dir", tmp_path, "--w_bits", 0, "--num_images", 1]
+    result = call(*flags, "--num_inference_steps", 1, "--device", "cpu")
+    expected = rf"sanity\.py: error: out of memory while {re.escape(doing)} \(peak [\d.]+ GiB of host memory\): try a "
+    assert result.returncode == 1 and re.match(expected, result.stderr.splitlines()[-1]), result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 # ------------------------------------------------------------------------------------------------ what it writes
 
 

@@ -6,6 +6,7 @@ References: the velocities and pictures of diffusers' own pipeline, and the size
 import importlib.util
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,6 +249,33 @@ def test_ctrl_c_is_one_line(checkpoints, call, monkeypatch):
     monkeypatch.setattr(script, "generate_images", stop)
     result = call(checkpoints["packed"], 0)
     assert result.returncode == 130 and not result.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "flags", "line"),
+    [
+        ("load_student", (), "the models are loaded {peak}: try a smaller --batch_size"),
+        ("generate_images", (), "the teacher draws, 8 pictures at a time {peak}: try a smaller --batch_size"),
+        ("generate_images", ("--no_teacher", "--batch_size", 1), "the checkpoint draws, 1 pictures at a time {peak}: "
+         "try a smaller --resolution"),
+        ("velocity_nmse", ("--num_images", 1), "velocities are compared {peak}: try a smaller --batch_size"),
+        ("learned_scores", ("--num_images", 1), "pictures are compared {peak}: try a smaller --batch_size"),
+        ("generate_images", ("--prompt_list", "FILE"), "the checkpoint draws, one picture at a time {peak}: try a "
+         "smaller --resolution"),
+        ("compile_steps", ("--compile",), "the teacher draws, 8 pictures at a time {peak}: try it without --compile"),
+    ],
+)  # fmt: skip
+def test_out_of_memory_says_what_was_done_and_which_flag_to_change(
+    place, flags, line, checkpoints, call, monkeypatch, tmp_path
+):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(script, place, full)
+    (tmp_path / "prompts.txt").write_text("a red star\n")
+    result = call(checkpoints["packed"], *(tmp_path / "prompts.txt" if flag == "FILE" else flag for flag in flags))
+    expected = re.escape(f"test.py: error: out of memory while {line}").replace(r"\{peak\}", r"\(peak [\d.]+ GiB.*\)")
+    assert result.returncode == 1 and re.match(expected, result.line), result.line
 
 
 def test_weights_that_are_not_measured_say_so(checkpoints, call, monkeypatch, tmp_path):

@@ -673,6 +673,7 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(flags, make, data, tmp
 @pytest.mark.parametrize(
     ("flags", "ranks", "lora_r", "message"),
     [
+        ([], 2, 0, "accelerate spreads weights over GPUs, not over a cpu: leave it out"),
         ([], 1, 0, "several processes, and this is one: leave it out"),
         (["--optim", "adafactor"], 2, 0, "--optim adafactor cannot be spread by --fsdp: use adamw_torch_8bit or"),
         ([], 2, 4, "of a LoRA that is little: leave out --fsdp or --lora_r"),
@@ -686,10 +687,9 @@ def test_what_fsdp2_cannot_spread_is_refused(flags, ranks, lora_r, message, tmp_
         (tmp_path / "fsdp.json").write_text(flags[1])
         flags = ["--fsdp_config", str(tmp_path / "fsdp.json")]
     _, _, args = process_args(["--device", "cpu", "--fsdp", "full_shard", *flags])
-    told = SimpleNamespace(
-        **{name: getattr(args, name) for name in ("fsdp_config", "optim", "visit_share", "vote_codes")}
-    )
-    told.world_size = ranks
+    names = ("fsdp_config", "optim", "visit_share", "vote_codes")
+    told = SimpleNamespace(**{name: getattr(args, name) for name in names}, world_size=ranks)
+    told.device = torch.device("cpu" if "cpu" in message else "cuda")
     with pytest.raises(ValueError, match=message):
         trainer.check_fsdp(told, lora_r)
 
@@ -834,7 +834,7 @@ def test_visited_states_are_those_of_the_students_own_pictures(make, data):
         [(step, row)] = places
         assert torch.equal(batch["velocity"][i], drawn["velocity"][step, row])
         assert batch["timestep"][i] == drawn["timestep"][step]
-        assert torch.equal(batch["encoder_hidden_states"][i], drawn["encoder_hidden_states"][row])
+        assert torch.equal(batch["encoder_hidden_states"][i], drawn["encoder_hidden_states"][0, row])
 
 
 def test_states_are_visited_at_the_end_and_drawn_anew_every_so_often(make, monkeypatch):

@@ -1,4 +1,4 @@
-"""Log lines, errors of one line, devices."""
+"""Log lines, errors of one line, devices, memory."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from utils import utils
-from utils.utils import pick_device, pick_dtype, run_script
+from utils.utils import memory_named, pick_device, pick_dtype, run_script
 
 
 @pytest.mark.parametrize("error", [ValueError("two\nlines: do this"), OSError("disk"), SafetensorError("I/O error")])
@@ -51,7 +51,7 @@ def test_run_script_leaves_bugs_alone():
         run_script(lambda: 1 / 0)
 
 
-def test_run_script_leaves_the_process_group_unless_there_was_an_error(tmp_path, monkeypatch):
+def test_run_script_leaves_the_process_group_unless_there_was_an_error(tmp_path, monkeypatch, capsys):
     """Then the process ends at once, whatever a collective waits for."""
     ended = []
     monkeypatch.setattr(os, "_exit", lambda status: ended.append(status) or sys.exit(status))
@@ -62,17 +62,21 @@ def test_run_script_leaves_the_process_group_unless_there_was_an_error(tmp_path,
     run_script(lambda: join("done"))
     assert not torch.distributed.is_initialized()
 
-    def fail():
-        join("failed")
-        raise ValueError("no disk")
+    for error in (ValueError("no disk"), ZeroDivisionError("a fault of the program")):
 
-    try:
-        with pytest.raises(SystemExit):
-            run_script(fail)
-        assert ended == [1]
-        assert torch.distributed.is_initialized()
-    finally:
-        torch.distributed.destroy_process_group()
+        def fail(error=error):
+            join(type(error).__name__)
+            raise error
+
+        try:
+            with pytest.raises(SystemExit):
+                run_script(fail)
+            assert ended == [1]
+            assert torch.distributed.is_initialized()
+        finally:
+            torch.distributed.destroy_process_group()
+        ended.clear()
+    assert "ZeroDivisionError: a fault of the program" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -111,3 +115,54 @@ def test_logger_prints_once(capsys):
         logger = utils.get_logger("test_logger_prints_once")
     logger.info("%d pictures", 3)
     assert capsys.readouterr().out == "[test_logger_prints_once] 3 pictures\n"
+
+
+# ----- memory
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+def too_much() -> None:
+    torch.empty(2**60, dtype=torch.uint8)  # what the host's own allocator says
+
+
+def raising(error: BaseException):
+    def fail():
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("fail", "device", "peak"),
+    [
+        (raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")), CUDA, "79.5 of 80.0 GiB"),
+        (raising(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")), CUDA, "79.5 of 80.0 GiB"),
+        (raising(RuntimeError("CUDA error: out of memory")), CUDA, "79.5 of 80.0 GiB"),
+        (raising(MemoryError()), CUDA, "3.0 GiB of host memory"),
+        (too_much, CUDA, "3.0 GiB of host memory"),
+        (too_much, CPU, "3.0 GiB of host memory"),
+    ],
+    ids=["torch", "cuBLAS", "CUDA", "Python", "host of a GPU", "host"],
+)
+def test_out_of_memory_is_one_line(fail, device, peak, monkeypatch):
+    """Of what was being done when it happened, not when the block began."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 79.5 * 2**30)
+    monkeypatch.setattr(utils, "peak_rss", lambda: 3 * 2**30)
+    monkeypatch.delenv("TRACEBACK", raising=False)
+    doing = ["nothing"]
+    with pytest.raises(ValueError) as caught, memory_named(lambda: doing[-1], "try --less", device):
+        doing.append("a step is trained")
+        fail()
+    assert str(caught.value) == f"out of memory while a step is trained (peak {peak}): try --less"
+    monkeypatch.setenv("TRACEBACK", "1")
+    with pytest.raises((MemoryError, RuntimeError)), memory_named("a step is trained", "try --less", device):
+        fail()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), KeyError("out of memory"), ValueError("no")])
+def test_other_errors_are_not_taken_for_it(error):
+    with pytest.raises(type(error)) as caught, memory_named("a step is trained", "try --less", CPU):
+        raise error
+    assert caught.value is error

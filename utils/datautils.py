@@ -346,7 +346,7 @@ def fill_cache(
     state, folder = PartialState(), cache.folder
     with _one_for_all(state) as first:
         if first:
-            _open_folder(cache)
+            open_folder(cache)
     missing = _find_missing(cache, state)
     if not missing:
         if state.is_main_process:
@@ -365,7 +365,7 @@ def fill_cache(
             size / 2**20, whole,
         )  # fmt: skip
     started = time.time()
-    with _Filling(cache, teacher, batch_size, device, compile_blocks, missing) as filling:
+    with Filling(cache, teacher, batch_size, device, compile_blocks, missing) as filling:
         filling.run()
     if state.is_main_process:
         log.info("%s: %d prompts made in %.0f s", folder, len(missing), time.time() - started)
@@ -384,7 +384,7 @@ def _one_for_all(state: PartialState) -> Iterator[bool]:
         raise error or SystemExit(1)
 
 
-def _open_folder(cache: TeacherCache) -> None:
+def open_folder(cache: TeacherCache) -> None:
     """Make the folder and its manifest, or check the manifest that is there; remove what killed runs left."""
     folder, file = cache.folder, cache.folder / "manifest.json"
     try:
@@ -484,7 +484,7 @@ def _find_missing(cache: TeacherCache, state: PartialState) -> dict[int, tuple[i
     return {i: found[i] for i in sorted(once)}
 
 
-class _Filling:
+class Filling:
     """One rank's part in making the `missing` trajectories, without a word to the other ranks: it makes its share, then
     what nobody else has made or is making, until all are there.
 
@@ -505,7 +505,7 @@ class _Filling:
         self.pending: deque[Future] = deque()
         self.bar: tqdm | None = None  # once the models are loaded, which has bars of its own
 
-    def __enter__(self) -> "_Filling":
+    def __enter__(self) -> "Filling":
         return self
 
     def __exit__(self, *error) -> None:

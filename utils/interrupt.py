@@ -6,8 +6,10 @@ From then on run_script (utils/utils.py) says what Ctrl-C has ended.
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
+STARTED = time.time()  # of the script, near enough
 
 def _end(*_) -> None:
     if os.environ.get("RANK", "0") == "0":

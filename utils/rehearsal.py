@@ -56,11 +56,13 @@ SCALES = {
         "config": "flux-dev", "images": 2, "steps": 28, "prompts": 4, "max_steps": 10, "save_steps": 5, "rank": 32,
         "all": "--optim adamw_torch_8bit --learning_rate 2e-5 --clip_learning_rate 1e-4",
         "compile": "--torch_compile True", "calibration": 2, "stride": 7, "block_steps": 2,
-        "bench": "--resolution 1024 --cpp_wrapper --rounds 5",
+        "bench": "--resolution 1024 --cpp_wrapper --rounds 5", "training_step": "--config flux-dev", "drawn": "",
     },
     "small": {
         "config": "small", "images": 2, "steps": 4, "prompts": 4, "max_steps": 40, "save_steps": 5, "rank": 4,
         "all": "", "compile": "", "calibration": 2, "stride": 2, "block_steps": 2, "bench": "--rounds 1",
+        "training_step": "--config small --resolution 128 --batch_sizes 1 2 --steps 1 --warmup 1 --lora_r 4 --eager",
+        "drawn": "--images 2 --num_inference_steps 4 --eager",
     },
     "klein": {
         "config": "flux2-klein-4b", "images": 2, "steps": 4, "prompts": 4, "max_steps": 10, "save_steps": 5, "rank": 32,
@@ -95,7 +97,10 @@ class Step:
     makes: str = ""  # it is left out where this exists
     clears: tuple[str, ...] = ()  # before it starts
     drops: tuple[str, ...] = ()  # once it has ended
-    reports: dict[str, tuple[str, ...]] = field(default_factory=dict)  # JSON file -> what to copy from it
+    reports: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """JSON file -> what to copy from it: names, and numbers of list items, joined by dots."""
+    most: dict[str, float] = field(default_factory=dict)  # of what is reported, at a full scale
+    agrees: tuple[str, str, str, float] | None = None  # JSON files, a figure in both, its relative difference at most
     scales: tuple[str, ...] = FLUX
     limit: int = 570  # seconds
 
@@ -120,6 +125,8 @@ TEST = "python test.py {work}/mse 0 --num_images {images} --steps {steps} --batc
 PACKED, PACKED_KLEIN = (2.6e9, 5e6), (1.05e9, 2e6)
 LORA = "--lora_r {rank} --lora_alpha {rank}"
 FSDP = "{all} --fsdp full_shard"
+# Of its rows, which are plain linears and ours, each at batch 1 and 4.
+LORA_STEP = {"rows.2.ratio": 1.20, "rows.2.peak_gib": 32, "rows.3.ratio": 1.08, "rows.3.peak_gib": 40}
 NOT_KEPT = " --save_strategy no"  # a checkpoint of all weights has 71 GB
 
 
@@ -130,7 +137,25 @@ def trained(folder: str, checkpoints: tuple[float, float] | None = None, packed:
     holds |= {f"{folder}/train/eval/steps.png": None}
     if checkpoints:
         holds |= {f"{folder}/train/checkpoint-*[05]": checkpoints}
-    return {"holds": holds, "reports": {f"{folder}/train/summary.json": ("seconds_per_step", "trained_parameters")}}
+    names = ("seconds_to_first_step", "seconds_of_first_step", "seconds_per_step", "trained_parameters")
+    return {"holds": holds, "reports": {f"{folder}/train/summary.json": names}}
+
+
+def tiny(processes: int, batch: int, name: str, flags: str = "") -> str:
+    """1_run_train.sh on tiny-flux, eight samples a step, in float32: in bfloat16 the parts of a batch that the GPUs
+    take are rounded each on its own."""
+    folders = f"--local_dir {{work}}/{name} --output_dir {{work}}/{name}/train --teacher_cache {{work}}/tiny_cache"
+    size = "--num_train_prompts 64 --num_images 8 --max_steps 100 --save_steps 50 --eval_steps 100"
+    return (
+        f"MODEL=assets/tiny-flux bash 1_run_train.sh {processes} {batch} 1 {folders} {size} --logging_steps 10 "
+        f"--dtype float32 --adam_epsilon 1e-4 {flags}"
+    ).strip()
+
+
+def agreeing(name: str) -> dict:
+    """That a training ends in the error of tiny_one."""
+    files = [f"{folder}/train/summary.json" for folder in (name, "tiny_one")]
+    return {"agrees": (*files, "final.eval_nmse", 1e-3), "reports": {files[0]: ("final.eval_nmse",)}}
 
 
 STEPS = (
@@ -155,6 +180,16 @@ STEPS = (
     Step(
         "lora_resumed", training(1, "lora", LORA), reads=("lora/train/checkpoint-{save_steps}",), drops=("lora",),
         says="going on from", peak=32, **trained("lora", (8e9, 30e6)),
+    ),
+    Step(
+        "lora_start", training(1, "lora_start", LORA + NOT_KEPT + " --max_steps 1 --eval_on_start False"),
+        clears=("lora_start",), reads=("cache",), drops=("lora_start",), peak=32, **trained("lora_start"),
+        most={"seconds_to_first_step": 90},
+    ),
+    Step(
+        "lora_step", "python -m utils.compare_training_step --output {work}/lora_step {training_step}",
+        clears=("lora_step",), drops=("lora_step",), holds={"lora_step/training_step.json": None},
+        reports={"lora_step/training_step.json": tuple(LORA_STEP)}, most=LORA_STEP,
     ),
     Step(
         "all", training(1, "all", "{all}" + NOT_KEPT), clears=("all",), reads=("cache",), drops=("all",), gib=124,
@@ -183,6 +218,26 @@ STEPS = (
     Step(
         "ddp", training(2, "ddp", LORA), clears=("ddp",), reads=("cache",), drops=("ddp",), gpus=2,
         **trained("ddp", (8e9, 30e6)),
+    ),
+    Step(
+        "tiny_one", tiny(1, 8, "tiny_one"), clears=("tiny_one", "tiny_cache"), gpus=1, scales=("flux",), limit=100,
+        holds={"tiny_one/train/summary.json": None},
+        reports={"tiny_one/train/summary.json": ("final.eval_nmse",)},
+    ),
+    Step(
+        "tiny_two", tiny(2, 4, "tiny_two", "--fsdp full_shard"), clears=("tiny_two",), reads=("tiny_one", "tiny_cache"),
+        gpus=2, scales=("flux",), limit=100, **agreeing("tiny_two"),
+    ),
+    Step(
+        "tiny_resumed_on_one",
+        tiny(1, 8, "tiny_resumed", "--resume_from_checkpoint {work}/tiny_two/train/checkpoint-50"), gpus=1,
+        clears=("tiny_resumed",), reads=("tiny_two/train/checkpoint-50", "tiny_one"), scales=("flux",), limit=100,
+        drops=("tiny_one", "tiny_two", "tiny_resumed", "tiny_cache"), says="going on from", **agreeing("tiny_resumed"),
+    ),
+    Step(
+        "cache_speed", "python -m utils.compare_cache_speed --model {model} --output {work}/speed {drawn}",
+        clears=("speed",), drops=("speed",), holds={"speed/cache_speed.json": None}, limit=300,
+        reports={"speed/cache_speed.json": ("ratio", "seconds_per_prompt", "gpu_hours")}, most={"ratio": 1.05},
     ),
     Step(
         "threshold", RUN + "threshold --method threshold", clears=("threshold",), drops=("threshold",),
@@ -229,6 +284,11 @@ STEPS = (
     Step(
         "bench", "python bench.py --config {model} --output {work}/bench {bench}", clears=("bench",), drops=("bench",),
         holds={"bench/*.json": None, "bench/*.png": None},
+    ),
+    Step(
+        "load", "python bench.py --config {model} --output {work}/load --load --no_steps", clears=("load",),
+        drops=("load",), holds={"load/*.json": None}, most={"load.seconds_to_first_step": 8},
+        reports={"load/*.json": ("load.seconds", "load.seconds_to_first_step")},
     ),
 )  # fmt: skip
 
@@ -508,7 +568,17 @@ def all_finite(value: object) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def unmet(step: Step, stage: Stage) -> str:
+def figure(data: object, name: str) -> object:
+    """What stands in data read from JSON under names and numbers of list items, joined by dots; None if nothing."""
+    for part in name.split("."):
+        try:
+            data = data[int(part) if isinstance(data, list) else part]
+        except (KeyError, IndexError, ValueError, TypeError):
+            return None
+    return data
+
+
+def unmet(step: Step, stage: Stage, reports: dict) -> str:
     """Which of a step's promises does not hold, and "" if all do."""
     for text, bounds in step.holds.items():
         paths = stage.find(text)
@@ -519,6 +589,14 @@ def unmet(step: Step, stage: Stage) -> str:
             return f"{stage.fill(text)} has {size / 1e6:,.1f} MB, more than {most / 1e6:,.1f}"
         if text.endswith(".json") and not all_finite(json.loads(paths[0].read_text())):
             return f"{stage.fill(text)}: a number is not finite"
+    for name, most in () if stage.small else step.most.items():
+        if not isinstance(reports.get(name), (int, float)) or reports[name] > most:
+            return f"{name} is {reports.get(name)}, to be at most {most}"
+    if step.agrees:
+        *files, name, most = step.agrees
+        found, wanted = (figure(json.loads((stage.work / file).read_text()), name) for file in files)
+        if not found or not wanted or abs(found / wanted - 1) > most:
+            return f"{name} is {found}, that of {files[1]} {wanted}: further apart than {most:g} of it"
     return ""
 
 
@@ -538,7 +616,7 @@ def judge(step: Step, stage: Stage, row: dict, output: str, must_fail: bool) -> 
         return f"ended {row['status']}: {last}"
     if step.says not in output:
         return f'did not say "{step.says}"'
-    return unmet(step, stage)
+    return unmet(step, stage, row.get("reports", {}))
 
 
 def read_reports(step: Step, stage: Stage) -> dict:
@@ -547,7 +625,7 @@ def read_reports(step: Step, stage: Stage) -> dict:
     for text, names in step.reports.items():
         for path in stage.find(text):
             figures = json.loads(path.read_text())
-            found |= {name: figures[name] for name in names if name in figures}
+            found |= {name: value for name in names if (value := figure(figures, name)) is not None}
     return found
 
 
@@ -572,9 +650,9 @@ def play(step: Step, stage: Stage, machine: dict) -> dict:
     must_fail = bool(not stage.small and gpus and gpus[0]["gib"] < step.gib)
     output = (logs / f"{step.name}.log").read_text(errors="replace")
     must = "fail in one line" if step.fails or must_fail else "be killed" if step.kill else "succeed"
-    row |= {"must": must, "problem": judge(step, stage, row, output, must_fail)}
+    row |= {"must": must, "reports": read_reports(step, stage)}
+    row["problem"] = judge(step, stage, row, output, must_fail)
     row["said"] = output.strip().splitlines()[-1][-300:] if output.strip() else ""
-    row["reports"] = read_reports(step, stage)
     stage.remove(step.drops)
     return row
 

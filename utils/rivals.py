@@ -20,8 +20,10 @@ from models.modeling_flux_quant import FluxTransformer2DModel
 from models.packing import FORMAT, PackedLinear, disk_row_bytes, pack_codes, row_chunks
 from models.quantized_model import DEFAULT_SETTINGS, QuantizedTransformer
 from models.utils_quant import code_grid
+from utils.utils import lacks_memory
 
 NONZERO = 0.54  # of the codes, as error-minimal step sizes leave them in Gaussian rows
+NO_MEMORY = "out of memory"
 RUNS = 2  # timed in each turn of a rival
 FLUSHES = 16  # of 256 MB: 1.5 ms on an H100, in which Python has launched any layer
 
@@ -194,8 +196,8 @@ class Rival:
 
 
 def one_line(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
+    if lacks_memory(error):
+        return NO_MEMORY
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
 
 

@@ -140,6 +140,13 @@ def check_offload(offload: str | None, device: torch.device) -> None:
         raise ValueError("--offload needs a GPU to bring the parts to")
 
 
+def draw_in_less(offload: str | None, device: torch.device, *flags: str) -> str:
+    """Which flag makes a pipeline draw in less memory: another way to offload it, or a smaller value of `flags`."""
+    ways = {None: "--offload", "model": "--offload sequential"}
+    choices = [ways[offload]] if offload in ways and device.type != "cpu" else []
+    return f"try {' or '.join([*choices, *(f'a smaller {flag}' for flag in flags)])}"
+
+
 def place(pipe: DiffusionPipeline, device: torch.device, offload: str | None = None) -> None:
     """Put the pipeline where it computes; to be called again when it got another transformer.
 

@@ -40,7 +40,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from models.quantized_model import QuantizedTransformer
 from models.trained import Shards, full, save_packed, save_shards, save_trained, save_whole
 from models.utils_quant import QuantizeLinear
-from utils import scenes
+from utils import interrupt, scenes
 from utils.datautils import ShuffledSamples, Trajectories, collate, split_batch
 from utils.folders import read_json, remove_folder, whole_folder, write_json
 from utils.last_steps import VisitedStates, Votes
@@ -56,6 +56,7 @@ log = get_logger("train")
 THIRDS = ("early", "middle", "late")  # of the denoising steps: noise first, details last
 ERROR_FLOOR = 1e-12  # of a sample; the gradient of a power below 1 has a pole at zero
 STATE = "training_state"
+NOT_SPREAD = ("cpu", "mps")  # devices on which accelerate would take DDP instead, without a word
 FSDP_OPTIMIZERS = ("adamw_torch_8bit", "adamw_torch_fused", "adamw_torch", "sgd")
 ONLINE_WINDOW = 16  # trajectories kept at a time when there is no teacher cache
 
@@ -174,7 +175,7 @@ class FluxQATTrainer(transformers.Trainer):
             eval_dataset=eval_data,
             data_collator=collate,
             optimizers=(None, None),
-            callbacks=[_Average(self), _Freeze(self)],
+            callbacks=[_Average(self), _Freeze(self), _Clock(self)],
         )
         if stock := self.pop_callback(TensorBoardCallback):
             self.add_callback(_TensorBoard(stock.tb_writer))
@@ -183,6 +184,7 @@ class FluxQATTrainer(transformers.Trainer):
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.doing = "training starts"
         self.aside = 0.0  # seconds spent on evaluation and checkpoints
+        self.first_step: dict[str, float] = {}  # when it began, from the script's start on, and how long it took
         self.averages: list[Tensor] | None = None
         if self.is_fsdp_enabled:
             prepare_fsdp(self.accelerator)
@@ -250,7 +252,8 @@ class FluxQATTrainer(transformers.Trainer):
         Below 1 the power keeps them from outweighing all others in the gradient.
         """
         inputs, target = split_batch(inputs)
-        velocity = model(**inputs, return_dict=False)[0]
+        with self.accelerator.autocast():  # which accelerate leaves to FSDP2's policy, where weights stay in fp32
+            velocity = model(**inputs, return_dict=False)[0]
         errors = (velocity.float() - target.float()).square().flatten(1).mean(1)
         loss = errors.clamp(min=ERROR_FLOOR).pow(self.args.loss_power).mean()
         if self.args.feature_loss:
@@ -337,6 +340,7 @@ class FluxQATTrainer(transformers.Trainer):
 
     @torch.no_grad()
     def _swap_average(self) -> None:
+        reshard(self.model)  # an evaluation leaves the root's parameters whole
         for parameter, average in zip(map(local, self.trained()), map(local, self.average), strict=True):
             kept = parameter.detach().clone()
             parameter.copy_(average)
@@ -509,6 +513,7 @@ class FluxQATTrainer(transformers.Trainer):
 
         All ranks call it; `folder` is None on those that do not write.
         """
+        self.doing = "the trained model is written"
         reshard(self.model)
         if packed:
             save_packed(self.model, folder, dtype)
@@ -550,6 +555,23 @@ class _Average(transformers.TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.update_average()
+
+
+class _Clock(transformers.TrainerCallback):
+    """Notes how long it takes to the first step, without what is evaluated before it, and how long that takes: what is
+    compiled is compiled in it."""
+
+    def __init__(self, trainer: FluxQATTrainer):
+        self.trainer, self.began = trainer, None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.began is None:
+            self.began = time.time()
+            seconds = self.began - interrupt.STARTED - self.trainer.aside
+            self.trainer.first_step["seconds_to_first_step"] = round(seconds, 1)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.first_step.setdefault("seconds_of_first_step", round(time.time() - self.began, 1))
 
 
 class _Freeze(transformers.TrainerCallback):
@@ -656,6 +678,8 @@ def check_fsdp(args, lora_r: int) -> None:
     """ValueError on what cannot be spread by FSDP2."""
     if args.fsdp_config.get("version", 2) != 2:
         raise ValueError("--fsdp: version 1 keeps flat copies of the weights; use version 2, the default")
+    if args.device.type in NOT_SPREAD:
+        raise ValueError(f"--fsdp: accelerate spreads weights over GPUs, not over a {args.device.type}: leave it out")
     if args.world_size == 1:
         raise ValueError("--fsdp spreads the weights over several processes, and this is one: leave it out")
     if args.optim.value not in FSDP_OPTIMIZERS:
@@ -839,19 +863,6 @@ def rotate(folder: Path, limit: int | None) -> None:
             remove_folder(checkpoint)
         except ValueError as error:
             log.info("not removed: %s", error)
-
-
-@contextmanager
-def memory_named(what: str | Callable[[], str], advice: str, device: torch.device) -> Iterator[None]:
-    """Out of memory within the block is a ValueError that says while `what` it was, the peak, and `advice`."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        peak = ""
-        if device.type == "cuda":
-            total = torch.cuda.get_device_properties(device).total_memory
-            peak = f" (peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} of {total / 2**30:.1f} GiB)"
-        raise ValueError(f"out of memory while {what() if callable(what) else what}{peak}: {advice}") from None
 
 
 # -------------------------------------------------------------------------------------------------------- pictures

@@ -6,9 +6,12 @@ import argparse
 import logging
 import math
 import os
+import resource
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,6 +23,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 LARGEST_SEED = 2**32 - 1  # numpy, which Trainer seeds too, takes no larger ones
 GRACE = 3  # seconds in which the first rank may say what the others would say too; then torchrun ends them
 LARGEST_PICTURE = 8192  # pixels a side: 262,144 tokens
+# What errors say that are no torch.OutOfMemoryError: of cuBLAS, cuDNN, NCCL, CUDA itself and the host.
+NO_MEMORY = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "can't allocate memory", "not enough memory")
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -56,7 +61,8 @@ def run_script(
     So does Ctrl-C, with status 130 and `interrupted`: what is saved, and how to go on. With TRACEBACK=1 in the
     environment all are raised as usual. At the end a process that torchrun started leaves its group, whose threads
     could otherwise outlive the interpreter and abort it, and torchrun would then end the other ranks, whatever they
-    are writing. After an error it ends at once: leaving may wait for a rank that is in a collective.
+    are writing. After an error, one of another kind included, it ends at once: leaving may wait for a rank that is in a
+    collective.
     """
     script = Path(sys.argv[0]).name
     begun()
@@ -77,13 +83,22 @@ def run_script(
                 print(file=sys.stderr)  # after ^C, or what stands of a progress bar
             print(f"{script}: interrupted: {interrupted() if callable(interrupted) else interrupted}", file=sys.stderr)
         _end(130)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    except Exception:
+        if os.environ.get("TRACEBACK") or not _in_group():
+            raise
+        traceback.print_exc()
+        _end(1)
+    if _in_group():
         torch.distributed.destroy_process_group()
+
+
+def _in_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _end(status: int) -> NoReturn:
     """End the process, at once if it is one of a group: a collective that waits for others may keep the interpreter."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _in_group():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -158,3 +173,42 @@ def empty_cache(device: torch.device) -> None:
     """Give memory that nothing uses any more back to the device."""
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).empty_cache()
+
+
+# -------------------------------------------------------------------------------------------------------- memory
+
+
+def peak_rss() -> int:
+    """The most bytes of memory that this process has had so far, files mapped into it included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether it says that a device or the host has no memory left, to torch or to a library under it."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+
+
+@contextmanager
+def memory_named(
+    what: str | Callable[[], str], advice: str | Callable[[], str], device: torch.device
+) -> Iterator[None]:
+    """Out of memory within the block is a ValueError that says while `what` it was, the peak, and `advice`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error) or os.environ.get("TRACEBACK"):
+            raise
+        what, advice = (words() if callable(words) else words for words in (what, advice))
+        on_host = isinstance(error, MemoryError) or "CPUAllocator" in str(error)
+        peak = peak_words(torch.device("cpu") if on_host else device)
+        raise ValueError(f"out of memory while {what} ({peak}): {advice}") from None
+
+
+def peak_words(device: torch.device) -> str:
+    """The most memory that this process took, of a GPU or else of the host."""
+    if device.type != "cuda":
+        return f"peak {peak_rss() / 2**30:.1f} GiB of host memory"
+    total = torch.cuda.get_device_properties(device).total_memory
+    return f"peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} of {total / 2**30:.1f} GiB"
