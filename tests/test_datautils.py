@@ -658,7 +658,7 @@ def test_blocks_are_compiled_where_that_saves_time(teacher, pristine, tmp_path, 
     for seconds, device, expected in ((60, on_gpu, blocks), (40, on_gpu, []), (60, CPU, [])):
         compiled.clear()
         cache = fill(tmp_path / "whole", teacher)
-        filling = datautils._Filling(cache, teacher, 2, device, None, dict.fromkeys(range(len(PROMPTS))))
+        filling = datautils.Filling(cache, teacher, 2, device, None, dict.fromkeys(range(len(PROMPTS))))
         monkeypatch.setattr(filling, "seconds", lambda text, seconds=seconds: seconds)
         teacher.load("transformer", device=CPU)
         with filling:
