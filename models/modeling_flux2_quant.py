@@ -9,8 +9,8 @@ outputs. Modulation is made once for all blocks of a kind, by three linears outs
     pipe = Flux2KleinPipeline.from_pretrained(path, transformer=student)
 
 from_single_file wants config="black-forest-labs/FLUX.2-klein-4B", subfolder="transformer": else diffusers takes
-FLUX.2-dev's. Fast mode leaves SwiGLU as diffusers has it: one exponential and two products, which the compiler computes
-in the kernel that rounds the tokens to 8 bits.
+FLUX.2-dev's. Fast mode leaves SwiGLU, one exponential and two products, to the compiler, which can compute it where the
+tokens are rounded to 8 bits.
 """
 
 import diffusers
