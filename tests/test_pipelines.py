@@ -131,10 +131,15 @@ def test_another_transformer_leaves_the_rest_as_it_is(folder):
     assert torch.equal(generate_images(other, PROMPTS[:1], **settings), generate_images(pipe, PROMPTS[:1], **settings))
 
 
-def test_steps_and_guidance_are_the_pipelines_unless_asked_for(pipeline_folder, klein_folder, klein_base_folder):
+def test_steps_and_guidance_are_the_pipelines_unless_asked_for(
+    pipeline_folder, klein_folder, klein_base_folder, caplog
+):
     pipes = [load_pipeline(str(folder), torch.float32) for folder in (pipeline_folder, klein_folder, klein_base_folder)]
     assert [sampling_settings(pipe, None, None) for pipe in pipes] == [(28, 3.5), (4, 1.0), (50, 4.0)]
     assert [sampling_settings(pipe, 7, 0.0) for pipe in pipes] == [(7, 0.0)] * 3
+    assert not caplog.messages
+    assert [sampling_settings(pipe, 7, 2.5) for pipe in pipes] == [(7, 2.5), (7, 1.0), (7, 2.5)]
+    assert caplog.messages == ["guidance 2.5 has no effect: this model is distilled to draw without"]
     assert [family_of(pipe).calls_a_step(pipe, 4.0) for pipe in pipes] == [1, 1, 2]
     assert family_of(pipes[2]).calls_a_step(pipes[2], 1.0) == 1
     assert [early_share(steps) for steps in (28, 50, 8, 4, 1)] == [0.8, 0.8, 0.8, 0.25, 0.25]

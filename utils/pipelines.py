@@ -19,7 +19,9 @@ from torch import Tensor
 
 from models.modeling_flux2_quant import Flux2Transformer2DModel
 from models.modeling_flux_quant import FluxTransformer2DModel
+from utils.utils import get_logger
 
+log = get_logger("pipeline")
 DEFAULTS = "default: 28; FLUX.2-klein 4, its base model 50", "default: 3.5; FLUX.2-klein none, its base model 4"
 EARLY_SHARE, FEW_STEPS = 0.8, 8  # see early_share
 
@@ -229,9 +231,14 @@ def family_with(transformer: type) -> Family:
 
 
 def sampling_settings(pipe: DiffusionPipeline, steps: int | None, guidance_scale: float | None) -> tuple[int, float]:
-    """Denoising steps and guidance: those that were asked for, else the family's."""
-    default = family_of(pipe).defaults(pipe)
-    return default[0] if steps is None else steps, default[1] if guidance_scale is None else guidance_scale
+    """Denoising steps and guidance: those that were asked for, else the family's. A guidance that a distilled model
+    cannot follow is said to have no effect, and 1."""
+    usual_steps, usual_guidance = family_of(pipe).defaults(pipe)
+    guidance = usual_guidance if guidance_scale is None else guidance_scale
+    if pipe.config.get("is_distilled") and guidance > 1:
+        log.info("guidance %g has no effect: this model is distilled to draw without", guidance)
+        guidance = 1.0
+    return usual_steps if steps is None else steps, guidance
 
 
 def early_share(steps: int) -> float:
