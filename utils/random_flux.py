@@ -123,8 +123,8 @@ REST |= {  # with is_distilled, of model_index.json
     "small-klein": SMALL_KLEIN_REST | {"distilled": True},
     "small-klein-base": SMALL_KLEIN_REST | {"distilled": False},
 }
-SHARD_BYTES = 10_000_000_000, 6_000_000  # of a transformer as on the hub, and of a small one
-ENCODER_SHARD_BYTES = 5_000_000_000, 1_500_000
+SHARD_BYTES = {False: 10_000_000_000, True: 6_000_000}  # of a transformer as on the hub; by is_small
+ENCODER_SHARD_BYTES = {False: 5_000_000_000, True: 1_500_000}
 PARTS = {  # of model_index.json
     "FluxPipeline": {
         "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
