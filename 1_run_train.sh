@@ -5,6 +5,7 @@
 #   bash 1_run_train.sh NPROC BATCH ACCUM [FLAGS]     # processes (one a GPU), batch a process, gradient accumulation
 #   bash 1_run_train.sh 1 4 1 --w_bits 2 --max_steps 1000            # any further flag of train.py; the last one counts
 #   MODEL=black-forest-labs/FLUX.1-dev bash 1_run_train.sh 8 1 4     # the real one, on GPUs: what fits them is trained
+#   MODEL=black-forest-labs/FLUX.2-klein-4B bash 1_run_train.sh 1 1 4    # all of its weights, on one 80 GB GPU
 #   NNODES=2 HEAD=node0 MODEL=… bash 1_run_train.sh 8 1 1            # on two nodes: the same command on each
 #
 # Paths are relative to where it is started; it writes to output/ in the repository. Started again, it goes on where it

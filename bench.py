@@ -2,6 +2,7 @@
 
     python bench.py --config flux-dev --resolution 1024 512 --layers --load      # everything, on one 80 GB GPU
     python bench.py --config flux-schnell --resolution 512
+    python bench.py --config flux2-klein-4b --resolution 1024                    # FLUX.2-klein-4B
     python bench.py --config tiny-flux --device cpu                              # on a laptop, in seconds
     python bench.py --config flux-dev --device cpu --layers --no_steps           # its matrix multiplications only
     python bench.py --model MY_MODEL                                             # a transformer's or pipeline's folder
@@ -49,13 +50,15 @@ import matplotlib
 import torch
 from torch import Tensor, nn
 
+from models.families import CLASSES
 from models.kernels import MODES
-from models.modeling_flux_quant import DEFAULT_SETTINGS, MODULATION, FluxTransformer2DModel
 from models.packing import PackedLinear, decode, store_codes
+from models.quantized_model import DEFAULT_SETTINGS, QuantizedTransformer
 from utils.cuda_graph import captured, compile_options
 from utils.folders import check_disk, scratch_folder, tidy, whole_file, write_json
 from utils.metrics import nmse
-from utils.random_flux import CONFIGS
+from utils.pipelines import family_with
+from utils.random_flux import CONFIGS, stock_class
 from utils.rivals import (
     MAKERS,
     NO_MEMORY,
@@ -93,7 +96,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 (the backend is to be chosen first)
 
 log = get_logger("bench")
-TEXT_TOKENS = {"flux-dev": 512, "flux-schnell": 256}  # that their pipelines pad a prompt to
+TEXT_TOKENS = {"flux-dev": 512, "flux-schnell": 256, "flux2-klein-4b": 512}  # that their pipelines pad a prompt to
 CPU_ROWS = 512  # M of the multiplications on a CPU, at most
 IN_A_ROW = 8  # layers that see one token, timed together
 LESS_MEMORY = "try a smaller --resolution, or --no-compile, which leaves out the CUDA graphs"
@@ -103,10 +106,11 @@ CPU_WEIGHTS = 10**9  # a larger transformer is cut down to a block of each kind 
 # ------------------------------------------------------------------------------------------------------------ shapes
 
 
-def read_config(name: str) -> tuple[dict, int, list[int]]:
-    """Architecture, T5 tokens and pixels a side of a --config; ValueError if it is neither a name nor a folder."""
+def read_config(name: str) -> tuple[dict, int, list[int], type[QuantizedTransformer]]:
+    """Architecture, text tokens, pixels a side and class of a --config; ValueError if it is neither a name nor a
+    folder."""
     if name in TEXT_TOKENS:
-        return CONFIGS[name], TEXT_TOKENS[name], [1024, 512]
+        return CONFIGS[name], TEXT_TOKENS[name], [1024, 512], CLASSES[stock_class(name).__name__]
     folder = ROOT / "assets" / name if name == "tiny-flux" else Path(from_root(name))
     found = [path for path in (folder / "config.json", folder / "transformer" / "config.json") if path.is_file()]
     if not found:
@@ -120,38 +124,44 @@ def read_config(name: str) -> tuple[dict, int, list[int]]:
             raise ValueError(f"--config {name}: {file} is not JSON ({error}); save or download it again") from None
 
     config = read(found[0])
-    if config.get("_class_name") != "FluxTransformer2DModel":
-        raise ValueError(f"--config {name}: describes a {config.get('_class_name')}, expected a FluxTransformer2DModel")
+    kind = config.get("_class_name")
+    if kind not in CLASSES:
+        raise ValueError(f"--config {name}: describes a {kind}, expected a {' or a '.join(CLASSES)}")
     config = {key: value for key, value in config.items() if key[0] != "_" and key not in DEFAULT_SETTINGS}
-    length = read(folder / "tokenizer_2" / "tokenizer_config.json").get("model_max_length", 512)
+    tokenizer = family_with(CLASSES[kind]).tokenizers[-1]
+    length = read(folder / tokenizer / "tokenizer_config.json").get("model_max_length", 512)
     size = read(folder / "vae" / "config.json").get("sample_size")
-    return config, min(length, 512), [size] if size else [1024, 512]
+    return config, min(length, 512), [size] if size else [1024, 512], CLASSES[kind]
 
 
 def step_inputs(config: Mapping, size: int, args: argparse.Namespace) -> dict[str, Tensor]:
     """What a pipeline hands to the transformer in one step, args.batch_size pictures of `size` pixels a side."""
     side, text, count = size // 16, args.text_tokens, args.batch_size
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    family = family_with(args.kind)
     generator = torch.Generator().manual_seed(args.seed)
     inputs = {
         "hidden_states": torch.randn(count, side**2, config["in_channels"], generator=generator),
         "encoder_hidden_states": torch.randn(count, text, config["joint_attention_dim"], generator=generator),
-        "pooled_projections": torch.randn(count, config["pooled_projection_dim"], generator=generator),
         "timestep": torch.full([count], 0.5),
-        "img_ids": torch.stack([torch.zeros(side**2), rows.flatten(), columns.flatten()], 1),
-        "txt_ids": torch.zeros(text, 3),
+        "img_ids": family.image_ids(side, args.dtype),
+        "txt_ids": family.text_ids(text, args.dtype),
     }
+    if "pooled_projection_dim" in config:
+        inputs["pooled_projections"] = torch.randn(count, config["pooled_projection_dim"], generator=generator)
     if config["guidance_embeds"]:
         inputs["guidance"] = torch.full([count], 3.5)
-    return {name: tensor.to(args.device, args.dtype) for name, tensor in inputs.items()}
+    return {
+        name: tensor.to(args.device, args.dtype if tensor.is_floating_point() else None)
+        for name, tensor in inputs.items()
+    }
 
 
-def layer_shapes(model: FluxTransformer2DModel) -> dict[tuple[bool, int, int], list[str]]:
+def layer_shapes(model: QuantizedTransformer) -> dict[tuple[bool, int, int], list[str]]:
     """Names of the packed layers by (modulation?, out, in)."""
     shapes: dict[tuple[bool, int, int], list[str]] = {}
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
-            key = (name.endswith(MODULATION), module.out_features, module.in_features)
+            key = (type(model).family.is_modulation(name), module.out_features, module.in_features)
             shapes.setdefault(key, []).append(name)
     return shapes
 
@@ -233,7 +243,7 @@ def steps_at(
     return rows
 
 
-def bench_steps(args: argparse.Namespace, packed: FluxTransformer2DModel) -> list[dict]:
+def bench_steps(args: argparse.Namespace, packed: QuantizedTransformer) -> list[dict]:
     """A row for each resolution and rival: its figures, or its `problem`."""
     rivals = step_rivals(args)
     problems = {rival.kind: why_not(rival.kind, args.dtype, args.device) for rival in rivals}
@@ -274,7 +284,7 @@ def bench_steps(args: argparse.Namespace, packed: FluxTransformer2DModel) -> lis
     return list(rows.values())
 
 
-def bench_layers(args: argparse.Namespace, whole: nn.Module, packed: FluxTransformer2DModel) -> list[dict]:
+def bench_layers(args: argparse.Namespace, whole: nn.Module, packed: QuantizedTransformer) -> list[dict]:
     """A row for each GEMM shape of the `whole` transformer and rival, timed on a layer of `packed`.
 
     M is 1 for modulation, IN_A_ROW layers of a shape one after the other, else all tokens; on a CPU at most CPU_ROWS,
@@ -316,7 +326,7 @@ def bench_layers(args: argparse.Namespace, whole: nn.Module, packed: FluxTransfo
 
 
 def layer_times(
-    m: int, packed: FluxTransformer2DModel, names: list[str], kinds: list[str], args: argparse.Namespace,
+    m: int, packed: QuantizedTransformer, names: list[str], kinds: list[str], args: argparse.Namespace,
     flush: Tensor | None,
 ) -> dict[str, list[float] | str]:  # fmt: skip
     """Milliseconds of random x [m, in] through each kind of a layer, those called `names` one after the other, on CUDA
@@ -355,7 +365,7 @@ def layer_times(
     }
 
 
-def bench_load(args: argparse.Namespace, packed: FluxTransformer2DModel) -> dict:
+def bench_load(args: argparse.Namespace, packed: QuantizedTransformer) -> dict:
     """Seconds from a packed checkpoint, read once before, to a transformer on the device, and to the end of its first
     step in exact mode, for which the kernels were compiled before; the checkpoint's bytes."""
     inputs = step_inputs(packed.config, args.resolution[0], args)
@@ -364,8 +374,8 @@ def bench_load(args: argparse.Namespace, packed: FluxTransformer2DModel) -> dict
         packed.save_pretrained(folder)
         size = sum(file.stat().st_size for file in folder.iterdir())
 
-        def load() -> FluxTransformer2DModel:
-            return FluxTransformer2DModel.from_pretrained(folder, device_map=str(args.device), dtype=args.dtype)
+        def load() -> QuantizedTransformer:
+            return type(packed).from_pretrained(folder, device_map=str(args.device), dtype=args.dtype)
 
         @torch.no_grad()
         def first_step() -> None:
@@ -376,7 +386,7 @@ def bench_load(args: argparse.Namespace, packed: FluxTransformer2DModel) -> dict
         return {"seconds": loaded, "seconds_to_first_step": stepped, "bytes": size}
 
 
-def bench_decoding(args: argparse.Namespace, packed: FluxTransformer2DModel) -> dict[str, float]:
+def bench_decoding(args: argparse.Namespace, packed: QuantizedTransformer) -> dict[str, float]:
     """Ternary codes a second, 1e9 of them (GB, at a byte each), that go from their form on disk, five a byte, to four a
     byte in memory: of the largest layer, by one thread of the CPU and by the device."""
     layer = max((m for m in packed.modules() if isinstance(m, PackedLinear)), key=lambda m: m.weight_codes.numel())
@@ -516,7 +526,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.device = pick_device(args.device)
         if args.attention:
             set_attention(args.attention)
-        args.architecture, text_tokens, sizes = read_config(args.config)
+        args.architecture, text_tokens, sizes, args.kind = read_config(args.config)
         args.text_tokens = text_tokens if args.text_tokens is None else args.text_tokens
         args.resolution = args.resolution or sizes
         for size in args.resolution:
@@ -550,14 +560,14 @@ def measure(words: list[str], args: argparse.Namespace) -> None:
     torch._dynamo.config.recompile_limit = 64  # of a block's code, which all rivals share
     check_disk(args.output, 0, "the figures")
     tidy(args.output)
-    whole = skeleton(args.architecture, args.dtype)
+    whole = skeleton(args.architecture, args.dtype, args.kind)
     weights = sum(n * k * len(names) for (_, n, k), names in layer_shapes(whole).items())
     config, note = args.architecture, None
     if args.device.type != "cuda" and weights > CPU_WEIGHTS:
         config = config | {"num_layers": 1, "num_single_layers": 1}
         note = f"one block of each kind: all of the {weights / 1e9:.1f} B block weights are too many for {args.device}"
         log.info(note)
-    packed = random_packed(config, args.dtype, args.device, args.seed)
+    packed = random_packed(config, args.dtype, args.device, args.seed, args.kind)
     if args.attention:
         set_attention(args.attention, packed)
     own = compile_settings(args, ours=True)["options"]

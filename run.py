@@ -1,4 +1,4 @@
-"""A FLUX pipeline in, a small quantized one out, without training it end to end.
+"""A FLUX.1 or FLUX.2-klein pipeline in, a small quantized one out, without training it end to end.
 
     python run.py --model assets/tiny-flux --output_dir output/oneshot                         # 1.58 bit, calibrated
     python run.py --model assets/tiny-flux --output_dir output/oneshot2 --w_bits 2
@@ -11,7 +11,7 @@
 
 It writes
 
-    OUTPUT_DIR/                        the whole pipeline, for FluxPipeline.from_pretrained and test.py
+    OUTPUT_DIR/                        the whole pipeline, for diffusers' from_pretrained and test.py
     OUTPUT_DIR/samples/                teacher and quantized pictures of a few prompts, and grid.png
     OUTPUT_DIR/metrics.json            layers, bytes, weight errors, seconds, memory
     OUTPUT_DIR/.flux158-work/          while it calibrates or trains: what the same command goes on from after a kill
@@ -31,21 +31,23 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from models.families import load_transformer, transformer_class
 from models.kernels import MODES
-from models.modeling_flux_quant import FluxTransformer2DModel, is_quantized
 from models.packing import FORMAT, PackedLinear, PackedWriter, disk_row_bytes, row_chunks, store_codes
+from models.quantized_model import QuantizedTransformer, is_quantized
 from models.utils_quant import check_bits, code_grid
 from utils.blockwise import STARTS, Settings, channel_weights, train_block, used_steps
-from utils.checkpoints import bits_name
+from utils.checkpoints import bits_name, is_packed
 from utils.folders import PREFIX, check_disks, is_empty, locked, scratch_folder, whole_folder, write_json
 from utils.oneshot import INGREDIENTS, METHODS, calibrate, round_weight
 from utils.pictures import save_grid, save_images
+from utils.pipelines import DEFAULTS, EARLY_SHARE, FEW_STEPS, early_share, family_called, family_of, sampling_settings
 from utils.prompts import pick_prompts
 from utils.rates import default_rate
 from utils.sampling import (
@@ -56,9 +58,9 @@ from utils.sampling import (
     generate_images,
     load_pipeline,
     native_size,
+    pipeline_family,
     place,
     set_attention,
-    text_length,
     unplace,
 )
 from utils.utils import (
@@ -78,7 +80,7 @@ from utils.utils import (
     pick_device,
     run_script,
 )
-from utils.walk import Work, block_names, fingerprint, record_calls, split_calls, stored_tensors, walk
+from utils.walk import Work, fingerprint, record_calls, split_calls, stage_names, stored_tensors, walk
 
 log = get_logger("run")
 CALIBRATION_SEED = 2_000_000  # neither training nor evaluation starts from these
@@ -91,9 +93,10 @@ MANY_BLOCKWISE = {
     "block_micro_batch_size": 256, "block_checkpointing": False, "lookahead": 8, "batch_size": 256,
 }  # fmt: skip
 FEW_BLOCKWISE = {
-    "calibration_prompts": 256, "calibration_stride": 4, "block_steps": 500, "block_batch_size": 16,
+    "calibration_prompts": 256, "block_steps": 500, "block_batch_size": 16,
     "block_micro_batch_size": 2, "block_checkpointing": True, "lookahead": 2, "batch_size": 8,
 }  # fmt: skip
+USED_STEPS = 7  # of a picture's denoising steps
 WITH_CALLS = ("calibrated", "blockwise")  # methods that look at the teacher's trajectories
 WEIGHED = 8  # calls by which channel weights are found
 HOW = ("micro_batch_size", "checkpointing", "compile")  # what may change when a block-wise training goes on
@@ -106,22 +109,27 @@ BLOCKS, WEIGHTS = "blocks are quantized", "weights are rounded"
 
 
 def local_pipeline(model_id: str) -> Path:
-    """The pipeline's folder, downloaded if `model_id` is a hub id; ValueError if it is not a FLUX pipeline."""
+    """The pipeline's folder, downloaded if `model_id` is a hub id; ValueError if it is of no family that is taken."""
     folder = Path(model_id)
     if not folder.is_dir():
-        patterns = ["*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model", "model_index.json"]
+        pipeline_family(model_id)  # before anything large is downloaded
+        endings = ("safetensors", "json", "txt", "model", "jinja")
+        patterns = ["model_index.json", *(f"*/*.{ending}" for ending in endings)]
         try:
             folder = Path(snapshot_download(model_id, allow_patterns=patterns))
         except Exception as error:
             raise ValueError(f"{model_id}: neither a folder nor a reachable hub id ({error})") from None
     file = folder / "transformer" / "config.json"
     try:
-        kind = json.loads((folder / "model_index.json").read_text())["transformer"][1]
+        index = json.loads((folder / "model_index.json").read_text())
         config = json.loads(file.read_text())
+        pipeline, kinds = index["_class_name"], (index["transformer"][1], config.get("_class_name"))
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{model_id}: not a pipeline with a transformer ({error!r}); check --model") from None
-    if kind != "FluxTransformer2DModel" or config.get("_class_name") != kind:
-        raise ValueError(f"{model_id}: its transformer is a {kind}, expected a FluxTransformer2DModel")
+    expected = family_called(pipeline, model_id).transformer.__name__
+    for kind in kinds:
+        if kind != expected:
+            raise ValueError(f"{model_id}: its transformer is a {kind}, expected a {expected}")
     if is_quantized(config):
         raise ValueError(f"{model_id}: its transformer is quantized already; give the full-precision pipeline")
     return folder
@@ -140,10 +148,10 @@ def folder_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, tensors.get_tensor(name)
 
 
-def packed_skeleton(config: dict, w_bits: int) -> FluxTransformer2DModel:
+def packed_skeleton(config: dict, w_bits: int) -> QuantizedTransformer:
     """The packed model of this config on the meta device: which layers are packed, and the config to save."""
     with torch.device("meta"):
-        return FluxTransformer2DModel.from_config({**config, "w_bits": w_bits, "packed": FORMAT})
+        return transformer_class(config).from_config({**config, "w_bits": w_bits, "packed": FORMAT})
 
 
 def packed_bytes(source: Path, w_bits: int) -> int:
@@ -166,7 +174,8 @@ class Errors:
         self.sums = {kind: [0.0, 0.0, 0] for kind in KINDS}
 
     def add(self, name: str, error: float, energy: float) -> None:
-        row = self.sums[next(kind for kind in KINDS if kind in name.partition(".")[2])]
+        path = name.partition(".")[2]
+        row = self.sums["norm" if "modulation" in name else next(kind for kind in KINDS if kind in path)]
         row[0] += error
         row[1] += energy
         row[2] += 1
@@ -247,23 +256,27 @@ def recorded_steps(args: argparse.Namespace) -> Callable[[int], Sequence[int]]:
     return lambda batch: range(0, args.steps, stride)
 
 
-def hidden_bytes(tokens: int, transformer: FluxTransformer2DModel) -> int:
+def hidden_bytes(tokens: int, transformer: nn.Module) -> int:
     """Of the hidden states that block-wise training keeps: both streams, and the targets."""
     return 3 * tokens * transformer.inner_dim * transformer.dtype.itemsize
 
 
-def work_bytes(pipe: FluxPipeline, packed: int, args: argparse.Namespace) -> int:
+def work_bytes(pipe: DiffusionPipeline, packed: int, args: argparse.Namespace) -> int:
     """Bytes that work_folder(args) takes at most, less what is there already; `packed`: those of a packed transformer.
 
     Finished blocks of every round, the text of each prompt, the latents of each call, and with --activations_on_disk
     the hidden states. Where the number of steps differs from batch to batch the largest counts.
     """
-    config, steps = pipe.transformer.config, max(len(recorded_steps(args)(batch)) for batch in range(args.steps))
-    image, text = (args.resolution // (2 * pipe.vae_scale_factor)) ** 2, text_length(pipe)
-    once = text * config.joint_attention_dim + config.pooled_projection_dim + 3 * (image + text)  # with the positions
-    each = image * config.in_channels + 4  # with time and guidance
-    calls = args.calibration_prompts * (once + steps * each) * pipe.transformer.dtype.itemsize
-    tokens = args.calibration_prompts * steps * (image + text)
+    family, config, dtype = family_of(pipe), pipe.transformer.config, pipe.transformer.dtype
+    steps = max(len(recorded_steps(args)(batch)) for batch in range(args.steps))
+    steps *= family.calls_a_step(pipe, args.guidance_scale)
+    side, text = args.resolution // (2 * pipe.vae_scale_factor), family.text_length(pipe)
+    shapes = family.describe(pipe, config, args.guidance_scale)
+    once = sum(math.prod(shape) for name, shape in shapes.items() if name.endswith("_shape")) * dtype.itemsize
+    once += family.image_ids(side, dtype).nbytes + family.text_ids(text, dtype).nbytes
+    each = (side**2 * config.in_channels + 4) * dtype.itemsize  # with time and guidance
+    calls = args.calibration_prompts * (once + steps * each)
+    tokens = args.calibration_prompts * steps * (side**2 + text)
     hidden = hidden_bytes(tokens, pipe.transformer) if args.method == "blockwise" and args.activations_on_disk else 0
     rounds = args.block_rounds if args.method == "blockwise" else 1
     there = sum(file.stat().st_size for file in work_folder(args).rglob("*.safetensors"))
@@ -282,7 +295,7 @@ def remove_work(args: argparse.Namespace) -> None:
             work_folder(args).rename(doomed / "work")
 
 
-def along_calls(pipe: FluxPipeline, target: Path, args: argparse.Namespace, errors: Errors) -> None:
+def along_calls(pipe: DiffusionPipeline, target: Path, args: argparse.Namespace, errors: Errors) -> None:
     """Record the teacher on the calibration prompts, quantize block after block, write the packed transformer.
 
     Recorded calls and finished blocks lie in work_folder(args): the same command goes on from there.
@@ -324,7 +337,7 @@ def along_calls(pipe: FluxPipeline, target: Path, args: argparse.Namespace, erro
         calibrate(transformer, calls, weights, args.w_bits, work, args.device, without=args.without)
     else:
         transformer, work = blockwise(transformer, calls, work, settings, args)
-    for block in block_names(transformer):
+    for block in stage_names(transformer):
         notes = work.notes(block)
         errors.fell_back |= notes.get("fell_back", {})
         if args.method == "blockwise":
@@ -339,8 +352,8 @@ def along_calls(pipe: FluxPipeline, target: Path, args: argparse.Namespace, erro
 
 
 def blockwise(
-    transformer: FluxTransformer2DModel, calls: list[dict], work: Work, settings: dict, args: argparse.Namespace
-) -> tuple[FluxTransformer2DModel, Work]:
+    transformer: nn.Module, calls: list[dict], work: Work, settings: dict, args: argparse.Namespace
+) -> tuple[nn.Module, Work]:
     """Train the blocks along the calls, round after round; the used-up transformer and the last round's work."""
     disk, before, weights = work_folder(args) if args.activations_on_disk else None, None, None
     tokens = sum(call[name].shape[:-1].numel() for call in calls for name in ("hidden_states", "encoder_hidden_states"))
@@ -353,7 +366,7 @@ def blockwise(
         if number:
             work = Work(work_folder(args) / f"round_{number}", settings)
             source = local_pipeline(args.model_id) / "transformer"
-            transformer = FluxTransformer2DModel.from_pretrained(source, dtype=transformer.dtype)
+            transformer = load_transformer(source, dtype=transformer.dtype)
         more = {"settings": block_settings(args), "before": before, "weights": weights}
         treat = partial(train_block, transformer=transformer, **more)
         walk(transformer, calls, args.w_bits, treat, work, args.device, disk)
@@ -367,7 +380,8 @@ def copy_rest(source: Path, target: Path) -> None:
         if path.is_dir() and path.name != "transformer" and (any(path.glob("*.json")) or any(path.glob("*.txt"))):
             shutil.copytree(path, target / path.name, ignore=shutil.ignore_patterns("*.bin", ".*"))
     index = json.loads((source / "model_index.json").read_text())
-    index["transformer"] = ["models.modeling_flux_quant", "FluxTransformer2DModel"]
+    kind = transformer_class(index["transformer"][1])
+    index["transformer"] = [kind.__module__, kind.__name__]
     (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -395,7 +409,7 @@ def less_memory(args: argparse.Namespace) -> str:
     return draw_in_less(args.offload, args.device, "--batch_size" if args.batch_size != 1 else "--resolution")
 
 
-def draw(pipe: FluxPipeline, prompts: list[str], args: argparse.Namespace, desc: str) -> Tensor:
+def draw(pipe: DiffusionPipeline, prompts: list[str], args: argparse.Namespace, desc: str) -> Tensor:
     args.doing = f"pictures are drawn ({desc})"
     place(pipe, args.device, args.offload)
     return generate_images(
@@ -409,7 +423,7 @@ def add_block_flags(parser: argparse.ArgumentParser) -> None:
     many, few = MANY_BLOCKWISE, FEW_BLOCKWISE
 
     def both(name: str) -> str:
-        return f"default: {many[name]}, above {MANY_PIXELS} pixels {few[name]}"
+        return f"default: {many[name]}, above {MANY_PIXELS} pixels or a billion parameters {few[name]}"
 
     group = parser.add_argument_group("with --method blockwise")
     group.add_argument("--block_start", choices=STARTS, default="calibrated",
@@ -439,8 +453,9 @@ def add_block_flags(parser: argparse.ArgumentParser) -> None:
                        "that")  # fmt: skip
     group.add_argument("--block_freeze_codes", type=float, default=0.1,
                        help="for this last part of the steps the codes stay and the rest is trained")  # fmt: skip
-    group.add_argument("--block_early_share", type=float, default=0.8,
-                       help="share of the samples from the first quarter of the denoising steps")  # fmt: skip
+    group.add_argument("--block_early_share", type=float,
+                       help="share of the samples from the first quarter of the denoising steps; default: "
+                       f"{EARLY_SHARE}, of fewer than {FEW_STEPS} steps 0.25: all alike")  # fmt: skip
     group.add_argument("--block_checkpointing", action=argparse.BooleanOptionalAction,
                        help="compute the activations of the blocks ahead twice instead of keeping them; default: "
                        f"above {MANY_PIXELS} pixels")  # fmt: skip
@@ -462,8 +477,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         f"{FEW_PROMPTS}; blockwise {MANY_BLOCKWISE['calibration_prompts']}, "
                         f"{FEW_BLOCKWISE['calibration_prompts']}")  # fmt: skip
     parser.add_argument("--calibration_stride", type=int,
-                        help="of the steps, every so many-th is used; default: 4; blockwise up to "
-                        f"{MANY_PIXELS} pixels {MANY_BLOCKWISE['calibration_stride']}")  # fmt: skip
+                        help=f"of the steps, every so many-th is used; default: such that {USED_STEPS} are; "
+                        f"blockwise up to {MANY_PIXELS} pixels {MANY_BLOCKWISE['calibration_stride']}")  # fmt: skip
     parser.add_argument("--memory_gib", type=float, help="device memory to stay within; default: all that is free")
     parser.add_argument("--without", nargs="+", choices=INGREDIENTS, default=[], metavar="INGREDIENT",
                         help=f"leave out of the calibration: {', '.join(INGREDIENTS)}")  # fmt: skip
@@ -472,8 +487,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", help="a text file, one prompt a line, or a JSON list of prompts; default: the "
                         "model's evaluation set")  # fmt: skip
     parser.add_argument("--prompts_json", help="the same, a JSON list only")
-    parser.add_argument("--num_inference_steps", "--steps", dest="steps", type=int, default=28, help="denoising steps")
-    parser.add_argument("--guidance_scale", type=float, default=3.5)
+    parser.add_argument("--num_inference_steps", "--steps", dest="steps", type=int,
+                        help=f"denoising steps; {DEFAULTS[0]}")  # fmt: skip
+    parser.add_argument("--guidance_scale", type=float, help=DEFAULTS[1])
     parser.add_argument("--resolution", type=int, help="pixels a side; default: what the autoencoder was made for")
     parser.add_argument("--batch_size", type=int, help="pictures drawn at a time; default: 8; blockwise up to "
                         f"{MANY_PIXELS} pixels {MANY_BLOCKWISE['batch_size']}")  # fmt: skip
@@ -516,7 +532,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 raise ValueError(f"--{name} must be above 0, got {getattr(args, name)}")
         if not 0 <= args.block_freeze_codes <= 1:
             raise ValueError(f"--block_freeze_codes must be 0 to 1, got {args.block_freeze_codes}")
-        if not 0 < args.block_early_share < 1:
+        if args.block_early_share is not None and not 0 < args.block_early_share < 1:
             raise ValueError(f"--block_early_share must be above 0 and below 1, got {args.block_early_share}")
         if args.memory_gib is not None and args.memory_gib <= CONTEXT_GIB:
             raise ValueError(
@@ -528,12 +544,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def choose_sizes(args: argparse.Namespace) -> None:
-    """What depends on the method and the picture size and was not given."""
-    big = args.resolution > MANY_PIXELS
-    sizes = dict(FEW_BLOCKWISE if big else MANY_BLOCKWISE)
+def choose_sizes(args: argparse.Namespace, pipe: DiffusionPipeline) -> None:
+    """What depends on the pipeline, the method and the picture size and was not given."""
+    args.resolution = args.resolution or native_size(pipe)
+    args.steps, args.guidance_scale = sampling_settings(pipe, args.steps, args.guidance_scale)
+    if args.block_early_share is None:
+        args.block_early_share = early_share(args.steps)
+    big, stride = args.resolution > MANY_PIXELS, max(1, round(args.steps / USED_STEPS))
+    few = big or is_packed(pipe.transformer, None)  # the hidden states of many would be hundreds of GB
+    sizes = FEW_BLOCKWISE | {"calibration_stride": stride} if few else dict(MANY_BLOCKWISE)
     if args.method != "blockwise":
-        sizes |= {"calibration_prompts": FEW_PROMPTS if big else MANY_PROMPTS, "calibration_stride": 4, "batch_size": 8}
+        prompts = FEW_PROMPTS if big else MANY_PROMPTS
+        sizes |= {"calibration_prompts": prompts, "calibration_stride": stride, "batch_size": 8}
     for name, value in sizes.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -572,8 +594,7 @@ def quantize(args: argparse.Namespace) -> None:
     with whole_folder(args.output_path, "run.py") as folder:
         if args.method in WITH_CALLS or args.num_images:
             pipe = load_pipeline(str(source), dtype)
-            args.resolution = args.resolution or native_size(pipe)
-            choose_sizes(args)
+            choose_sizes(args, pipe)
         if args.method in WITH_CALLS:
             kept = work_bytes(pipe, packed, args)
             check_disks([*needs, (args.output_path, kept, "what a killed run goes on from")])
@@ -604,7 +625,7 @@ def quantize(args: argparse.Namespace) -> None:
             "blockwise": asdict(block_settings(args)) if args.method == "blockwise" else None, "blocks": errors.blocks,
         }  # fmt: skip
         if args.num_images:
-            student = FluxTransformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)
+            student = load_transformer(folder / "transformer", dtype=dtype)
             pipe.register_modules(transformer=student.set_inference_mode(args.mode))
             if args.attention:
                 set_attention(args.attention, student)

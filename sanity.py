@@ -2,11 +2,12 @@
 
     python sanity.py --w_bits 8 4 2 0                                            # the embedded tiny-flux
     python sanity.py --model black-forest-labs/FLUX.1-dev --dtype bfloat16 --w_bits 4 0
+    python sanity.py --model black-forest-labs/FLUX.2-klein-4B --dtype bfloat16 --w_bits 4 0
     python sanity.py --prompts my_prompts.txt --num_images 4 --num_inference_steps 8
 
-Every linear inside the transformer's blocks is quantized with error-minimal step sizes and nothing is trained, so
-this is where quantization-aware training starts from; `--trained FOLDER` adds what training made of it, as the last
-row. The pictures and the table come together at the end, in the place of an earlier run's. It writes
+Every linear inside the transformer's blocks, and their modulation, is quantized with error-minimal step sizes and
+nothing is trained, so this is where quantization-aware training starts from; `--trained FOLDER` adds what training made
+of it, as the last row. The pictures and the table come together at the end, in the place of an earlier run's. It writes
 
     OUTPUT_DIR/samples/{full,bits_W,trained}/sample_000.png …    the pictures
     OUTPUT_DIR/samples/grid.png                                  all of them, rows = bit widths, columns = prompts
@@ -24,9 +25,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
+from models.families import transformer_class
 from models.packing import PackedLinear, disk_row_bytes
-from models.utils_quant import FULL_PRECISION_BITS
+from models.quantized_model import QuantizedTransformer
+from models.utils_quant import FULL_PRECISION_BITS, QuantizeLinear
 from utils import scenes
 from utils.checkpoints import (
     bits_name,
@@ -40,6 +42,7 @@ from utils.checkpoints import (
 from utils.folders import check_disks, check_target, locked, whole_folder, write_json
 from utils.metrics import psnr, scene_score, velocity_nmse
 from utils.pictures import save_grid, save_images
+from utils.pipelines import family_of, sampling_settings
 from utils.process_args import process_args
 from utils.prompts import pick_prompts
 from utils.sampling import (
@@ -90,7 +93,8 @@ def saved_bytes(transformer: nn.Module, model_args, w_bits: int, dtype: torch.dt
     total = dtype.itemsize * sum(p.numel() for p in transformer.parameters())
     if w_bits >= FULL_PRECISION_BITS:
         return total
-    matrices = [p.shape for name, p in transformer.named_parameters() if "transformer_blocks." in name and p.ndim == 2]
+    linears = transformer_class(transformer).family.linears(transformer, model_args.quantize_modulation)
+    matrices = [linear.weight.shape for linear in linears.values()]
     total += sum(4 * (rows + model_args.lora_r * (rows + columns)) for rows, columns in matrices)
     if is_packed(transformer, model_args.pack):
         total += sum(rows * (disk_row_bytes(columns, w_bits) - dtype.itemsize * columns) for rows, columns in matrices)
@@ -130,6 +134,7 @@ def compare(model_args, data_args, training_args) -> None:
         check_target(folder, OWNER)
 
     pipe = load_pipeline(model_args.input_model_filename, dtype)
+    steps, guidance = sampling_settings(pipe, data_args.num_inference_steps, data_args.guidance_scale)
     prompts, source = pick_prompts(pipe, data_args.num_images, data_args.prompts)
     size = data_args.resolution or native_size(pipe)
     with_scores = size == scenes.SIZE and all(scenes.parse(prompt) for prompt in prompts)
@@ -160,8 +165,8 @@ def compare(model_args, data_args, training_args) -> None:
             pipe,
             prompts,
             training_args.seed,
-            num_inference_steps=data_args.num_inference_steps,
-            guidance_scale=data_args.guidance_scale,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
             size=size,
             desc=name,
         )
@@ -174,14 +179,14 @@ def compare(model_args, data_args, training_args) -> None:
     if with_scores:
         rows[0]["scene_score"] = scene_score(teacher_images, prompts)
 
-    def measure(name: str, folder: str, w_bits: int, transformer: FluxTransformer2DModel) -> None:
+    def measure(name: str, folder: str, w_bits: int, transformer: QuantizedTransformer) -> None:
         pipe.register_modules(transformer=transformer)
         place(pipe, device, model_args.offload)
         images = sample(name)
         row = {
             "name": name,
             "w_bits": w_bits,
-            "nmse": velocity_nmse(transformer, teacher_calls, data_args.num_inference_steps)[0],
+            "nmse": velocity_nmse(transformer, teacher_calls, steps, family_of(pipe).calls_a_step(pipe, guidance))[0],
             "psnr": psnr(images, teacher_images),
             "packed_bytes": packed_bytes(transformer),
         }

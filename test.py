@@ -27,19 +27,20 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.kernels import MODES
-from models.modeling_flux_quant import FluxTransformer2DModel, is_quantized
 from models.packing import PackedLinear, disk_row_bytes
+from models.quantized_model import QuantizedTransformer, is_quantized
 from utils import scenes
 from utils.checkpoints import bits_name, check_shapes, load_student, transformer_folder
 from utils.cuda_graph import compile_steps
 from utils.folders import check_target, locked, read_json, whole_folder, write_json, write_text
 from utils.metrics import learned_scores, psnr, scene_score, ssim, velocity_nmse
 from utils.pictures import save_grid, save_images, save_png, to_pil
+from utils.pipelines import DEFAULTS, family_of, sampling_settings
 from utils.prompts import pick_prompts, read_prompts, read_text
 from utils.sampling import (
     OFFLOADS,
@@ -103,7 +104,7 @@ def bits_per_weight(model: nn.Module) -> float:
     return 8 * (codes + step_sizes) / sum(layer.in_features * layer.out_features for layer in layers)
 
 
-def prepare(pipe: FluxPipeline, args: argparse.Namespace) -> None:
+def prepare(pipe: DiffusionPipeline, args: argparse.Namespace) -> None:
     """Put the pipeline where it computes; compile it if asked to."""
     place(pipe, args.device, args.offload)
     if args.compile:
@@ -162,12 +163,12 @@ def check_benchmark(folder: Path, wanted: dict) -> None:
             )
 
 
-def write_benchmark(pipe: FluxPipeline, args: argparse.Namespace, items: list[dict], folder: Path) -> None:
+def write_benchmark(pipe: DiffusionPipeline, args: argparse.Namespace, items: list[dict], folder: Path) -> None:
     """GenEval's layout: folder/00000/metadata.jsonl and samples/00000.png …; what is there already is left alone."""
     names = ("dtype", "mode", "attention", "seed", "steps", "guidance_scale", "resolution", "samples_per_prompt")
     settings = {name: getattr(args, name) for name in names}
     settings["weights"] = fingerprint(pipe.transformer)
-    settings["text_encoders"] = [fingerprint(encoder) for encoder in (pipe.text_encoder, pipe.text_encoder_2)]
+    settings["text_encoders"] = [fingerprint(getattr(pipe, name)) for name in family_of(pipe).text_encoders]
     check_benchmark(folder, settings | {"items": items})
     write_json(folder / "manifest.json", {"checkpoint": str(args.checkpoint), **settings, "items": items})
     args.doing = "the checkpoint draws, one picture at a time"
@@ -233,8 +234,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="default: cuda if there, else mps, else cpu")
     parser.add_argument("--seed", type=int, default=42, help="picture i starts from the noise of seed + i")
     parser.add_argument("--batch_size", type=int, default=8, help="pictures drawn at a time")
-    parser.add_argument("--num_inference_steps", "--steps", dest="steps", type=int, default=28, help="denoising steps")
-    parser.add_argument("--guidance_scale", type=float, default=3.5)
+    parser.add_argument("--num_inference_steps", "--steps", dest="steps", type=int,
+                        help=f"denoising steps; {DEFAULTS[0]}")  # fmt: skip
+    parser.add_argument("--guidance_scale", type=float, help=DEFAULTS[1])
     parser.add_argument("--resolution", type=int, help="pixels a side; default: what the autoencoder was made for")
     args = parser.parse_intermixed_args(argv)  # or W_BITS would have to stand right after CHECKPOINT
     try:
@@ -260,7 +262,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load(args: argparse.Namespace) -> tuple[FluxTransformer2DModel, FluxPipeline]:
+def load(args: argparse.Namespace) -> tuple[QuantizedTransformer, DiffusionPipeline]:
     """The checkpoint, and the pipeline that it was quantized from."""
     dtype = getattr(torch, args.dtype)
     student = load_student(transformer_folder(args.checkpoint), dtype, w_bits=args.w_bits)
@@ -273,6 +275,7 @@ def load(args: argparse.Namespace) -> tuple[FluxTransformer2DModel, FluxPipeline
     check_shapes(args.checkpoint, student.config, args.model, pipe.transformer, "--model")
     args.w_bits = student.config.w_bits
     args.resolution = args.resolution or native_size(pipe)
+    args.steps, args.guidance_scale = sampling_settings(pipe, args.steps, args.guidance_scale)
     return student, pipe
 
 
@@ -315,6 +318,8 @@ def judge(args: argparse.Namespace) -> None:
     log.info("%s (%s) against %s, %s on %s", folder, name, model, dtype, device)
     log.info("%d prompts: %s; %d pixels, seed %d", len(prompts), source, args.resolution, args.seed)
 
+    each = family_of(pipe).calls_a_step(pipe, args.guidance_scale)
+
     def draw(prompts: list[str], seed: int, desc: str, steps: int = args.steps) -> Tensor:
         return generate_images(
             pipe, prompts, seed, num_inference_steps=steps, guidance_scale=args.guidance_scale,
@@ -351,7 +356,7 @@ def judge(args: argparse.Namespace) -> None:
     metrics["seconds_per_image"] = (time.time() - started) / len(prompts)
     if calls:
         args.doing = "velocities are compared"
-        metrics["nmse"], metrics["nmse_by_step"] = velocity_nmse(student, calls, args.steps)
+        metrics["nmse"], metrics["nmse_by_step"] = velocity_nmse(student, calls, args.steps, each)
 
     # 3. The figures.
     args.doing = "pictures are compared"

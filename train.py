@@ -15,10 +15,10 @@ student, the same transformer with quantized linears, learns to predict the same
 
 `--lora_r 32 --lora_alpha 1 --clip_init max --learning_rate 2e-5 --early_share 0.25 --loss_power 1 --freeze_codes 0` is
 the recipe of the published port. `--early_share` is how much of the training goes to the first quarter of the denoising
-steps, which decide the layout, `--loss_power` below 1 makes hard samples count for less; for the last `--freeze_codes`
-of the steps the codes stay, and what is left is trained for them; `--vote_codes` freezes each where it was most of the
-time, `--visit_share` has the student learn at states of its own pictures; `--start_from FOLDER` starts from the codes
-that run.py found. It writes
+steps, which decide the layout (of few steps all count alike), `--loss_power` below 1 makes hard samples count for less;
+for the last `--freeze_codes` of the steps the codes stay, and what is left is trained for them; `--vote_codes` freezes
+each where it was most of the time, `--visit_share` has the student learn at states of its own pictures; `--start_from
+FOLDER` starts from the codes that run.py found. It writes
 
     LOCAL_DIR/teacher_cache/MODEL-DIGEST/            trajectories, shared by all runs that ask the same of a teacher
     OUTPUT_DIR/eval/step_N/, step-N.png, steps.png   held-out prompts as the student draws them
@@ -46,10 +46,10 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from diffusers import FluxPipeline
 from transformers.trainer_utils import get_last_checkpoint
 
-from models.modeling_flux_quant import FluxTransformer2DModel, is_quantized
+from models.families import transformer_class
+from models.quantized_model import is_quantized
 from models.trained import BASE, Shards, describe_base, frozen_names
 from models.utils_quant import FULL_PRECISION_BITS
 from utils.checkpoints import (
@@ -62,10 +62,11 @@ from utils.checkpoints import (
 )
 from utils.datautils import OnlineTeacher, TeacherCache, Trajectories, default_folder, fill_cache
 from utils.folders import check_disks, check_target, locked, read_json, whole_folder, write_json
+from utils.pipelines import early_share, sampling_settings
 from utils.process_args import LARGE, process_args
 from utils.prompts import pick_prompts
 from utils.rates import choose_rates
-from utils.sampling import native_size
+from utils.sampling import native_size, with_transformer
 from utils.teacher import Teacher, TeacherSettings, prompt_seeds
 from utils.trainer import (
     ONLINE_WINDOW,
@@ -197,7 +198,10 @@ def get_teacher(
         log.info("%d training prompts: %s; %d held out: %s", len(prompts), train_source, len(held_out), source)
 
     size = data_args.resolution or native_size(teacher.pipe)
-    settings = TeacherSettings(size, data_args.num_inference_steps, data_args.guidance_scale)
+    steps, guidance = sampling_settings(teacher.pipe, data_args.num_inference_steps, data_args.guidance_scale)
+    if training_args.early_share is None:
+        training_args.early_share = early_share(steps)
+    settings = TeacherSettings(size, steps, guidance)
     eval_asked = held_out, range(training_args.seed, training_args.seed + len(held_out))
     train_asked = prompts, prompt_seeds(prompts, training_args.seed)
     if data_args.teacher_cache == "off":
@@ -258,7 +262,7 @@ def disk_needs(config: dict, model_args, training_args, packed: bool | None) -> 
     names = ("lora_r", "lora_alpha", "clip_init", "quantize_modulation")
     settings = {name: getattr(model_args, name) for name in names}
     with torch.device("meta"):
-        student = FluxTransformer2DModel.from_config({**config, **settings, "w_bits": model_args.w_bits[0]})
+        student = transformer_class(config).from_config({**config, **settings, "w_bits": model_args.w_bits[0]})
     choose_parameters(student, model_args, training_args.clip_learning_rate, torch.bfloat16)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     left = set(frozen_names(student))
@@ -431,7 +435,7 @@ def train(model_args, data_args, training_args) -> None:
         compile_blocks(student, spread=bool(training_args.fsdp))
         if teacher is not None:
             compile_blocks(teacher)
-    eval_pipe = FluxPipeline(**{**pipe.components, "transformer": student})
+    eval_pipe = with_transformer(pipe, student)
     eval_pipe.vae.to(device)
     packed = is_packed(student, model_args.pack)
 

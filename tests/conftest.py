@@ -1,6 +1,7 @@
 """What several test files share: a FLUX pipeline of random weights that draws in a second, and a way to run scripts."""
 
 import os
+import shutil
 
 # Before torch is imported, and inherited by the scripts: for tensors this small a second thread gains nothing, and on
 # a busy machine the threads wait for each other most of the time.
@@ -150,4 +151,29 @@ def pipeline_folder(tmp_path_factory) -> Path:
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
     ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def klein_folder(tmp_path_factory) -> Path:
+    """A Flux2KleinPipeline of random weights in small, distilled, made for 96 pixels."""
+    import torch
+
+    from utils import random_flux
+
+    folder = tmp_path_factory.mktemp("models") / "small-klein"
+    folder.mkdir()
+    shard_bytes = random_flux.SHARD_BYTES[True]
+    random_flux.write_transformer(folder, random_flux.skeleton("small-klein"), 0, shard_bytes, torch.device("cpu"))
+    random_flux.write_rest(folder, "small-klein", 0, torch.device("cpu"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def klein_base_folder(klein_folder, tmp_path_factory) -> Path:
+    """The same, but not distilled: guided by two calls of the transformer a step."""
+    folder = tmp_path_factory.mktemp("models") / "small-klein-base"
+    shutil.copytree(klein_folder, folder)
+    file = folder / "model_index.json"
+    file.write_text(file.read_text().replace('"is_distilled": true', '"is_distilled": false'))
     return folder

@@ -5,6 +5,7 @@ import re
 import statistics
 import sys
 
+import diffusers
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel as Diffusers
@@ -301,20 +302,21 @@ def test_a_rival_that_fails_is_a_row_and_one_of_ours_an_error(folder, tmp_path, 
 
 
 def test_a_pipeline_names_its_own_sizes(pipeline_folder):
-    config, text_tokens, sizes = bench.read_config(str(pipeline_folder))
+    config, text_tokens, sizes, kind = bench.read_config(str(pipeline_folder))
     assert config["num_single_layers"] == 1 and not any(key.startswith("_") for key in config)
     assert sizes == [128]
-    config, text_tokens, sizes = bench.read_config("tiny-flux")
+    config, text_tokens, sizes, kind = bench.read_config("tiny-flux")
     assert config["num_single_layers"] == 6 and (text_tokens, sizes) == (24, [128])
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "tokens"), [("flux-dev", 11.901e9, 512), ("flux-schnell", 11.891e9, 256)]
+    ("name", "parameters", "tokens"),
+    [("flux-dev", 11.901e9, 512), ("flux-schnell", 11.891e9, 256), ("flux2-klein-4b", 3.876e9, 512)],
 )
 def test_architectures_have_the_published_size(name, parameters, tokens):
-    config, text_tokens, sizes = bench.read_config(name)
+    config, text_tokens, sizes, kind = bench.read_config(name)
     with torch.device("meta"):
-        model = Diffusers(**config)
+        model = getattr(diffusers, kind.__name__)(**config)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, abs=1e6)
     assert text_tokens == tokens and sizes == [1024, 512]
 
@@ -322,7 +324,7 @@ def test_architectures_have_the_published_size(name, parameters, tokens):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--config", "nowhere"], "--config nowhere: use one of flux-dev, flux-schnell, tiny-flux, or a folder"),
+        (["--config", "nowhere"], "--config nowhere: use one of flux-dev, flux-schnell, flux2-klein-4b, tiny-flux"),
         (["--resolution", "1000"], "--resolution must be a multiple of 16, got 1000"),
         (["--resolution", "512", "0"], "--resolution must be at least 16 and at most 8192, got 0"),
         (["--resolution", "65536"], "--resolution must be at least 16 and at most 8192, got 65536"),

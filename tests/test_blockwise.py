@@ -15,7 +15,7 @@ from models.utils_quant import init_clip_val, quantize
 from utils import blockwise
 from utils.blockwise import Rows, Settings, Window, batches, quantized_copy, rate_at, train_block, used_steps
 from utils.sampling import generate_images, record_velocities
-from utils.walk import Block, Work, first_inputs, stored_tensors, walk
+from utils.walk import Work, first_inputs, make_block, stored_tensors, walk
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red star", "two rings", "a moon", "a cross"]
@@ -39,7 +39,7 @@ def teacher(pipeline_folder):
 @pytest.fixture
 def first(recorded, teacher):
     """The first block as the walk hands it over."""
-    return Block("transformer_blocks.0", teacher.transformer_blocks[0], first_inputs(teacher, recorded[0], CPU))
+    return make_block(teacher, "transformer_blocks.0", first_inputs(teacher, recorded[0], CPU))
 
 
 def window(block, teacher, settings, lookahead):

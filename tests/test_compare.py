@@ -21,6 +21,7 @@ from utils import (
     compare_widths,
     processes,
 )
+from utils.pipelines import early_share
 from utils.process_args import process_args
 from utils.processes import run_logged, spread
 from utils.rates import choose_rates
@@ -68,6 +69,7 @@ def test_the_defaults_of_train_py_are_one_of_the_recipes():
         choose_rates(settings, lora=False, width=256)
         found |= vars(settings)
         found["clip_learning_rate"] = found["clip_learning_rate"] or found["learning_rate"]  # what leaving it out means
+        found["early_share"] = found["early_share"] or early_share(28)
         return {flag: found[flag.removeprefix("--")] for flag in flags[::2]}
 
     assert values(flags) == values([])

@@ -38,7 +38,7 @@ from utils.datautils import (
     rebuild_latents,
     trajectory_bytes,
 )
-from utils.teacher import PARTS, Teacher, TeacherSettings, prompt_seeds
+from utils.teacher import Teacher, TeacherSettings, prompt_seeds
 from utils.tokenizers import TEXT_LENGTH
 
 ROOT = Path(__file__).parents[1]
@@ -338,7 +338,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from utils.datautils import TeacherCache, fill_cache
-from utils.teacher import PARTS, Teacher, TeacherSettings
+from utils.teacher import Teacher, TeacherSettings
 
 model, folder, log, seconds, batch_size, prompts, seeds, settings = sys.argv[1:]
 state, settings, draw, store = PartialState(cpu=True), json.loads(settings), Teacher.draw, TeacherCache.store
@@ -658,7 +658,7 @@ def test_blocks_are_compiled_where_that_saves_time(teacher, pristine, tmp_path, 
     for seconds, device, expected in ((60, on_gpu, blocks), (40, on_gpu, []), (60, CPU, [])):
         compiled.clear()
         cache = fill(tmp_path / "whole", teacher)
-        filling = datautils._Filling(cache, teacher, 2, device, None, dict.fromkeys(range(len(PROMPTS))))
+        filling = datautils.Filling(cache, teacher, 2, device, None, dict.fromkeys(range(len(PROMPTS))))
         monkeypatch.setattr(filling, "seconds", lambda text, seconds=seconds: seconds)
         teacher.load("transformer", device=CPU)
         with filling:
@@ -1031,7 +1031,7 @@ def test_the_online_teacher_gives_what_a_cache_would_and_draws_each_prompt_once_
     online = OnlineTeacher(own, TeacherSettings(**SETTINGS), PROMPTS, seeds, keep=2, device=CPU)
     assert len(online) == len(cached) and online.description == cached.description
     calls = []
-    own.load(*PARTS, device=CPU)
+    own.load(*own.parts, device=CPU)
     own.pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
     sampler = ShuffledSamples(len(PROMPTS), STEPS, seed=0, window=2)
     for epoch in range(2):

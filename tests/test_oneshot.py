@@ -9,7 +9,7 @@ from models.packing import PackedLinear, unpack_codes, unpack_trits
 from models.utils_quant import code_grid, init_clip_val, quantize
 from utils import oneshot
 from utils.sampling import generate_images, record_inputs, record_velocities
-from utils.walk import Block, Work, first_inputs, stored_tensors
+from utils.walk import Work, first_inputs, make_block, stored_tensors
 
 CPU = torch.device("cpu")
 
@@ -97,6 +97,32 @@ def test_a_calibrated_layer_keeps_its_outputs_better_than_a_rounded_one():
         mean = torch.nn.functional.linear(inputs, dequantized(codes, alpha, 0), bias).mean(0)
     assert (calibrated - wanted).square().mean() < 0.3 * (rounded - wanted).square().mean()
     torch.testing.assert_close(mean, layer(inputs).mean(0).detach(), atol=1e-4, rtol=0)
+
+
+def test_a_layer_without_a_bias_makes_up_for_means_with_its_codes():
+    """Its moments are about zero, which the formula in float64 says; its outputs are kept, their mean among them."""
+    generator = torch.Generator().manual_seed(4)
+    inputs, unseen = (correlated(4000, 32, generator) + 2 * torch.randn(32, generator=generator)).split(2000)
+    weight = torch.randn(16, 32, generator=generator)
+    statistics = oneshot.Statistics(32, CPU)
+    statistics.add(inputs[:500], inputs[:500] + 0.5, 3.0)
+    statistics.add(inputs[500:], inputs[500:] + 0.5, 1.0)
+    *_, square, cross = statistics.moments(centred=False)
+    x = inputs.double()
+    counts = torch.where(torch.arange(2000) < 500, 3.0, 1.0).double()[:, None]
+    torch.testing.assert_close(square.double(), x.T @ (counts * x) / counts.sum(), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(cross.double(), (x + 0.5).T @ (counts * x) / counts.sum(), atol=1e-3, rtol=1e-4)
+
+    errors = {}
+    for has_bias in (False, True):
+        statistics = oneshot.Statistics(32, CPU)
+        statistics.add(inputs, inputs, 1.0)
+        codes, alpha, shift = oneshot.calibrate_weight(weight, statistics, 0, has_bias=has_bias)
+        assert has_bias or not shift.any()
+        errors[has_bias] = (unseen @ (dequantized(codes, alpha, 0) - weight).T).square().mean().item()
+    rounded = quantize(weight, init_clip_val(weight, 0), 0)
+    assert errors[False] < 0.5 * errors[True]  # moments about the mean leave the mean to a bias, which is not there
+    assert errors[False] < 0.3 * (unseen @ (rounded - weight).T).square().mean()
 
 
 def test_the_target_undoes_what_earlier_layers_did():
@@ -226,7 +252,7 @@ def test_moments_are_those_of_each_layers_own_inputs(recorded):
     """Layers with one input share one object; the teacher's inputs are those that the block's own parameters make."""
     transformer, calls = recorded
     module = transformer.transformer_blocks[0]
-    block = Block("transformer_blocks.0", module, first_inputs(transformer, calls, CPU))
+    block = make_block(transformer, "transformer_blocks.0", first_inputs(transformer, calls, CPU))
     finished = {name: p.detach() * 1.5 for name, p in module.named_parameters()}
     linears = {name: m for name, m in module.named_modules() if isinstance(m, torch.nn.Linear)}
     weights = [1.0, 3.0]
@@ -243,7 +269,7 @@ def test_moments_are_those_of_each_layers_own_inputs(recorded):
 
     teachers, students = inputs({}), inputs(finished)
     covered = []
-    for group in oneshot.GROUPS:
+    for group in block.order:
         names = [name for name in linears if name in group]
         with torch.no_grad():
             found = oneshot.collect(block, names, finished, weights)

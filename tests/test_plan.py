@@ -12,6 +12,7 @@ import torch
 
 from utils import plan
 from utils.plan import Size, choose, needs, size_of
+from utils.random_flux import skeleton
 
 ROOT = Path(__file__).parents[1]
 FLUX = Size(11_901_408_320, 242_050_112)
@@ -85,6 +86,29 @@ def test_the_size_comes_from_the_config_alone(tmp_path):
     other = size.parameters - sum(m.weight.numel() for m in linears)
     assert size.lora == lora + other
     assert needs(size, 1, 0)["lora"] == pytest.approx((2 * size.parameters + 16 * size.lora) / 2**30)
+
+
+def test_all_weights_of_flux_2_klein_fit_one_card(tmp_path):
+    """3.876 B parameters, of which 3.82 B are quantized, the shared modulation among them."""
+    diffusers_model = skeleton("flux2-klein-4b")
+    diffusers_model.save_config(tmp_path / "transformer")
+    size = size_of(str(tmp_path))
+    assert size.parameters == pytest.approx(3.876e9, rel=1e-3)
+    matrices = {n: p.shape for n, p in diffusers_model.named_parameters() if "blocks." in n or "_modulation" in n}
+    quantized = [shape for shape in matrices.values() if len(shape) == 2]
+    rest = size.parameters - sum(rows * columns for rows, columns in quantized)
+    assert size.lora == rest + sum(32 * (rows + columns) + rows for rows, columns in quantized)
+    assert choose(size, gib(79.6), 1)[0] == WEIGHTS and choose(size, gib(40), 1)[0] == LORA
+    assert needs(size, 1, 1)["weights"] < 62
+
+
+def test_another_transformer_is_one_line(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer/config.json").write_text('{"_class_name": "SD3Transformer2DModel"}')
+    command = [sys.executable, "-m", "utils.plan", tmp_path, "1", "1"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 1 and "SD3Transformer2DModel is not supported, only FluxTransformer2DModel and" in last
 
 
 def test_the_program_prints_flags_and_reasons_apart(tmp_path):

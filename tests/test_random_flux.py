@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
     """The small pipeline."""
     folder = tmp_path_factory.mktemp("random") / "small"
     folder.mkdir()
-    random_flux.write_transformer(folder, random_flux.skeleton("small"), 0, random_flux.SHARD_BYTES["small"], CPU)
+    random_flux.write_transformer(folder, random_flux.skeleton("small"), 0, random_flux.SHARD_BYTES[True], CPU)
     random_flux.write_rest(folder, "small", 0, CPU)
     return folder
 
@@ -107,13 +107,13 @@ def test_shapes_are_those_of_flux(config, guidance):
     model = random_flux.skeleton(config)
     assert sum(p.numel() for p in model.parameters()) == 11_901_408_320 - (not guidance) * (256 + 3072 + 2) * 3072
     assert model.config.guidance_embeds == guidance
-    counts = [sum(p.numel() for p in part.parameters()) for part in random_flux.rest_skeletons(config)]
+    counts = [sum(p.numel() for p in part.parameters()) for part in random_flux.rest_skeletons(config).values()]
     assert counts == [123_060_480, 4_762_310_656, 83_819_683]
 
 
 def test_flux_has_three_shards_as_on_the_hub():
     model = random_flux.skeleton("flux-dev").to(torch.bfloat16)
-    shards = list(random_flux.shards(model.named_parameters(), random_flux.SHARD_BYTES["flux-dev"]))
+    shards = list(random_flux.shards(model.named_parameters(), random_flux.SHARD_BYTES[False]))
     assert len(shards) == 3 and sum(map(len, shards)) == len(list(model.parameters()))
 
 
@@ -137,13 +137,57 @@ def test_the_small_pipeline_has_every_feature_of_the_large(folder):
 def test_what_is_loaded_is_what_was_drawn(folder):
     """Nothing is missing, newly initialised or tied to something else."""
     pipe = FluxPipeline.from_pretrained(folder, dtype=torch.bfloat16)
-    clip, t5, autoencoder = random_flux.rest_skeletons("small")
-    for model, skeleton in (
-        (pipe.transformer, random_flux.skeleton("small")), (pipe.text_encoder, clip), (pipe.text_encoder_2, t5),
-        (pipe.vae, autoencoder),
-    ):  # fmt: skip
+    for part, skeleton in {"transformer": random_flux.skeleton("small"), **random_flux.rest_skeletons("small")}.items():
+        model = getattr(pipe, part)
         found = dict(model.named_parameters())
         drawn = dict(random_flux.random_tensors(skeleton, 0, CPU))
         assert found.keys() == drawn.keys()
         for name, tensor in drawn.items():
             assert torch.equal(found[name], tensor), name
+
+
+# --------------------------------------------------------------------------------------------------- FLUX.2-klein
+
+
+def test_shapes_are_those_of_klein():
+    """Counted by hand from its config.json: width 3072, SwiGLU of 9216, 5 and 20 blocks; Qwen3-4B's 4.02 B, tied."""
+    width, hidden = 3072, 9216
+    double = 8 * width**2 + 2 * 3 * width * hidden + 4 * 128
+    single = width * (3 * width + 2 * hidden) + (width + hidden) * width + 2 * 128
+    outside = (6 + 6 + 3) * width**2 + (128 + 7680 + 256 + width) * width + 2 * width**2 + width * 128
+    model = random_flux.skeleton("flux2-klein-4b")
+    assert sum(p.numel() for p in model.parameters()) == 5 * double + 20 * single + outside
+    assert not model.config.guidance_embeds and not any(name.endswith("bias") for name, _ in model.named_parameters())
+    rest = random_flux.rest_skeletons("flux2-klein-4b")
+    layer = 2560 * (4096 + 2 * 1024) + 4096 * 2560 + 3 * 2560 * 9728 + 2 * 2560 + 2 * 128
+    assert sum(p.numel() for p in rest["text_encoder"].parameters()) == 36 * layer + 151936 * 2560 + 2560
+    assert rest["vae"].config.latent_channels == 32 and rest["vae"].bn.num_features == 128
+    widths = {random_flux.CONFIGS[name]["joint_attention_dim"] // 3 for name in ("flux2-klein-4b", "small-klein")}
+    assert widths == {random_flux.REST[name]["qwen3"]["hidden_size"] for name in ("flux2-klein-4b", "small-klein")}
+
+
+def test_a_klein_of_a_few_mb_is_as_unkind_and_draws(klein_folder):
+    """Massive channels, means far from zero, pictures that differ; what is loaded is what was drawn."""
+    pipe = load_pipeline(str(klein_folder), torch.bfloat16)
+    assert sum(file.stat().st_size for file in klein_folder.rglob("*.safetensors")) < 8e6
+    inputs: dict[str, torch.Tensor] = {}
+    for name, module in pipe.transformer.named_modules():
+        if name.endswith((".to_q", ".add_q_proj", ".to_qkv_mlp_proj")):
+            module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].float()}))
+    with record_velocities(pipe.transformer) as calls:
+        pictures = generate_images(pipe, ["a dog", "a red house in the snow"], batch_size=2)
+    velocities = torch.stack([velocity for _, velocity in calls])
+    assert len(velocities) == 4 and velocities.isfinite().all() and 0.2 < velocities.float().std() < 5
+    assert velocities.float().std(2).mean() > 0.1 and pictures.std() > 0.1
+    assert (pictures[0] - pictures[1]).abs().mean() > 0.01
+    for name, x in inputs.items():
+        size = x.flatten(0, 1).square().mean(0).sqrt()
+        assert size.argmax() in random_flux.massive_channels(x.shape[-1]), name
+        assert size.max() > 10 * size.median(), name
+    means = [(x.mean((0, 1)).abs() / x.std((0, 1))).median() for x in inputs.values()]
+    assert max(means) > 0.5
+    for part, skeleton in random_flux.rest_skeletons("small-klein").items():
+        found = getattr(pipe, part).state_dict()
+        for name, tensor in random_flux.random_tensors(skeleton, 0, CPU):
+            assert torch.equal(found[name], tensor.to(found[name].dtype)), f"{part}.{name}"
+    assert (pipe.vae.bn.running_mean != 0).all() and (pipe.vae.bn.running_var != 1).any()

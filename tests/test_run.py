@@ -160,11 +160,11 @@ def test_large_pictures_need_fewer_of_them(call, monkeypatch, pixels, prompts):
         raise ValueError("that is all")
 
     monkeypatch.setattr(script, "calibrate", calibrate)
-    result = call("--num_images", 0, "--resolution", pixels, "--batch_size", 1, fast=("--steps", 8, "--device", "cpu"))
+    result = call("--num_images", 0, "--resolution", pixels, "--batch_size", 1, fast=("--steps", 14, "--device", "cpu"))
     assert result.line.endswith("that is all")
     [(calls, weights)] = given
-    assert len(calls) == len(weights) == prompts * 2  # steps 0 and 4
-    assert weights[:2] == weights[2:4] and all(weight > 0 for weight in weights)
+    assert len(calls) == len(weights) == prompts * 7  # every other step
+    assert weights[:7] == weights[7:14] and all(weight > 0 for weight in weights)
 
 
 def test_a_transformer_alone_is_enough_where_nothing_is_drawn(call, copy):

@@ -85,7 +85,8 @@ def test_damaged_folder(damage, message, pipeline_folder, tmp_path):
 def test_folder_of_another_pipeline(pipeline_folder, tmp_path):
     index = (pipeline_folder / "model_index.json").read_text()
     (tmp_path / "model_index.json").write_text(index.replace('"FluxPipeline"', '"StableDiffusionPipeline"'))
-    with pytest.raises(ValueError, match=f"^{tmp_path}: expected a FluxPipeline, found a StableDiffusionPipeline; "):
+    message = f"^{tmp_path}: expected a FluxPipeline or a Flux2KleinPipeline, found a StableDiffusionPipeline; "
+    with pytest.raises(ValueError, match=message):
         load_pipeline(str(tmp_path), torch.float32)
 
 

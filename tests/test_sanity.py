@@ -402,7 +402,7 @@ def test_folders_and_files_that_are_wrong(call, pipeline_folder, tmp_path):
     empty.write_text("\n")
     other = tmp_path / "other/config.json"
     other.parent.mkdir()
-    other.write_text(json.dumps({"w_bits": 0, "in_channels": 32}))
+    other.write_text(json.dumps({"_class_name": "FluxTransformer2DModel", "w_bits": 0, "in_channels": 32}))
     for flags, message in (
         (["--input_model_filename", "no/such/folder"], "no/such/folder: neither a folder nor a hub id"),
         (["--input_model_filename", pipeline_folder / "vae"], "vae: cannot be loaded .*no file named model_index.json"),
@@ -449,7 +449,7 @@ def test_write_that_fails_leaves_no_checkpoint(call, pipeline_folder, tmp_path, 
     [(0, 0, False), (0, 0, True), (3, 0, False), (3, 0, True), (4, 2, False), (16, 0, False), (16, 0, True)],
 )
 def test_the_room_asked_for_is_what_a_transformer_takes(pack, w_bits, lora_r, pipeline_folder, tmp_path):
-    args = SimpleNamespace(lora_r=lora_r, pack=pack)
+    args = SimpleNamespace(lora_r=lora_r, pack=pack, quantize_modulation=True)
     plain = diffusers.FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer")
     settings = {"w_bits": w_bits, "lora_r": lora_r}
     model = FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer", **settings)

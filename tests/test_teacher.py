@@ -13,7 +13,16 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from utils.teacher import PARTS, Teacher, TeacherSettings, fingerprint, full_batches, prompt_seeds, transformer_config
+from utils.pipelines import Flux1
+from utils.teacher import (
+    Teacher,
+    TeacherSettings,
+    fingerprint,
+    full_batches,
+    large_parts,
+    prompt_seeds,
+    transformer_config,
+)
 
 SETTINGS = TeacherSettings(resolution=64, num_inference_steps=2, guidance_scale=3.5)
 
@@ -35,7 +44,7 @@ def test_the_fingerprint_is_that_of_the_weights(copied):
     """A change of any tensor of any of the three models is seen; one that is taken back is not."""
     expected = fingerprint(copied, torch.float32)
     seen = {expected}
-    for part in PARTS:
+    for part in large_parts(Flux1):
         file = weights(copied, part)
         tensors = load_file(file)
         for name, tensor in tensors.items():
@@ -141,15 +150,15 @@ def test_the_hubs_snapshot_serves_as_a_folder_does(run, pipeline_folder, tmp_pat
 
 def test_parts_are_loaded_when_asked_for_and_forgotten_again(pipeline_folder):
     teacher, cpu = Teacher(str(pipeline_folder), torch.bfloat16), torch.device("cpu")
-    assert [getattr(teacher.pipe, part) for part in PARTS] == [None] * 3 and teacher.pipe.vae is not None
+    assert [getattr(teacher.pipe, part) for part in teacher.parts] == [None] * 3 and teacher.pipe.vae is not None
     vae = teacher.pipe.vae
     teacher.load("transformer", device=cpu)
     assert teacher.pipe.transformer.dtype == torch.bfloat16 and teacher.pipe.text_encoder_2 is None
     transformer = teacher.pipe.transformer
     teacher.load("transformer", "text_encoder", device=cpu)
     assert teacher.pipe.transformer is transformer and teacher.pipe.text_encoder is not None
-    teacher.drop(*PARTS)
-    assert [getattr(teacher.pipe, part) for part in PARTS] == [None] * 3 and teacher.pipe.vae is vae
+    teacher.drop(*teacher.parts)
+    assert [getattr(teacher.pipe, part) for part in teacher.parts] == [None] * 3 and teacher.pipe.vae is vae
 
 
 # ------------------------------------------------------------------------------------------------ seeds and batches

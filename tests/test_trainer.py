@@ -30,7 +30,7 @@ from utils.trainer import FluxQATTrainer, choose_parameters, parameter_groups
 
 SIZE, GUIDANCE, TRAIN_STEPS, EVAL_STEPS, EVAL_SEED = 64, 3.5, 3, 4, 70
 FLAGS = """
---device cpu --bf16 False --loss_power 1 --freeze_codes 0 --max_steps 2
+--device cpu --bf16 False --early_share 0.8 --loss_power 1 --freeze_codes 0 --max_steps 2
 --per_device_train_batch_size 2 --per_device_eval_batch_size 2 --learning_rate 1e-3
 --lr_scheduler_type constant --warmup_steps 0 --eval_strategy no --eval_on_start False
 --save_strategy no --logging_steps 1 --disable_tqdm True --report_to none
@@ -687,11 +687,9 @@ def test_what_fsdp2_cannot_spread_is_refused(flags, ranks, lora_r, message, tmp_
         (tmp_path / "fsdp.json").write_text(flags[1])
         flags = ["--fsdp_config", str(tmp_path / "fsdp.json")]
     _, _, args = process_args(["--device", "cpu", "--fsdp", "full_shard", *flags])
-    told = SimpleNamespace(
-        **{name: getattr(args, name) for name in ("fsdp_config", "optim", "visit_share", "vote_codes")},
-        world_size=ranks,
-        device=torch.device("cpu" if "cpu" in message else "cuda"),
-    )
+    names = ("fsdp_config", "optim", "visit_share", "vote_codes")
+    told = SimpleNamespace(**{name: getattr(args, name) for name in names}, world_size=ranks)
+    told.device = torch.device("cpu" if "cpu" in message else "cuda")
     with pytest.raises(ValueError, match=message):
         trainer.check_fsdp(told, lora_r)
 
@@ -836,7 +834,7 @@ def test_visited_states_are_those_of_the_students_own_pictures(make, data):
         [(step, row)] = places
         assert torch.equal(batch["velocity"][i], drawn["velocity"][step, row])
         assert batch["timestep"][i] == drawn["timestep"][step]
-        assert torch.equal(batch["encoder_hidden_states"][i], drawn["encoder_hidden_states"][row])
+        assert torch.equal(batch["encoder_hidden_states"][i], drawn["encoder_hidden_states"][0, row])
 
 
 def test_states_are_visited_at_the_end_and_drawn_anew_every_so_often(make, monkeypatch):

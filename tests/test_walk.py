@@ -1,12 +1,15 @@
 """Walking from block to block: both streams against diffusers' own forward pass, what is kept, what is refused."""
 
+import copy
+
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import Flux2KleinPipeline, FluxPipeline
 from diffusers import FluxTransformer2DModel as Full
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from torch import nn
 
+from models.modeling_flux2_quant import Flux2Transformer2DModel
 from models.modeling_flux_quant import FluxTransformer2DModel
 from models.packing import store_codes
 from models.utils_quant import init_clip_val, quantize_codes
@@ -84,6 +87,67 @@ def test_each_stream_is_what_the_blocks_before_make_of_the_calls(recorded, teach
             assert torch.equal(inputs["temb"], wanted[name][i]["temb"])
     assert not torch.equal(pair[0]["hidden_states"], pair[1]["hidden_states"])
     assert all(p.is_meta for block in teacher.transformer_blocks for p in block.parameters())
+
+
+@pytest.fixture(scope="module")
+def klein(klein_base_folder):
+    """A transformer of FLUX.2 and four calls of it, with the prompt and with none in turns."""
+    pipe = Flux2KleinPipeline.from_pretrained(klein_base_folder, dtype=torch.float32)
+    with record_inputs(pipe.transformer, lambda number: True) as calls:
+        generate_images(pipe, ["a red star", "two rings"], num_inference_steps=2, guidance_scale=3.0, batch_size=2)
+    assert len(calls) == 4
+    return pipe.transformer, calls
+
+
+def test_what_modulates_all_blocks_is_treated_first_and_the_student_is_modulated_by_it(
+    klein, klein_base_folder, tmp_path
+):
+    """Against forward hooks on diffusers' model and on the quantized one, at every block: tokens and modulation."""
+    teacher, calls = copy.deepcopy(klein[0]), klein[1]
+    student = Flux2Transformer2DModel.from_pretrained(klein_base_folder, subfolder="transformer", w_bits=BITS)
+    lists = ("transformer_blocks", "single_transformer_blocks")
+    names = [f"{kind}.{i}" for kind in lists for i in range(len(getattr(teacher, kind)))]
+    wanted: dict[tuple, list] = {}
+
+    def keep(key):
+        return lambda module, args, kwargs: wanted.setdefault(key, []).append(kwargs)
+
+    for kind, model in (("teacher", copy.deepcopy(teacher)), ("student", student)):
+        for name in names:
+            model.get_submodule(name).register_forward_pre_hook(keep((kind, name)), with_kwargs=True)
+        with torch.no_grad():
+            for call in calls:
+                model(**call)
+    found = {}
+
+    def treat(block):
+        pairs = [(seen(block.teacher_inputs(i)), seen(block.student_inputs(i))) for i in range(len(block.streams))]
+        found[block.name] = pairs
+        return rounded(block)
+
+    work = Work(tmp_path / "work", {})
+    walk(teacher, calls, BITS, treat, work)
+    modulation = ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
+    assert list(found) == [*modulation, *names]
+    for name in names:
+        for i, pair in enumerate(found[name]):
+            for kind, inputs in zip(("teacher", "student"), pair, strict=True):
+                expected = wanted[kind, name][i]
+                vectors = [key for key in expected if key.startswith("temb_mod")]
+                assert len(vectors) == 2 - name.startswith("single")
+                for key in vectors:
+                    torch.testing.assert_close(inputs[key], expected[key], atol=1e-5, rtol=1e-5)
+                tokens, text = expected["hidden_states"], inputs["encoder_hidden_states"]
+                if expected["encoder_hidden_states"] is None:  # a single block's come in one
+                    expected = {"encoder_hidden_states": tokens[:, : text.shape[1]]}
+                    expected["hidden_states"] = tokens[:, text.shape[1] :]
+                for key in walking.HIDDEN:
+                    torch.testing.assert_close(inputs[key], expected[key], atol=1e-3, rtol=1e-4)
+    assert not torch.equal(pair[0]["temb_mod"], pair[1]["temb_mod"])
+
+    stored = dict(stored_tensors(teacher, work))
+    packed = Flux2Transformer2DModel.from_pretrained(klein_base_folder, subfolder="transformer", w_bits=BITS).pack()
+    assert stored.keys() == dict(packed.named_parameters()).keys()
 
 
 def test_only_one_block_is_there_at_a_time_whoever_holds_its_parameters(recorded, teacher, tmp_path, monkeypatch):

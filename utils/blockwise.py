@@ -7,9 +7,9 @@ loss = mean over the samples of (‖ỹ − y‖²/E‖y‖²)^loss_power. The s
 the blocks quantized so far make of them, so that block i also corrects what those have lost. The blocks after it show
 which part of its error matters: where they reach the end of the transformer, y is the velocity itself, else it is the
 hidden states of image and text. AdamW trains weights, step sizes, biases and norms; for the last part of the steps the
-codes stay and the rest is trained for them. In a second round the blocks after block i are the quantized ones of the
-first, and it makes up for what they lose, too. Training all weights block by block is EfficientQAT's first phase (arXiv
-2407.11062), there without a look ahead.
+codes stay and the rest is trained for them. What FLUX.2 modulates all blocks by is rounded before them and not trained.
+In a second round the blocks after block i are the quantized ones of the first, and it makes up for what they lose, too.
+Training all weights block by block is EfficientQAT's first phase (arXiv 2407.11062), there without a look ahead.
 
 What must fit where, beside what utils/walk.py says, for blocks of width d and M tokens a sample (FLUX.1-dev in 16 bits
 at 1024 pixels: d 3072, M 4608)
@@ -37,7 +37,7 @@ from models.packing import PackedLinear, adopt_codes, from_disk, to_disk
 from models.utils_quant import QuantizeLinear, quantize_codes
 from utils.oneshot import calibrate_block
 from utils.utils import empty_cache, get_logger
-from utils.walk import Block, Streams, Work, block_names, first_inputs, student_parameters
+from utils.walk import Block, Streams, Work, arguments, block_names, first_inputs, run_block, student_parameters
 
 log = get_logger("blockwise")
 CPU = torch.device("cpu")
@@ -168,7 +168,7 @@ def _pass(
     device, rest = streams.device, streams.rest[call]
     text, image = (tensor.detach().to(device).requires_grad_(gradients is not None) for tensor in hidden)
     with torch.set_grad_enabled(gradients is not None):
-        outputs = block(hidden_states=image, encoder_hidden_states=text, **rest)
+        outputs = run_block(block, {}, rest | {"hidden_states": image, "encoder_hidden_states": text})
     wanted = ()
     if gradients is not None:
         wanted = torch.autograd.grad(outputs, (text, image), [g.to(device) for g in gradients])
@@ -237,7 +237,8 @@ class Window:
     ):  # fmt: skip
         self.trained, self.blocks, self.head = student[0], student, head
         self.settings, self.device, self.dtype = settings, streams.device, streams.student[0][0].dtype
-        self.rest = {name: value for name, value in streams.rest[0].items() if name != "temb"}
+        self.vectors = streams.vectors
+        self.rest = {name: value for name, value in streams.rest[0].items() if name not in self.vectors}
         if any(rest["image_rotary_emb"] is not self.rest["image_rotary_emb"] for rest in streams.rest):
             raise ValueError("block-wise training wants all pictures of one size")
         self.ends = {len(self.blocks): 1.0}  # after how many blocks errors count, and how much
@@ -246,7 +247,8 @@ class Window:
         targets = self._targets(streams, teacher)
         held = {f"in.{kind}": [pair[i] for pair in streams.student] for i, kind in enumerate(KINDS)} | targets
         resident = self._fits(sum(tensor.nbytes for tensors in held.values() for tensor in tensors))
-        held["temb"] = [rest["temb"] for rest in streams.rest]
+        seen = [rest | changed for rest, changed in zip(streams.rest, streams.changed, strict=True)]
+        held |= {name: [rest[name] for rest in seen] for name in self.vectors}
         self.rows = {name: Rows(tensors, self.device, resident) for name, tensors in held.items()}
         self.energy = {name: self.rows[name].mean_square() for name in targets}
         self.weights: dict[str, Tensor] = {}
@@ -266,17 +268,19 @@ class Window:
         found: dict[str, list[Tensor]] = {}
         for i in range(len(streams)):
             inputs = streams.inputs(streams.teacher, i)
-            text, image, temb = inputs["encoder_hidden_states"], inputs["hidden_states"], inputs["temb"]
-            for name, output in self._outputs(blocks, text, image, temb).items():
+            text, image = inputs["encoder_hidden_states"], inputs["hidden_states"]
+            for name, output in self._outputs(blocks, text, image, inputs).items():
                 found.setdefault(name, []).append(streams.to_host(output))
         return found
 
-    def _outputs(self, blocks: list[nn.Module], text: Tensor, image: Tensor, temb: Tensor) -> dict[str, Tensor]:
+    def _outputs(
+        self, blocks: list[nn.Module], text: Tensor, image: Tensor, given: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """What comes of the tokens [B, tokens, d] at each of the ends, {"END.KIND": …}; at the transformer's end the
-        velocity counts as image."""
-        found = {}
+        velocity counts as image. The streams' vectors are among what is `given`."""
+        found, shared = {}, self.rest | {name: given[name] for name in self.vectors}
         for number, block in enumerate(blocks, 1):
-            inputs = {"hidden_states": image, "encoder_hidden_states": text, "temb": temb} | self.rest
+            inputs = arguments(block, shared | {"hidden_states": image, "encoder_hidden_states": text})
             # Not the block in training, whose weights would be quantized twice.
             if self.settings.checkpointing and torch.is_grad_enabled() and number > 1:
                 text, image = checkpoint(block, **inputs, use_reentrant=False, preserve_rng_state=False)
@@ -284,7 +288,7 @@ class Window:
                 text, image = block(**inputs)
             if number in self.ends:
                 last = self.head is not None and number == len(blocks)
-                found[f"{number}.image"] = self.head(image, temb) if last else image
+                found[f"{number}.image"] = self.head(image, given["temb"]) if last else image
                 if not last:
                     found[f"{number}.text"] = text
         return found
@@ -296,7 +300,7 @@ class Window:
     def errors(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The normalized error [B] of each of the outputs, by name."""
         with autocast(self.device, self.dtype):
-            outputs = self._outputs(self.blocks, batch["in.text"], batch["in.image"], batch["temb"])
+            outputs = self._outputs(self.blocks, batch["in.text"], batch["in.image"], batch)
         return {
             name: sample_errors(found, batch[name], self.energy[name], self.weights.get(name))
             for name, found in outputs.items()
@@ -395,9 +399,49 @@ def quantized_blocks(names: list[str], blocks: list[nn.Module], work: Work, w_bi
     """Copies of full-precision blocks on their device, with the quantized parameters that an earlier walk left."""
     found = []
     for name, module in zip(names, blocks, strict=True):
-        block = Block(name, copy.deepcopy(module), Streams(next(module.parameters()).device))
+        block = Block(name, copy.deepcopy(module), Streams(next(module.parameters()).device), ())
         block.module.load_state_dict(student_parameters(block, work.block(name), w_bits))
         found.append(block.module)
+    return found
+
+
+def stored_block(block: Block, trained: nn.Module) -> dict[str, Tensor]:
+    """All tensors of a quantized copy of the block under their full names, as a packed folder stores them; the block's
+    notes get, for every linear by its full name, the "layers": [squared error of the weight, its energy]."""
+    found: dict[str, Tensor] = {}
+    block.notes["layers"] = {}
+    for path, layer in trained.named_modules():
+        name = f"{block.name}.{path}"
+        if isinstance(layer, QuantizeLinear):
+            packed = packed_layer(layer, name)
+            own, made = block.module.get_submodule(path).weight.float(), packed.dequantize()
+            block.notes["layers"][name] = [(own - made).square().sum().item(), own.square().sum().item()]
+            found[f"{name}.weight_codes"] = to_disk(packed.weight_codes, packed.w_bits, packed.in_features)
+            found[f"{name}.weight_clip_val"] = packed.weight_clip_val
+            if packed.bias is not None:
+                found[f"{name}.bias"] = packed.bias
+        else:
+            found |= {f"{name}.{kind}": parameter for kind, parameter in layer.named_parameters(recurse=False)}
+    return found
+
+
+def round_modulation(block: Block, settings: Settings, before: Work | None) -> dict[str, Tensor]:
+    """As train_block for a modulation outside of the blocks, whose outputs' error all of them would have to show."""
+    started, calls = time.time(), range(len(block.streams))
+    if before is not None:
+        block.notes |= before.notes(block.name)
+        return before.block(block.name)
+    if settings.start == "calibrated":
+        found = calibrate_block(block, [1.0] * len(calls), settings.w_bits)
+    else:
+        found = stored_block(block, quantized_copy(block, settings.w_bits))
+    parameters = student_parameters(block, found, settings.w_bits)
+    made, target = (
+        torch.cat([run_block(block.module, own, block.teacher_inputs(i)).float() for i in calls])
+        for own in (parameters, {})
+    )
+    block.notes["error"] = ((made - target).square().mean() / target.square().mean()).item()
+    block.notes["seconds"] = round(time.time() - started, 1)
     return found
 
 
@@ -414,6 +458,8 @@ def train_block(
     energy]. ValueError if training leaves NaN or inf.
     """
     names, device, started = block_names(transformer), block.streams.device, time.time()
+    if block.name not in names:
+        return round_modulation(block, settings, before)
     number = names.index(block.name)
     after = [transformer.get_submodule(name) for name in names[number + 1 :][: settings.lookahead]]
     outside = [transformer.norm_out, transformer.proj_out]
@@ -450,20 +496,7 @@ def train_block(
         del following
     block.notes["seconds"] = round(time.time() - started, 1)
     log.info("%s: error %.4f, %.0f s", block.name, block.notes["error"], block.notes["seconds"])
-    found: dict[str, Tensor] = {}
-    block.notes["layers"] = {}
-    for path, layer in trained.named_modules():
-        name = f"{block.name}.{path}"
-        if isinstance(layer, QuantizeLinear):
-            packed = packed_layer(layer, name)
-            own, made = block.module.get_submodule(path).weight.float(), packed.dequantize()
-            block.notes["layers"][name] = [(own - made).square().sum().item(), own.square().sum().item()]
-            found[f"{name}.weight_codes"] = to_disk(packed.weight_codes, packed.w_bits, packed.in_features)
-            found[f"{name}.weight_clip_val"] = packed.weight_clip_val
-            if packed.bias is not None:
-                found[f"{name}.bias"] = packed.bias
-        else:
-            found |= {f"{name}.{kind}": parameter for kind, parameter in layer.named_parameters(recurse=False)}
+    found = stored_block(block, trained)
     del window, trained
     empty_cache(device)
     return found

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import torch
 
-from models.modeling_flux_quant import FluxTransformer2DModel
+from models.families import load_transformer
+from models.quantized_model import QuantizedTransformer
 from models.utils_quant import FULL_PRECISION_BITS
 from utils.folders import read_json, tidy
 from utils.process_args import LARGE
 from utils.utils import pick_device, pick_dtype
 
 SHAPE = (
-    "in_channels", "num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim",
-    "joint_attention_dim", "pooled_projection_dim", "guidance_embeds",
+    "_class_name", "in_channels", "num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim",
+    "joint_attention_dim", "pooled_projection_dim", "mlp_ratio", "guidance_embeds",
 )  # fmt: skip
 
 
@@ -48,16 +49,16 @@ def check_shapes(checkpoint: Path, config: Mapping, model: str, teacher: torch.n
     """ValueError, naming the first difference and `flag`, the script's flag for `model`, unless `config` describes a
     transformer of the teacher's shape."""
     for name in SHAPE:
-        if config.get(name) != teacher.config[name]:
+        if config.get(name) != teacher.config.get(name):
             raise ValueError(
-                f"{checkpoint}: {name}={config.get(name)}, but {name}={teacher.config[name]} in {model}; "
+                f"{checkpoint}: {name}={config.get(name)}, but {name}={teacher.config.get(name)} in {model}; "
                 f"name the checkpoint's teacher with {flag}"
             )
 
 
 def load_quantized_model(
     model_args, training_args, cache_dir: Path | None = None, w_bits: int = 16, dtype: torch.dtype | None = None
-) -> FluxTransformer2DModel:
+) -> QuantizedTransformer:
     """The transformer at `w_bits`: from `cache_dir` if it holds one, else made from the pipeline's own.
 
     model_args.input_model_filename names the pipeline; without `dtype`, training_args decides (see `pick_dtype`). From
@@ -73,8 +74,8 @@ def load_quantized_model(
     if device.type == "cuda" and model_args.offload is None:
         settings["device_map"] = str(device)
     if cache_dir is not None and (Path(cache_dir) / "config.json").is_file():
-        return FluxTransformer2DModel.from_pretrained(cache_dir, **settings)
-    return FluxTransformer2DModel.from_pretrained(model_args.input_model_filename, subfolder="transformer", **settings)
+        return load_transformer(cache_dir, **settings)
+    return load_transformer(model_args.input_model_filename, subfolder="transformer", **settings)
 
 
 def is_packed(transformer: torch.nn.Module, asked: bool | None) -> bool:
@@ -82,7 +83,7 @@ def is_packed(transformer: torch.nn.Module, asked: bool | None) -> bool:
     return sum(p.numel() for p in transformer.parameters()) >= LARGE if asked is None else asked
 
 
-def load_student(folder: Path, dtype: torch.dtype, w_bits: int | None = None) -> FluxTransformer2DModel:
+def load_student(folder: Path, dtype: torch.dtype, w_bits: int | None = None) -> QuantizedTransformer:
     """The quantized transformer in `folder`, packed for inference if it is not yet, computing in `dtype`.
 
     Codes are found from the weights as they are stored. Rounded to bfloat16 before, those beside a threshold would
@@ -91,6 +92,6 @@ def load_student(folder: Path, dtype: torch.dtype, w_bits: int | None = None) ->
     """
     settings = {} if w_bits is None else {"w_bits": w_bits}
     if check_quantized(folder, w_bits).get("packed"):
-        return FluxTransformer2DModel.from_pretrained(folder, dtype=dtype, **settings)
-    student = FluxTransformer2DModel.from_pretrained(folder, dtype=torch.float32, **settings).pack()
+        return load_transformer(folder, dtype=dtype, **settings)
+    student = load_transformer(folder, dtype=torch.float32, **settings).pack()
     return torch.nn.Module.to(student, dtype)  # diffusers' own warns of the step sizes, which stay in fp32 anyway

@@ -24,16 +24,16 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from utils.datautils import Filling, TeacherCache, open_folder, rebuild_latents
+from utils.datautils import Filling, TeacherCache, open_folder
 from utils.folders import scratch_folder, write_json
 from utils.metrics import nmse
 from utils.prompts import pick_prompts
 from utils.rivals import synchronize
 from utils.sampling import initial_noise, load_pipeline, native_size, sample_latents
-from utils.teacher import TEXT_ENCODERS, Teacher, TeacherSettings, prompt_seeds
+from utils.teacher import Teacher, TeacherSettings, prompt_seeds
 from utils.utils import (
     DTYPES,
     check_counts,
@@ -62,7 +62,9 @@ class Stopwatch:
         return self.last - before
 
 
-def draw(pipe: FluxPipeline, cache: TeacherCache, numbers: list[int], steps: int, args: argparse.Namespace) -> Tensor:
+def draw(
+    pipe: DiffusionPipeline, cache: TeacherCache, numbers: list[int], steps: int, args: argparse.Namespace
+) -> Tensor:
     """The latents [N, L, C] that the pipeline makes of these prompts."""
     seeds = [cache.seeds[i] for i in numbers]
     noise = initial_noise(pipe, seeds, args.resolution, args.dtype)
@@ -87,10 +89,10 @@ def time_cache(cache: TeacherCache, teacher: Teacher, batches: list[list[int]], 
     """Seconds in which the cache is filled with the batches: of what is done once, and of the rest."""
     numbers, lap = [i for batch in batches for i in batch], Stopwatch(args.device)
     prompts, size, device = [cache.prompts[i] for i in numbers], args.batch_size, args.device
-    teacher.load(*TEXT_ENCODERS, device=device)
-    teacher.encode(prompts[:size], size, device)  # warms up
+    teacher.load(*teacher.family.text_encoders, device=device)
+    teacher.encode(prompts[:size], size, device, cache.guidance_scale)  # warms up
     once = lap()
-    teacher.encode(prompts, size, device)
+    teacher.encode(prompts, size, device, cache.guidance_scale)
     encoding = lap()
     open_folder(cache)
     with Filling(cache, teacher, size, device, not args.eager, dict.fromkeys(numbers)) as filling:
@@ -106,9 +108,7 @@ def last_latents(cache: TeacherCache, numbers: list[int]) -> Tensor:
     """What the trajectories in the cache end in, [N, L, C]."""
     found = []
     for i in numbers:
-        kept = cache.trajectory(i)
-        *_, last = rebuild_latents(kept["noise"], kept["velocities"], kept["sigmas"])
-        found.append(last)
+        found.append(cache.last_latents(cache.trajectory(i)))
     return torch.stack(found)
 
 

@@ -24,9 +24,9 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
-from utils.datautils import image_ids
 from utils.folders import write_json
-from utils.random_flux import CONFIGS
+from utils.pipelines import Flux1
+from utils.random_flux import CONFIGS, is_klein
 from utils.trainer import choose_parameters
 from utils.utils import device_name, empty_cache, get_logger, pick_device, run_script
 
@@ -88,7 +88,7 @@ def random_batch(config: dict, size: int, args: argparse.Namespace) -> tuple[dic
         "encoder_hidden_states": normal(TEXT_TOKENS, config["joint_attention_dim"]),
         "pooled_projections": normal(config["pooled_projection_dim"]),
         "timestep": torch.rand(size, device=args.device),
-        "img_ids": image_ids(side, torch.float32).to(args.device),
+        "img_ids": Flux1.image_ids(side, torch.float32).to(args.device),
         "txt_ids": torch.zeros(TEXT_TOKENS, 3, device=args.device),
     }
     if config["guidance_embeds"]:
@@ -127,7 +127,8 @@ def measure(model: nn.Module, config: dict, size: int, args: argparse.Namespace)
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="training_step.json goes here")
-    parser.add_argument("--config", choices=CONFIGS, default="flux-dev", help="whose shape")
+    names = [name for name in CONFIGS if not is_klein(name)]
+    parser.add_argument("--config", choices=names, default="flux-dev", help="whose shape")
     parser.add_argument("--resolution", type=int, default=1024, help="pixels a side")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--lora_r", type=int, default=32, help="rank; lora_alpha is the same")

@@ -2,13 +2,15 @@
 
 A trajectory is what the full-precision pipeline does with one prompt: noise z_0, then at every step a velocity v_t and
 z_{t+1} = z_t + (σ_{t+1} − σ_t)·v_t. Only the noise, the velocities, σ and the text embeddings are kept, 18.5 MiB for
-FLUX.1-dev at 1024 pixels and 28 steps in bfloat16; every z_t is rebuilt from them bit for bit. A sample of the
-training set is one step of one trajectory: z_t, its conditions and v_t.
+FLUX.1-dev at 1024 pixels and 28 steps in bfloat16, 12.5 MiB for FLUX.2-klein at 4 steps; every z_t is rebuilt from them
+bit for bit. A sample of the training set is one call of the transformer: z_t, its conditions and v_t. There is one in a
+step, or where guidance takes two, with the prompt and with none, both (why: utils/teacher.py).
 
     folder/manifest.json       the teacher and what was asked of it: all that its trajectories have in common
-    folder/KEY.safetensors     one trajectory: noise [L, C], velocities [T, L, C], sigmas [T + 1], timesteps [T],
-                               prompt_embeds [S, D], pooled_prompt_embeds [P]; metadata: prompt, seed of the noise, and
-                               a SHA-256 of all of it and the manifest
+    folder/KEY.safetensors     one trajectory: noise [L, C], velocities [T, L, C] (of two calls a step [2 T, L, C], in
+                               turns), sigmas [T + 1], timesteps [T], prompt_embeds [S, D], and pooled_prompt_embeds
+                               [P] or negative_prompt_embeds [S, D] where there are any; metadata: prompt, seed of the
+                               noise, and a SHA-256 of all of it and the manifest
 
 Given the manifest, a trajectory is identified by its prompt and the seed of its noise, from which KEY follows. Which
 prompts a run wants, and in which order, is the run's affair: what is there is used, what is missing is made and added,
@@ -41,7 +43,6 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from diffusers import FluxPipeline
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -49,12 +50,12 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from utils.folders import check_disk
+from utils.pipelines import FAMILIES, Family, steps_taken
 from utils.teacher import (
-    PARTS,
-    TEXT_ENCODERS,
     Drawn,
     Teacher,
     TeacherSettings,
+    Text,
     Trajectory,
     full_batches,
     rebuild_latents,
@@ -64,28 +65,38 @@ from utils.utils import empty_cache, get_logger
 log = get_logger("cache")
 FORMAT = 2
 THREADS = 8  # that check and write files: most of it is hashing, for which Python lets others run
-ROUND = 1024  # prompts whose text is encoded at a time: 4 GiB of host memory for FLUX.1-dev
+ROUND = 1024  # prompts whose text is encoded at a time: 4 GiB of host memory for FLUX.1-dev, 8 for FLUX.2-klein
 POLL = 0.5  # seconds between looks at what other processes have made
 SPARE = 16  # batches that others leave to be done; for less a rank does not load the models again
 COMPILE_ABOVE = 240  # seconds of drawing: compiled blocks save a quarter of them, and cost a minute
 
 
 @functools.cache
-def image_ids(side: int, dtype: torch.dtype) -> Tensor:
-    """The pipeline's position ids [side², 3] of a square picture."""
-    return FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", dtype)
+def position_ids(family: Family, side: int, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The pipeline's position ids of a square picture [side², axes] and of its text [length, axes]."""
+    return {"img_ids": family.image_ids(side, dtype), "txt_ids": family.text_ids(length, dtype)}
 
 
 class Trajectories(Dataset):
-    """Samples (one step of one trajectory) and whole trajectories; where they come from is up to a subclass.
+    """Samples (one call of the transformer in one trajectory) and whole trajectories; where they come from is up to a
+    subclass.
 
-    Sample number i is step i % T of trajectory i // T. `description` is what a manifest holds.
+    Sample number i is call i % S of trajectory i // S. `description` is what a manifest holds.
+
+    calls             in a step: 1, or 2 that are combined by `guidance` (else None), with the prompt and with none
+    steps             calls in a trajectory, S
+    guidance_scale    to call the pipeline with: 1 where it has no effect
     """
 
     def __init__(self, description: dict):
         self.description = description
         self.prompts: list[str] = description["prompts"]
-        self.steps: int = description["num_inference_steps"]
+        self.family = FAMILIES[description.get("pipeline", "FluxPipeline")]
+        self.calls: int = description.get("calls_a_step", 1)
+        scale: float | None = description["guidance_scale"]
+        self.guidance = scale if self.calls == 2 else None
+        self.guidance_scale = 1.0 if scale is None else scale
+        self.steps: int = self.calls * description["num_inference_steps"]
 
     def __len__(self) -> int:
         return len(self.prompts) * self.steps
@@ -94,37 +105,39 @@ class Trajectories(Dataset):
         """Everything that is kept of trajectory `index` (see the head of this file)."""
         raise NotImplementedError
 
-    def until(self, index: int, step: int) -> Trajectory:
-        """trajectory(index), its velocities cut off after `step`."""
+    def until(self, index: int, call: int) -> Trajectory:
+        """trajectory(index), its velocities cut off after `call`."""
         trajectory = self.trajectory(index)
-        return trajectory | {"velocities": trajectory["velocities"][: step + 1]}
+        return trajectory | {"velocities": trajectory["velocities"][: call + 1]}
+
+    def last_latents(self, trajectory: Trajectory, steps: int | None = None) -> Tensor:
+        """z [L, C] after all steps, or so many of them."""
+        velocities = trajectory["velocities"][: None if steps is None else steps * self.calls]
+        taken = steps_taken(velocities, self.guidance)
+        *_, last = rebuild_latents(trajectory["noise"], taken, trajectory["sigmas"])
+        return last
 
     def __getitem__(self, index: int) -> Trajectory:
-        """The transformer's inputs at one step, without the batch dimension, and what the teacher did there.
+        """The transformer's inputs in one call, without the batch dimension, and what the teacher did there.
 
-        hidden_states [L, C], encoder_hidden_states [S, D], pooled_projections [P], timestep [] (1 is pure noise),
-        guidance [] where the model embeds it, img_ids [L, 3], txt_ids [S, 3]. Of the teacher: velocity [L, C].
+        hidden_states [L, C], encoder_hidden_states [S, D], timestep [] (1 is pure noise), img_ids [L, axes], txt_ids
+        [S, axes]; for FLUX.1 pooled_projections [P] and, where the model embeds it, guidance []. Of the teacher:
+        velocity [L, C].
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
-        number, step = divmod(index, self.steps)
-        kept = self.until(number, step)
-        *earlier, velocity = kept["velocities"]
-        for latents in rebuild_latents(kept["noise"], earlier, kept["sigmas"]):  # noqa: B007 (the last one is wanted)
-            pass
-        side = math.isqrt(latents.shape[0])
-        sample = {
+        number, call = divmod(index, self.steps)
+        step, which = divmod(call, self.calls)
+        kept = self.until(number, call)
+        latents = self.last_latents(kept, step)
+        side, length = math.isqrt(latents.shape[0]), len(kept["prompt_embeds"])
+        return {
             "hidden_states": latents,
-            "encoder_hidden_states": kept["prompt_embeds"],
-            "pooled_projections": kept["pooled_prompt_embeds"],
             "timestep": kept["timesteps"][step].to(latents.dtype) / 1000,  # rounded as the pipeline does
-            "img_ids": image_ids(side, latents.dtype),
-            "txt_ids": torch.zeros(len(kept["prompt_embeds"]), 3, dtype=latents.dtype),
-            "velocity": velocity,
+            "velocity": kept["velocities"][call],
+            **position_ids(self.family, side, length, latents.dtype),
+            **self.family.conditions(kept, which, self.description),
         }
-        if self.description["guidance_embeds"]:
-            sample["guidance"] = torch.tensor(self.description["guidance_scale"], dtype=torch.float32)
-        return sample
 
 
 def split_batch(batch: Trajectory) -> tuple[Trajectory, Tensor]:
@@ -216,7 +229,9 @@ def default_folder(root: Path, manifest: dict) -> Path:
 def trajectory_bytes(manifest: dict) -> int:
     """The size of a trajectory's file, from the shapes and the dtype in the manifest; a KiB of it is for the header."""
     steps, latents = manifest["num_inference_steps"], math.prod(manifest["latents_shape"])
-    numbers = (steps + 1) * latents + math.prod(manifest["text_shape"]) + math.prod(manifest["pooled_shape"])
+    numbers = (steps * manifest.get("calls_a_step", 1) + 1) * latents
+    texts = ("text_shape", "pooled_shape", "negative_shape")
+    numbers += sum(math.prod(manifest[name]) for name in texts if name in manifest)
     return numbers * getattr(torch, manifest["dtype"]).itemsize + 4 * (2 * steps + 1) + 1024
 
 
@@ -247,10 +262,10 @@ class TeacherCache(Trajectories):
     def trajectory(self, index: int) -> Trajectory:
         return self.until(index, self.steps - 1)
 
-    def until(self, index: int, step: int) -> Trajectory:
+    def until(self, index: int, call: int) -> Trajectory:
         with safe_open(self.file(index), framework="pt") as file:
             kept = {name: file.get_tensor(name) for name in file.keys() if name != "velocities"}  # noqa: SIM118
-            return kept | {"velocities": file.get_slice("velocities")[: step + 1]}
+            return kept | {"velocities": file.get_slice("velocities")[: call + 1]}
 
     def metadata(self, index: int, tensors: Trajectory) -> dict[str, str]:
         """What the file says of itself: prompt, seed, and a SHA-256 of these, the manifest and every tensor."""
@@ -307,8 +322,8 @@ class OnlineTeacher(Trajectories):
 
     def trajectory(self, index: int) -> Trajectory:
         if index not in self.made:
-            self.teacher.load(*PARTS, device=self.device)
-            text = self.teacher.encode([self.prompts[index]], 1, self.device)
+            self.teacher.load(*self.teacher.parts, device=self.device)
+            text = self.teacher.encode([self.prompts[index]], 1, self.device, self.settings.guidance_scale)
             self.made[index] = self.teacher.draw(text, [self.seeds[index]], self.settings).trajectory(0)
             while len(self.made) > self.keep:
                 self.made.popitem(last=False)
@@ -484,7 +499,7 @@ class Filling:
         self.cache, self.teacher, self.missing = cache, teacher, missing
         self.batch_size, self.device, self.compile_blocks = batch_size, device, compile_blocks
         asked = cache.manifest
-        self.settings = TeacherSettings(asked["resolution"], asked["num_inference_steps"], asked["guidance_scale"])
+        self.settings = TeacherSettings(asked["resolution"], asked["num_inference_steps"], cache.guidance_scale)
         self.state = PartialState()
         self.claims, self.pool = _Claims(cache.folder), ThreadPoolExecutor(THREADS)
         self.pending: deque[Future] = deque()
@@ -498,7 +513,7 @@ class Filling:
         self.claims.__exit__()
         if self.bar is not None:
             self.bar.close()
-        self.teacher.drop(*PARTS)
+        self.teacher.drop(*self.teacher.parts)
         if self.compile_blocks:
             torch.compiler.reset()  # what was compiled holds on to the weights
 
@@ -560,21 +575,23 @@ class Filling:
         """Whether somebody has made this one by now."""
         return _stamp(self.cache.file(i)) not in (None, self.missing[i])
 
-    def encode(self, numbers: list[int]) -> dict[int, tuple[Tensor, Tensor]]:
+    def encode(self, numbers: list[int]) -> dict[int, Text]:
         """The text of these prompts; afterwards the transformer is on the device, and the encoders are gone."""
         if self.teacher.pipe.transformer is not None:
             self.teacher.pipe.transformer.to("cpu")
             empty_cache(self.device)
-        self.teacher.load(*TEXT_ENCODERS, device=self.device)
+        encoders = self.teacher.family.text_encoders
+        self.teacher.load(*encoders, device=self.device)
         prompts = [self.cache.prompts[i] for i in numbers]
-        text = dict(zip(numbers, self.teacher.encode(prompts, self.batch_size, self.device), strict=True))
-        self.teacher.drop(*TEXT_ENCODERS)
+        rows = self.teacher.encode(prompts, self.batch_size, self.device, self.settings.guidance_scale)
+        text = dict(zip(numbers, rows, strict=True))
+        self.teacher.drop(*encoders)
         self.teacher.load("transformer", device=self.device)
         if self.bar is None:
             self.prepare(text[numbers[0]])
         return text
 
-    def prepare(self, text: tuple[Tensor, Tensor]) -> None:
+    def prepare(self, text: Text) -> None:
         """Compile the transformer's blocks if that is asked for or saves time, and say how long it will take."""
         share, ranks = math.ceil(len(self.missing) / self.state.num_processes), self.state.num_processes
         seconds = self.seconds(text)
@@ -588,7 +605,7 @@ class Filling:
             log.info("%s: about %.2f s a prompt, %.0f min on %d ranks", self.cache.folder, seconds, minutes, ranks)
         self.bar = tqdm(total=share, desc="teacher", unit="prompt", disable=not self.state.is_main_process)
 
-    def seconds(self, text: tuple[Tensor, Tensor]) -> float:
+    def seconds(self, text: Text) -> float:
         """How long a prompt takes, from two short runs, of which the first warms up."""
         quick = replace(self.settings, num_inference_steps=2)
         for _ in range(2):
@@ -596,7 +613,7 @@ class Filling:
             self.teacher.draw([text] * self.batch_size, [0] * self.batch_size, quick).trajectory(0)
         return (time.time() - started) / 2 * self.settings.num_inference_steps / self.batch_size
 
-    def draw(self, batch: list[int], text: dict[int, tuple[Tensor, Tensor]]) -> None:
+    def draw(self, batch: list[int], text: dict[int, Text]) -> None:
         """Have a batch drawn; its trajectories are checked and written while the device goes on with the next."""
         [rows] = full_batches(batch, self.batch_size)
         drawn = self.teacher.draw([text[i] for i in rows], [self.cache.seeds[i] for i in rows], self.settings)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from models.packing import PackedLinear, adopt_codes
 from models.utils_quant import QuantizeLinear, quantize_codes
 from utils.datautils import ShuffledSamples, Trajectories, collate
+from utils.pipelines import steps_taken
 
 SEED_STEP = 1_000_003  # between the seeds of one training's draws
 
@@ -52,31 +53,42 @@ class VisitedStates:
         steps = torch.bucketize(places, self.sampler.bounds, right=True).to(device)
         along = {name: self.drawn[name][steps, rows] for name in ("hidden_states", "velocity")}
         along["timestep"] = self.drawn["timestep"][steps]
+        calls = steps % self.data.calls
         return {
-            name: along[name] if name in along else tensor if name.endswith("_ids") else tensor[rows]
+            name: along[name] if name in along else tensor if name.endswith("_ids") else tensor[calls, rows]
             for name, tensor in self.drawn.items()
         }
 
     @torch.no_grad()
     def draw(self, student: nn.Module, teacher: nn.Module, device: torch.device, contexts) -> dict[str, Tensor]:
-        """Pictures of random training prompts: conditions [B, …]; states and the teacher's velocities there
-        [T, B, L, C]; timesteps [T]."""
+        """Pictures of random training prompts: conditions of each of a step's calls [calls, B, …]; states and the
+        teacher's velocities there in every call [S, B, L, C]; timesteps [S]."""
         numbers = torch.randint(len(self.data.prompts), (self.size,), generator=self.generator).tolist()
-        samples = collate([self.data[number * self.data.steps] for number in numbers])
         kept = self.data.until(numbers[0], 0)
         timesteps = (kept["timesteps"].to(kept["noise"].dtype) / 1000).float().to(device)  # rounded as in the samples
-        inputs = {name: tensor.float().to(device) for name, tensor in samples.items()}
-        del inputs["velocity"]
-        latents, states, velocities = inputs["hidden_states"], [], []
+        given = []
+        for call in range(self.data.calls):
+            samples = collate([self.data[number * self.data.steps + call] for number in numbers])
+            given.append({n: tensor.float().to(device) for n, tensor in samples.items() if n != "velocity"})
+        latents, states, velocities = given[0]["hidden_states"], [], []
         for timestep, change in zip(timesteps, kept["sigmas"].diff().tolist(), strict=True):
-            inputs |= {"hidden_states": latents, "timestep": timestep.expand(self.size)}
-            with contexts[1]():
-                velocities.append(teacher(**inputs, return_dict=False)[0].float())
-            states.append(latents)
-            with contexts[0]():
-                latents = latents + change * student(**inputs, return_dict=False)[0].float()
-        along = {"hidden_states": torch.stack(states), "velocity": torch.stack(velocities), "timestep": timesteps}
-        return inputs | along
+            taken = []
+            for inputs in given:
+                inputs |= {"hidden_states": latents, "timestep": timestep.expand(self.size)}
+                with contexts[1]():
+                    velocities.append(teacher(**inputs, return_dict=False)[0].float())
+                states.append(latents)
+                with contexts[0]():
+                    taken.append(student(**inputs, return_dict=False)[0].float())
+            latents = latents + change * steps_taken(torch.stack(taken), self.data.guidance)[0]
+        conditions = {
+            name: tensor if name.endswith("_ids") else torch.stack([inputs[name] for inputs in given])
+            for name, tensor in given[0].items()
+        }
+        timesteps = timesteps.repeat_interleave(self.data.calls)
+        return conditions | {
+            "hidden_states": torch.stack(states), "velocity": torch.stack(velocities), "timestep": timesteps
+        }  # fmt: skip
 
 
 class Votes:

@@ -37,7 +37,7 @@ def nmse(prediction: Tensor, target: Tensor) -> float:
 
 @torch.no_grad()
 def velocity_nmse(
-    transformer: nn.Module, teacher_calls: Sequence[tuple[dict, Tensor]], steps: int
+    transformer: nn.Module, teacher_calls: Sequence[tuple[dict, Tensor]], steps: int, calls_a_step: int = 1
 ) -> tuple[float, list[float]]:
     """NMSE of the velocity at the teacher's own states, over all of them and by denoising step, in float64.
 
@@ -48,8 +48,9 @@ def velocity_nmse(
     for number, (inputs, velocity) in enumerate(tqdm(teacher_calls, desc="velocity error", leave=False)):
         here = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
         prediction, target = transformer(**here)[0].cpu().double(), velocity.cpu().double()
-        errors[number % steps] += (prediction - target).square().sum()
-        energies[number % steps] += target.square().sum()
+        step = number // calls_a_step % steps
+        errors[step] += (prediction - target).square().sum()
+        energies[step] += target.square().sum()
     return (errors.sum() / energies.sum()).item(), (errors / energies).tolist()
 
 

@@ -16,7 +16,8 @@ H = Σ x̃x̃ᵀ and C = Σ xx̃ᵀ over all calibration samples
     4. scales    between the sweeps, each row's α in closed form, (W*Hlᵀ)/(lHlᵀ) for its levels l
     5. bias      b + W E[x] − Q E[x̃]
 
-Each of these can be left out, to see what it gives. Layers with the same input (q, k, v and a single block's proj_mlp)
+A layer without a bias, as all of FLUX.2's are, has its moments about zero instead, and no fifth step. Each of these can
+be left out, to see what it gives. Layers with the same input (q, k, v and a single block's proj_mlp)
 share H and its factorization and are rounded as one matrix. A layer whose moments are not finite, or whose H is not
 positive definite however much it is damped, falls back to mse and is named.
 
@@ -39,14 +40,6 @@ from utils.walk import CPU, Block, Work, run_block, walk
 
 METHODS = ("threshold", "mse", "calibrated")
 INGREDIENTS = ("target", "rounding", "descent", "scales", "bias")
-# The linears of a block in the order in which they compute; those of one group share their inputs' making.
-GROUPS = (
-    ("norm1.linear", "norm1_context.linear", "norm.linear"),
-    ("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "proj_mlp"),
-    ("attn.to_out.0", "attn.to_add_out", "proj_out"),
-    ("ff.net.0.proj", "ff_context.net.0.proj"),
-    ("ff.net.2", "ff_context.net.2"),
-)
 DAMPING = 0.05  # of the mean diagonal of H, added to it; four times as much as long as that is not positive definite
 TRIES = 6
 SWEEPS = 4
@@ -115,11 +108,14 @@ class Statistics:
         self.mean += apart * (added / self.weight)
         self.teacher_mean += teacher_apart * (added / self.weight)
 
-    def moments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Means of x and of the teacher's x, covariance H [in, in] and cross-covariance C [in, in]; once, since these
-        are the sums themselves, divided in place."""
+    def moments(self, centred: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Means of x and of the teacher's x, second moment H [in, in] and cross moment C [in, in], about the means or
+        about zero; once, since these are the sums themselves, divided in place."""
         square, cross = self.square.div_(self.weight), self.cross.div_(self.weight)
         self.square = self.cross = None
+        if not centred:
+            square.addr_(self.mean, self.mean)
+            cross.addr_(self.teacher_mean, self.mean)
         return self.mean, self.teacher_mean, square, cross
 
 
@@ -142,14 +138,15 @@ def _damped(hessian: Tensor) -> tuple[Tensor, float]:
 
 @torch.no_grad()
 def calibrate_weight(
-    weight: Tensor, statistics: Statistics, w_bits: int, without: Collection[str] = ()
+    weight: Tensor, statistics: Statistics, w_bits: int, without: Collection[str] = (), has_bias: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (int8) [out, in], step sizes [out, 1] and what is to be added to the bias [out] of a weight [out, in].
+    """Codes (int8) [out, in], step sizes [out, 1] and what is to be added to the bias [out], if the layer has one, of a
+    weight [out, in].
 
     `without` names INGREDIENTS to leave out. The statistics are used up. Raises Uncalibratable, which says why, where
     their moments are not finite or H is not positive definite.
     """
-    mean, teacher_mean, hessian, cross = statistics.moments()
+    mean, teacher_mean, hessian, cross = statistics.moments(centred=has_bias)
     # A column or row that holds NaN or inf shows in the diagonal of H or in the means.
     if not all(found.isfinite().all() for found in (mean, teacher_mean, hessian.diagonal(), cross.diagonal())):
         raise Uncalibratable("its inputs' moments are not finite")
@@ -181,7 +178,7 @@ def calibrate_weight(
     if "scales" not in without:
         alpha = fit_scale(target, codes, w_bits, hessian, alpha)
     shift = torch.zeros_like(alpha[:, 0])
-    if "bias" not in without:
+    if has_bias and "bias" not in without:
         shift = weight @ teacher_mean[order] - to_values(codes, alpha, w_bits) @ mean[order]
     found = torch.empty_like(codes)
     found[:, order] = codes
@@ -249,7 +246,7 @@ def calibrate_block(
     stored = {f"{block.name}.{n}": p for n, p in block.module.named_parameters() if n not in quantized}
     finished: dict[str, Tensor] = {}
     block.notes.update(layers={}, fell_back={})
-    for group in GROUPS:
+    for group in block.order:
         names = [name for name in linears if name in group]
         if not names:
             continue
@@ -286,7 +283,7 @@ def _round_together(
             raise ValueError(f"{block.name}.{name}: its weight holds NaN or inf; download the model again")
     weight = torch.cat([layer.weight for layer in layers])
     try:
-        made = calibrate_weight(weight, statistics, w_bits, without)
+        made = calibrate_weight(weight, statistics, w_bits, without, has_bias=layers[0].bias is not None)
         made = made[0], made[1].clamp(min=ALPHA_FLOOR), made[2]
     except Uncalibratable as problem:
         for name in names:
@@ -304,7 +301,7 @@ def calibrate(
     device: torch.device = CPU,
     without: Collection[str] = (),
 ) -> None:
-    """Quantize the linears inside the blocks of `transformer` one after the other, from calibration `calls` of it.
+    """Quantize modulation and blocks of `transformer` one after the other, from calibration `calls` of it.
 
     A call counts by its weight. Transformer and calls are on the CPU; block after block goes to `device` and is freed.
     Finished blocks lie in `work` (see calibrate_block for the notes on them); those that do already are kept.

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import diffusers
 import torch
 
+from models.families import transformer_class
 from utils.process_args import LARGE
 from utils.utils import run_script
 
@@ -41,12 +42,13 @@ class Size:
 def size_of(model: str) -> Size:
     """The size of the pipeline's transformer, from its config.json alone."""
     config = diffusers.FluxTransformer2DModel.load_config(model, subfolder="transformer")
+    kind = transformer_class(config, model)
     with torch.device("meta"):
-        transformer = diffusers.FluxTransformer2DModel.from_config(config)
+        transformer = getattr(diffusers, kind.__name__).from_config(config)
+    quantized = {f"{name}.weight" for name in kind.family.linears(transformer)}
     lora = 0
     for name, parameter in transformer.named_parameters():
-        quantized = "transformer_blocks." in name and parameter.ndim == 2
-        lora += RANK * sum(parameter.shape) + parameter.shape[0] if quantized else parameter.numel()
+        lora += RANK * sum(parameter.shape) + parameter.shape[0] if name in quantized else parameter.numel()
     return Size(transformer.num_parameters(), lora)
 
 

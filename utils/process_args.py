@@ -19,6 +19,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from models.utils_quant import check_bits, check_clip_init, check_lora_r
 from utils.folders import check_name
+from utils.pipelines import DEFAULTS, EARLY_SHARE, FEW_STEPS
 from utils.rates import default_rate, told
 from utils.sampling import check_offload
 from utils.utils import (
@@ -115,8 +116,12 @@ class DataArguments:
     num_final_images: int | None = field(
         default=None, metadata={"help": "the same for the last evaluation; default: num_images"}
     )
-    num_inference_steps: int = field(default=28, metadata={"help": "denoising steps a picture"})
-    guidance_scale: float = field(default=3.5, metadata={"help": "guidance, for models that embed it"})
+    num_inference_steps: int | None = field(
+        default=None, metadata={"help": f"denoising steps a picture; {DEFAULTS[0]}"}
+    )
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": f"guidance, for models that take any; {DEFAULTS[1]}"}
+    )
     resolution: int | None = field(
         default=None, metadata={"help": "pixels a side; default: what the autoencoder was made for"}
     )
@@ -167,9 +172,12 @@ class TrainingArguments(transformers.TrainingArguments):
     ema_decay: float = field(
         default=0.0, metadata={"help": "average the trained parameters, e.g. 0.999, and evaluate and save the average"}
     )
-    early_share: float = field(
-        default=0.8,
-        metadata={"help": "share of the samples that is of the first quarter of the steps; 0.25: all alike"},
+    early_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "share of the samples that is of the first quarter of the steps; 0.25: all alike; default: "
+            f"{EARLY_SHARE}, of fewer than {FEW_STEPS} steps 0.25"
+        },
     )
     loss_power: float = field(
         default=0.1,
@@ -337,7 +345,7 @@ def process_args(
             raise ValueError("--max_steps must be at least 1; leave it out to train for --num_train_epochs")
         if not 0 <= training_args.ema_decay < 1:
             raise ValueError(f"--ema_decay must be at least 0 and below 1, got {training_args.ema_decay}")
-        if not 0 < training_args.early_share < 1:
+        if training_args.early_share is not None and not 0 < training_args.early_share < 1:
             raise ValueError(f"--early_share must be above 0 and below 1, got {training_args.early_share}")
         if training_args.freeze_codes is None:
             training_args.freeze_codes = 0.0 if training_args.ema_decay else 0.1

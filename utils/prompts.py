@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline
 
 from utils import prompt_list, scenes
 from utils.sampling import native_size
 
 
 def pick_prompts(
-    pipe: FluxPipeline, count: int, file: str | None = None, split: str = "eval", flag: str | None = None
+    pipe: DiffusionPipeline, count: int, file: str | None = None, split: str = "eval", flag: str | None = None
 ) -> tuple[list[str], str]:
     """`count` prompts for `pipe`, and where they come from in words.
 

@@ -2,13 +2,14 @@
 
     python -m utils.rehearsal --output output/rehearsal --scale small                # on a CPU, in a few minutes
     python -m utils.rehearsal --output /data/rehearsal --model /dev/shm/flux         # FLUX.1-dev's size, on a GPU
+    python -m utils.rehearsal --output /data/klein --scale klein                     # FLUX.2-klein-4B's, on a GPU
     python -m utils.rehearsal --output /data/rehearsal --model /dev/shm/flux --only lora_killed lora_resumed
     python -m utils.rehearsal --output /data/rehearsal --list
 
-The first step makes the pipeline (utils/make_random_flux.py): 34 GB in the shapes of FLUX.1-dev, or 20 MB with the
-same structure. `--model` puts it elsewhere, in memory for instance, or names one that is there already. STEPS says what
-is run and what must hold afterwards. Each step's exit status, wall time, peak memory and written bytes are measured
-from outside; it writes
+The first step makes the pipeline (utils/make_random_flux.py): 34 GB in the shapes of FLUX.1-dev or 16 GB in those of
+FLUX.2-klein-4B, or a few MB with the same structure. `--model` puts it elsewhere, in memory for instance, or names one
+that is there already. STEPS says what is run and what must hold afterwards. Each step's exit status, wall time, peak
+memory and written bytes are measured from outside; it writes
 
     OUTPUT/rehearsal.json    a row a step, after every step; --only replaces the rows of the steps it names
     OUTPUT/rehearsal.md      the same as a table
@@ -65,7 +66,17 @@ SCALES = {
         "training_step": "--config small --resolution 128 --batch_sizes 1 2 --steps 1 --warmup 1 --lora_r 4 --eager",
         "drawn": "--images 2 --num_inference_steps 4 --eager",
     },
+    "klein": {
+        "config": "flux2-klein-4b", "images": 2, "steps": 4, "prompts": 4, "max_steps": 10, "save_steps": 5, "rank": 32,
+        "compile": "--torch_compile True", "calibration": 16, "stride": 1, "block_steps": 10, "half": 512,
+        "bench": "--resolution 1024 512 --cpp_wrapper --rounds 5",
+    },
+    "small-klein": {
+        "config": "small-klein", "images": 2, "steps": 4, "prompts": 4, "max_steps": 40, "save_steps": 5, "rank": 4,
+        "compile": "", "calibration": 2, "stride": 2, "block_steps": 2, "bench": "--rounds 1", "half": 48,
+    },
 }  # fmt: skip
+FLUX, KLEIN = ("flux", "small"), ("klein", "small-klein")
 
 
 @dataclass(frozen=True)
@@ -75,24 +86,24 @@ class Step:
     name: str
     command: str
     holds: dict[str, tuple[float, float] | None] = field(default_factory=dict)
-    """File, folder or pattern that must exist -> the most bytes it may have at scale flux and small. Of JSON files
-    every number must be finite."""
+    """File, folder or pattern that must exist -> the most bytes it may have at a full and at a small scale. Of JSON
+    files every number must be finite."""
     says: str = ""  # what its output must hold
     fails: str = ""  # it must end in one line that holds this
     kill: str = ""  # kill -9, once this exists
     gpus: int = 0  # that it needs, at least
     gib: float = 0  # of memory that its GPU must have; on a smaller one it must fail in one line
-    peak: float = math.inf  # GiB of a GPU at most, at scale flux
-    disk_gb: float = 0  # that must be free, at scale flux
+    peak: float = math.inf  # GiB of a GPU at most, at a full scale
+    disk_gb: float = 0  # that must be free, at a full scale
     reads: tuple[str, ...] = ()  # of earlier steps
     makes: str = ""  # it is left out where this exists
     clears: tuple[str, ...] = ()  # before it starts
     drops: tuple[str, ...] = ()  # once it has ended
     reports: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """JSON file -> what to copy from it: names, and numbers of list items, joined by dots."""
-    most: dict[str, float] = field(default_factory=dict)  # of what is reported, at scale flux
+    most: dict[str, float] = field(default_factory=dict)  # of what is reported, at a full scale
     agrees: tuple[str, str, str, float] | None = None  # JSON files, a figure in both, its relative difference at most
-    scales: tuple[str, ...] = tuple(SCALES)
+    scales: tuple[str, ...] = FLUX
     limit: int = 570  # seconds
 
 
@@ -113,7 +124,7 @@ RUN = "python run.py --model_id {model} --num_images 0 --output_path {work}/"
 CALIBRATION = " --calibration_prompts {calibration} --calibration_stride {stride} --steps {steps} --batch_size 1"
 CALIBRATED = RUN + "calibrated --method calibrated {calibrated}"
 TEST = "python test.py {work}/mse 0 --num_images {images} --steps {steps} --batch_size 1 --output_dir {work}/"
-PACKED = (2.6e9, 5e6)
+PACKED, PACKED_KLEIN = (2.6e9, 5e6), (1.05e9, 2e6)
 LORA = "--lora_r {rank} --lora_alpha {rank}"
 FSDP = "{all} --fsdp full_shard"
 # Of its rows, which are plain linears and ours, each at batch 1 and 4.
@@ -121,10 +132,10 @@ LORA_STEP = {"rows.2.ratio": 1.20, "rows.2.peak_gib": 32, "rows.3.ratio": 1.08, 
 NOT_KEPT = " --save_strategy no"  # a checkpoint of all weights has 71 GB
 
 
-def trained(folder: str, checkpoints: tuple[float, float] | None = None) -> dict:
-    """What a training must leave in `folder`, `checkpoints` being the bytes of those kept, and what of its summary is
-    worth a row."""
-    holds = {f"{folder}/models/student": PACKED, f"{folder}/train/summary.json": None}
+def trained(folder: str, checkpoints: tuple[float, float] | None = None, packed: tuple = PACKED) -> dict:
+    """What a training must leave in `folder`, `checkpoints` being the bytes of those kept and `packed` those of the
+    student, and what of its summary is worth a row."""
+    holds = {f"{folder}/models/student": packed, f"{folder}/train/summary.json": None}
     holds |= {f"{folder}/train/eval/steps.png": None}
     if checkpoints:
         holds |= {f"{folder}/train/checkpoint-*[05]": checkpoints}
@@ -280,6 +291,67 @@ STEPS = (
         "load", "python bench.py --config {model} --output {work}/load --load --no_steps", clears=("load",),
         drops=("load",), holds={"load/*.json": None}, most={"load.seconds_to_first_step": 8},
         reports={"load/*.json": ("load.seconds", "load.seconds_to_first_step")},
+    ),
+)  # fmt: skip
+
+STEPS += (
+    Step(
+        "klein_make", "python -m utils.make_random_flux --config {config} --whole --output {model}", makes="{model}",
+        holds={"{model}/transformer/*.safetensors": (7.8e9, 4e6), "{model}": (16.2e9, 8e6)}, limit=300, scales=KLEIN,
+    ),
+    Step(
+        "klein_sanity",
+        "bash 0_sanity_check.sh {model} --w_bits 0 --pack True --num_images {images} --local_dir {work}/sanity "
+        "--output_dir {work}/sanity", clears=("sanity",), drops=("sanity",), scales=KLEIN,
+        holds={"sanity/samples/grid.png": None, "sanity/cache/bits_0": PACKED_KLEIN},
+    ),
+    *(  # without a flag of its own: what utils/plan.py chooses
+        Step(
+            f"klein_all{name}", training(1, f"all{name}", flags + NOT_KEPT), clears=(f"all{name}",),
+            drops=(f"all{name}",), says="all weights", peak=62, scales=KLEIN,
+            **trained(f"all{name}", packed=PACKED_KLEIN),
+        )
+        for name, flags in (("", ""), ("_half", "--resolution {half} --teacher_cache {work}/cache_half"))
+    ),
+    Step(
+        "klein_lora_killed", training(1, "lora", LORA), clears=("lora",), kill="lora/train/checkpoint-{save_steps}",
+        scales=KLEIN,
+    ),
+    Step(
+        "klein_lora_resumed", training(1, "lora", LORA), reads=("lora/train/checkpoint-{save_steps}",), drops=("lora",),
+        says="going on from", scales=KLEIN, **trained("lora", (8e9, 30e6), PACKED_KLEIN),
+    ),
+    *(
+        Step(
+            f"klein_{method}", RUN + f"{method} --method {method} {flags}".strip(), clears=(method,), drops=drops,
+            holds={f"{method}/transformer": PACKED_KLEIN, f"{method}/metrics.json": None}, scales=KLEIN,
+            reports={f"{method}/metrics.json": ("seconds", "peak_rss_bytes", "peak_device_bytes")},
+        )
+        for method, flags, drops in (
+            ("calibrated", CALIBRATION.strip(), ("calibrated",)),
+            ("blockwise", "--block_steps {block_steps}" + CALIBRATION, ("blockwise",)),
+            ("mse", "", ()),
+        )
+    ),
+    *(
+        Step(
+            f"klein_{name}", TEST + f"{name} --no_teacher {flags}".strip(), clears=(name,), drops=(name,),
+            reads=("mse",), gpus=gpus, holds={f"{name}/samples/grid.png": None, f"{name}/metrics.json": None},
+            scales=scales, reports={f"{name}/metrics.json": ("seconds_per_image", "resident_bytes")},
+        )
+        for name, flags, gpus, scales in (
+            ("picture", "", 0, KLEIN),
+            ("picture_fast", "--mode fast --compile", 1, ("klein",)),
+            ("picture_offload", "--offload", 1, KLEIN),
+        )
+    ),
+    Step(
+        "klein_test", TEST + "test", clears=("test",), drops=("test",), reads=("mse",), scales=KLEIN,
+        holds={"test/metrics.json": None}, reports={"test/metrics.json": ("nmse", "psnr")},
+    ),
+    Step(
+        "klein_bench", "python bench.py --config {model} --output {work}/bench {bench}", clears=("bench",),
+        holds={"bench/*.json": None, "bench/*.png": None}, scales=KLEIN,
     ),
 )  # fmt: skip
 
@@ -440,6 +512,10 @@ class Stage:
         self.written = (self.work, args.model.absolute())
         self.words = SCALES[args.scale] | {"model": str(args.model.absolute()), "work": str(self.work)}
 
+    @property
+    def small(self) -> bool:
+        return self.scale.startswith("small")
+
     def fill(self, text: str) -> str:
         return text.format(**self.words)
 
@@ -511,12 +587,12 @@ def unmet(step: Step, stage: Stage, reports: dict) -> str:
         paths = stage.find(text)
         if not paths:
             return f"{stage.fill(text)} is missing"
-        size, most = sum(map(folder_bytes, paths)), None if bounds is None else bounds[list(SCALES).index(stage.scale)]
+        size, most = sum(map(folder_bytes, paths)), None if bounds is None else bounds[stage.small]
         if most is not None and size > most:
             return f"{stage.fill(text)} has {size / 1e6:,.1f} MB, more than {most / 1e6:,.1f}"
         if text.endswith(".json") and not all_finite(json.loads(paths[0].read_text())):
             return f"{stage.fill(text)}: a number is not finite"
-    for name, most in step.most.items() if stage.scale == "flux" else ():
+    for name, most in () if stage.small else step.most.items():
         if not isinstance(reports.get(name), (int, float)) or reports[name] > most:
             return f"{name} is {reports.get(name)}, to be at most {most}"
     if step.agrees:
@@ -532,7 +608,7 @@ def judge(step: Step, stage: Stage, row: dict, output: str, must_fail: bool) -> 
     last = output.strip().splitlines()[-1] if output.strip() else ""
     if row["killed"] and row["killed"] != "as meant":
         return f"killed {row['killed']}"
-    if stage.scale == "flux" and max(row["gpu_peak_gib"], default=0) > step.peak:
+    if not stage.small and max(row["gpu_peak_gib"], default=0) > step.peak:
         return f"took {max(row['gpu_peak_gib'])} GiB of a GPU, more than {step.peak}"
     if step.fails or must_fail:
         one_line = "Traceback" not in output and "error:" in last and step.fails in last
@@ -571,10 +647,10 @@ def play(step: Step, stage: Stage, machine: dict) -> dict:
     stage.work.mkdir(exist_ok=True)
     stage.remove(step.clears)
     free = shutil.disk_usage(stage.work).free / 1e9
-    if stage.scale == "flux" and free < step.disk_gb:
+    if not stage.small and free < step.disk_gb:
         return row | {"skipped": f"needs {step.disk_gb} GB of disk, {free:.0f} are free"}
     row |= run_command(step, stage, logs)
-    must_fail = bool(stage.scale == "flux" and gpus and gpus[0]["gib"] < step.gib)
+    must_fail = bool(not stage.small and gpus and gpus[0]["gib"] < step.gib)
     output = (logs / f"{step.name}.log").read_text(errors="replace")
     must = "fail in one line" if step.fails or must_fail else "be killed" if step.kill else "succeed"
     row |= {"must": must, "reports": read_reports(step, stage)}
@@ -645,7 +721,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the records and of what the steps write")
     parser.add_argument("--model", type=Path, help="the pipeline, made where there is none; default: OUTPUT/model")
-    parser.add_argument("--scale", choices=SCALES, default="flux", help="flux: 12 B parameters and T5-XXL, on a GPU")
+    parser.add_argument("--scale", choices=SCALES, default="flux",
+                        help="flux: 12 B parameters and T5-XXL, klein: 4 B and Qwen3-4B, both on a GPU")  # fmt: skip
     parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps, in their order; default: all")
     parser.add_argument("--list", action="store_true", help="print the steps and their commands, and run nothing")
     args = parser.parse_args(argv)
@@ -662,7 +739,7 @@ def main() -> None:
     stage = Stage(args)
     if args.list:
         for step in args.steps:
-            print(f"{step.name:<20}{stage.fill(step.command)}")
+            print(f"{step.name:<23} {stage.fill(step.command)}")
         return
     rows = rehearse(args.steps, stage)
     print("\n" + table(rows))

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.kernels import FP8, quantize_tokens
-from models.modeling_flux_quant import DEFAULT_SETTINGS, FluxTransformer2DModel
+from models.modeling_flux_quant import FluxTransformer2DModel
 from models.packing import FORMAT, PackedLinear, disk_row_bytes, pack_codes, row_chunks
+from models.quantized_model import DEFAULT_SETTINGS, QuantizedTransformer
 from models.utils_quant import code_grid
 from utils.utils import lacks_memory
 
@@ -27,21 +28,26 @@ RUNS = 2  # timed in each turn of a rival
 FLUSHES = 16  # of 256 MB: 1.5 ms on an H100, in which Python has launched any layer
 
 
-def skeleton(config: dict, dtype: torch.dtype) -> FluxTransformer2DModel:
-    """The packed ternary transformer of this architecture on the meta device."""
+def skeleton(
+    config: dict, dtype: torch.dtype, kind: type[QuantizedTransformer] = FluxTransformer2DModel
+) -> QuantizedTransformer:
+    """The packed ternary transformer of this class and architecture on the meta device."""
     try:
         with torch.device("meta"):
             # diffusers' own .to() warns of the step sizes; they stay fp32 whatever it is called with.
-            return nn.Module.to(FluxTransformer2DModel(**config, w_bits=0, packed=FORMAT), dtype)
+            return nn.Module.to(kind(**config, w_bits=0, packed=FORMAT), dtype)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"--config describes no transformer ({' '.join(str(error).split())[:200]})") from None
 
 
 @torch.no_grad()
-def random_packed(config: dict, dtype: torch.dtype, device: torch.device, seed: int) -> FluxTransformer2DModel:
+def random_packed(
+    config: dict, dtype: torch.dtype, device: torch.device, seed: int,
+    kind: type[QuantizedTransformer] = FluxTransformer2DModel,
+) -> QuantizedTransformer:  # fmt: skip
     """The same with random numbers: weights of variance 1/in, of which only codes and step sizes ever exist."""
     torch.manual_seed(seed)
-    model = skeleton(config, dtype).to_empty(device=device)
+    model = skeleton(config, dtype, kind).to_empty(device=device)
     for module in model.modules():
         if isinstance(module, PackedLinear):
             for rows in row_chunks(module.out_features, module.in_features):
@@ -59,11 +65,11 @@ def random_packed(config: dict, dtype: torch.dtype, device: torch.device, seed: 
     return model.eval()
 
 
-def twin(packed: FluxTransformer2DModel, make: Callable[[PackedLinear], nn.Module]) -> nn.Module:
+def twin(packed: QuantizedTransformer, make: Callable[[PackedLinear], nn.Module]) -> nn.Module:
     """diffusers' transformer with make(layer) for each packed layer and the packed model's other parameters."""
     config = {key: value for key, value in packed.config.items() if key[0] != "_" and key not in DEFAULT_SETTINGS}
     with torch.device("meta"):
-        model = diffusers.FluxTransformer2DModel(**config)
+        model = getattr(diffusers, type(packed).__name__)(**config)
     for name, module in packed.named_modules():
         if isinstance(module, PackedLinear):
             model.set_submodule(name, make(module))

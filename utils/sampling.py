@@ -3,13 +3,14 @@
 import gc
 import itertools
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import torch
-from diffusers import FluxPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.hooks import HookRegistry, apply_group_offloading
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from huggingface_hub.errors import (
@@ -27,6 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from utils.pipelines import Family, family_called, family_of, sampling_settings
 from utils.utils import empty_cache
 
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, HTTPError)
@@ -34,24 +36,39 @@ OFFLOADS = ("model", "sequential")
 PINNED = 2  # bytes of pinned memory a byte at most: torch takes powers of two
 
 
-def load_pipeline(name: str, dtype: torch.dtype, **parts: object) -> FluxPipeline:
-    """The FLUX pipeline `name`, a folder or a hub id, on the CPU.
+def pipeline_family(name: str) -> Family:
+    """Which of the families that are taken the pipeline `name` is of, a folder or a hub id, from its model_index.json.
 
-    parts: components that take the place of its own, whose files are neither read nor downloaded; None for without.
-    Raises ValueError, in one line that says what to do, if there is none, access is missing, it is not FLUX or its
-    files are incomplete.
+    Raises ValueError, in one line that says what to do, if there is none, access is missing or it is another pipeline.
     """
     folder = Path(name)
     if not folder.is_dir() and (folder.is_file() or not _is_hub_id(name)):
         raise ValueError(f"{name}: neither a folder nor a hub id (owner/model); check the path")
     try:
-        kind = FluxPipeline.load_config(name).get("_class_name")
-        if kind == "FluxPipeline":
-            _check_tokenizers(folder)
-            return FluxPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True, **parts)
+        kind = DiffusionPipeline.load_config(name).get("_class_name")
     except LOADING_ERRORS as error:
         raise _in_one_line(name, error) from error
-    raise ValueError(f"{name}: expected a FluxPipeline, found a {kind}; give a FLUX text-to-image pipeline")
+    return family_called(kind, name)
+
+
+def load_pipeline(name: str, dtype: torch.dtype, **parts: object) -> DiffusionPipeline:
+    """The pipeline `name` of FLUX.1 or FLUX.2-klein, a folder or a hub id, on the CPU.
+
+    parts: components that take the place of its own, whose files are neither read nor downloaded; None for without.
+    Raises ValueError, in one line that says what to do, as pipeline_family does and if its files are incomplete.
+    """
+    family = pipeline_family(name)
+    try:
+        _check_tokenizers(family, Path(name))
+        return family.pipeline.from_pretrained(name, dtype=dtype, use_safetensors=True, **parts)
+    except LOADING_ERRORS as error:
+        raise _in_one_line(name, error) from error
+
+
+def with_transformer(pipe: DiffusionPipeline, transformer: nn.Module) -> DiffusionPipeline:
+    """Another pipeline of the same parts with this transformer in it."""
+    settings = {name: pipe.config[name] for name in family_of(pipe).settings}
+    return type(pipe)(**{**pipe.components, "transformer": transformer}, **settings)
 
 
 def pipeline_folder(name: str) -> Path:
@@ -60,7 +77,7 @@ def pipeline_folder(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(FluxPipeline.download(name, use_safetensors=True))
+        return Path(DiffusionPipeline.download(name, use_safetensors=True))
     except LOADING_ERRORS as error:
         raise _in_one_line(name, error) from error
 
@@ -80,9 +97,9 @@ def _is_hub_id(name: str) -> bool:
     return "/" in name
 
 
-def _check_tokenizers(folder: Path) -> None:
+def _check_tokenizers(family: Family, folder: Path) -> None:
     """OSError if the pipeline's `folder` lacks a vocabulary: transformers would make a tokenizer without any words."""
-    for part in ("tokenizer", "tokenizer_2"):
+    for part in family.tokenizers:
         files = [folder / part / file for file in ("tokenizer.json", "vocab.json", "spiece.model")]
         if folder.is_dir() and not any(file.is_file() for file in files):
             raise OSError(f"no vocabulary in {part}")
@@ -132,7 +149,7 @@ def draw_in_less(offload: str | None, device: torch.device, *flags: str) -> str:
     return f"try {' or '.join([*choices, *(f'a smaller {flag}' for flag in flags)])}"
 
 
-def place(pipe: FluxPipeline, device: torch.device, offload: str | None = None) -> None:
+def place(pipe: DiffusionPipeline, device: torch.device, offload: str | None = None) -> None:
     """Put the pipeline where it computes; to be called again when it got another transformer.
 
     offload None: all of it on `device`. "model": each component comes when it is needed and goes for the next
@@ -168,7 +185,7 @@ def stream_settings(part: nn.Module, device: torch.device) -> dict[str, bool]:
     return {"use_stream": True, "low_cpu_mem_usage": psutil.virtual_memory().available < pinned}
 
 
-def _bring(pipe: FluxPipeline, name: str) -> None:
+def _bring(pipe: DiffusionPipeline, name: str) -> None:
     """Where parts stream, the others take turns on the device: `name` comes, and what stands there goes."""
     parts = {other: part for other, part in pipe.components.items() if isinstance(part, nn.Module)}
     whole = {other: part for other, part in parts.items() if not _is_group_offload_enabled(part)}
@@ -194,7 +211,7 @@ def stop_streaming(part: nn.Module) -> None:
     part.to("cpu")
 
 
-def unplace(pipe: FluxPipeline) -> None:
+def unplace(pipe: DiffusionPipeline) -> None:
     """Undo `place`: the whole pipeline on the CPU, as it was loaded."""
     pipe.remove_all_hooks()
     for part in pipe.components.values():
@@ -202,7 +219,7 @@ def unplace(pipe: FluxPipeline) -> None:
             stop_streaming(part)
 
 
-def drop_transformer(pipe: FluxPipeline) -> None:
+def drop_transformer(pipe: DiffusionPipeline) -> None:
     """Take the transformer out and free its memory: two of them at once would not fit on every card."""
     device = pipe._execution_device
     pipe.remove_all_hooks()  # of "model"; they hold the transformer
@@ -216,81 +233,68 @@ def _device_bytes(device: torch.device) -> float:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
 
 
-def native_size(pipe: FluxPipeline) -> int:
+def native_size(pipe: DiffusionPipeline) -> int:
     """The picture size in pixels that the autoencoder was made for."""
     return pipe.vae.config.sample_size
 
 
-def text_length(pipe: FluxPipeline) -> int:
-    """The number of T5 tokens a prompt is cut or padded to."""
-    return min(512, pipe.tokenizer_2.model_max_length) if pipe.tokenizer_2 is not None else 512
-
-
-def initial_noise(pipe: FluxPipeline, seeds: Sequence[int], size: int, dtype: torch.dtype) -> Tensor:
+def initial_noise(pipe: DiffusionPipeline, seeds: Sequence[int], size: int, dtype: torch.dtype) -> Tensor:
     """What sampling starts from, packed [N, L, C] on the CPU: row i drawn on the CPU from seeds[i], whatever the device
     and the batch size."""
-    side = 2 * (size // (pipe.vae_scale_factor * 2))
-    channels = pipe.transformer.config.in_channels // 4
-    noise = [
-        torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-        for seed in seeds
-    ]
-    return FluxPipeline._pack_latents(torch.cat(noise), len(seeds), channels, side, side)
+    side = size // (pipe.vae_scale_factor * 2)
+    return torch.cat([family_of(pipe).noise(pipe, seed, side, dtype) for seed in seeds])
 
 
 @torch.no_grad()
 def sample_latents(
-    pipe: FluxPipeline, noise: Tensor, *, size: int, num_inference_steps: int, guidance_scale: float, **text
+    pipe: DiffusionPipeline, noise: Tensor, *, size: int, num_inference_steps: int, guidance_scale: float, **text
 ) -> Tensor:
     """Latents [N, L, C] that the pipeline makes of `noise` [N, L, C], on its device.
 
-    text: prompt=list of N strings, or prompt_embeds=[N, S, D] and pooled_prompt_embeds=[N, D].
+    text: prompt=list of N strings, or what encode_prompts returns for this guidance.
     """
     pipe.set_progress_bar_config(disable=True)
-    return pipe(
-        **text,
-        latents=noise.to(pipe._execution_device),
-        height=size,
-        width=size,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        max_sequence_length=text_length(pipe),
-        output_type="latent",
-    ).images
+    family, device = family_of(pipe), pipe._execution_device
+    return family.draw(
+        pipe, noise.to(device), guidance_scale, height=size, width=size, num_inference_steps=num_inference_steps,
+        max_sequence_length=family.text_length(pipe), **_moved(text, device),
+    )  # fmt: skip
+
+
+def _moved(text: dict, device: torch.device) -> dict:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in text.items()}
 
 
 @torch.no_grad()
-def decode_latents(pipe: FluxPipeline, latents: Tensor, size: int) -> Tensor:
+def decode_latents(pipe: DiffusionPipeline, latents: Tensor, size: int) -> Tensor:
     """The pictures [N, 3, size, size] of packed latents [N, L, C]: float32 in 0…1 on the CPU."""
     # An offloaded autoencoder rests elsewhere than it computes.
     latents = latents.to(pipe._execution_device, pipe.vae.dtype)
-    latents = pipe._unpack_latents(latents, size, size, pipe.vae_scale_factor)
-    latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    decoded = pipe.vae.decode(latents, return_dict=False)[0]
+    decoded = pipe.vae.decode(family_of(pipe).unpack(pipe, latents, size), return_dict=False)[0]
     return pipe.image_processor.postprocess(decoded, output_type="pt").float().cpu()
 
 
 @torch.no_grad()
 def encode_prompts(
-    pipe: FluxPipeline, prompts: Sequence[str], batch_size: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Embeddings [N, S, D] and pooled ones [N, D] of the prompts, on the CPU; `device` is the text encoders'."""
-    found = []
-    for start in range(0, len(prompts), batch_size):
-        part = list(prompts[start : start + batch_size])
-        text, pooled, _ = pipe.encode_prompt(part, None, device=device, max_sequence_length=text_length(pipe))
-        found.append((text.cpu(), pooled.cpu()))
-    texts, pooled = zip(*found, strict=True)
-    return torch.cat(texts), torch.cat(pooled)
+    pipe: DiffusionPipeline, prompts: Sequence[str], batch_size: int, device: torch.device, guidance_scale: float
+) -> dict[str, Tensor]:
+    """The text of N prompts, {name: [N, …]} on the CPU, `batch_size` at a time: arguments to call the pipeline with at
+    this guidance. `device` is the text encoders'."""
+    family = family_of(pipe)
+    parts = [list(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
+    found = [family.encode(pipe, part, device) for part in parts]
+    text = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+    none = family.encode_none(pipe, device, guidance_scale)
+    return text | {name: row.expand(len(prompts), *row.shape[1:]) for name, row in none.items()}
 
 
 def generate_images(
-    pipe: FluxPipeline,
+    pipe: DiffusionPipeline,
     prompts: Sequence[str],
     seed: int = 42,
     *,
-    num_inference_steps: int = 28,
-    guidance_scale: float = 3.5,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     size: int | None = None,
     batch_size: int = 1,
     desc: str | None = None,
@@ -298,21 +302,22 @@ def generate_images(
     """Draw each of `prompts`: float32 pictures [N, 3, size, size] in 0…1 on the CPU.
 
     Picture i starts from the noise of seed + i (see initial_noise). `size` defaults to what the autoencoder was made
-    for. `desc` shows a progress bar under that name. All texts are encoded first and all pictures decoded last, so that
-    an offloaded part comes once.
+    for, steps and guidance to the family's. `desc` shows a progress bar under that name. All texts are encoded first
+    and all pictures decoded last, so that an offloaded part comes once.
     """
     size = size or native_size(pipe)
     parts = [slice(start, min(start + batch_size, len(prompts))) for start in range(0, len(prompts), batch_size)]
     device, latents, images = pipe._execution_device, [], []
-    texts, pooled = encode_prompts(pipe, prompts, batch_size, device)
+    steps, guidance = sampling_settings(pipe, num_inference_steps, guidance_scale)
+    text = encode_prompts(pipe, prompts, batch_size, device, guidance)
     _bring(pipe, "transformer")
     with tqdm(total=len(prompts), desc=desc, unit="image", disable=desc is None) as bar:
         for part in parts:
             noise = initial_noise(pipe, range(seed + part.start, seed + part.stop), size, pipe.transformer.dtype)
+            rows = {name: embeds[part] for name, embeds in text.items()}
             found = sample_latents(
-                pipe, noise, size=size, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-                prompt_embeds=texts[part].to(device), pooled_prompt_embeds=pooled[part].to(device),
-            )  # fmt: skip
+                pipe, noise, size=size, num_inference_steps=steps, guidance_scale=guidance, **rows
+            )
             latents.append(found.cpu())
             bar.update(part.stop - part.start)
     _bring(pipe, "vae")
@@ -339,19 +344,24 @@ def record_velocities(transformer: nn.Module) -> Iterator[list[tuple[dict, Tenso
 def record_inputs(transformer: nn.Module, wanted: Callable[[int], bool]) -> Iterator[list[dict]]:
     """Within the block, keep the keyword arguments of those calls of `transformer` whose number is wanted, on the CPU.
 
-    A tensor that stands in several calls in a row, such as a text embedding, is kept once.
+    A tensor that stands in several calls in a row, or in every other one, such as a text embedding, is kept once.
     """
     calls: list[dict] = []
-    moved: dict[str, tuple[Tensor, Tensor]] = {}  # the last one under each name, and where it went
+    moved: dict[str, deque[tuple[Tensor, Tensor]]] = {}  # the last two under each name, and where they went
     numbers = itertools.count()
+
+    def moved_once(name: str, value: object) -> object:
+        if not isinstance(value, Tensor):
+            return value
+        last = moved.setdefault(name, deque(maxlen=2))
+        if not any(there is value for there, _ in last):
+            last.append((value, value.cpu()))
+        return next(copy for there, copy in last if there is value)
 
     def keep(module, args, kwargs):
         if not wanted(next(numbers)):
             return
-        for name, value in kwargs.items():
-            if isinstance(value, Tensor) and (name not in moved or moved[name][0] is not value):
-                moved[name] = value, value.cpu()
-        calls.append({name: moved[name][1] if isinstance(value, Tensor) else value for name, value in kwargs.items()})
+        calls.append({name: moved_once(name, value) for name, value in kwargs.items()})
 
     hook = transformer.register_forward_pre_hook(keep, with_kwargs=True)
     try:

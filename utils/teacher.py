@@ -4,6 +4,11 @@ drawn.
 What the trajectories of a teacher depend on (see Teacher.describe) is read from configurations and from a few values
 of each tensor, in about a second for FLUX.1-dev's 33 GB. Text encoders and transformer are never on the device
 together: prompts are encoded first, then the encoders make room.
+
+A teacher that is guided by two calls of its transformer a step (FLUX.2-klein's base model) has both calls kept, and the
+student learns both. It could learn the guided velocity in one call instead, and would draw twice as fast; but it would
+be another model then, for one guidance only. This one takes the teacher's place in every pipeline, at any guidance and
+with adapters made for the teacher. What it costs is twice the velocities on disk: the text is the larger part.
 """
 
 import gc
@@ -17,17 +22,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import FluxTransformer2DModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from utils.sampling import initial_noise, load_pipeline, pipeline_folder, sample_latents, text_length
+from utils.pipelines import Family, steps_taken
+from utils.sampling import (
+    encode_prompts,
+    initial_noise,
+    load_pipeline,
+    pipeline_family,
+    pipeline_folder,
+    sample_latents,
+)
 from utils.utils import empty_cache
 
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-PARTS = ("transformer", *TEXT_ENCODERS)  # what is large, and decides what is drawn
 Trajectory = dict[str, Tensor]
+Text = dict[str, Tensor]  # of a prompt, without the batch dimension: arguments of the pipeline
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,11 @@ def weight_files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder}: no safetensors weights there; save or download the pipeline again")
 
 
+def large_parts(family: Family) -> tuple[str, ...]:
+    """What of a pipeline is large, and decides what is drawn: transformer and text encoders."""
+    return ("transformer", *family.text_encoders)
+
+
 def fingerprint(folder: Path, dtype: torch.dtype) -> str:
     """SHA-256 over names, shapes and eight values, rounded to `dtype`, of every tensor of a pipeline's text encoders
     and transformer; how they are spread over files does not matter.
@@ -82,7 +99,7 @@ def fingerprint(folder: Path, dtype: torch.dtype) -> str:
     Reads a few pages of each file. Raises ValueError if one is missing or cut short.
     """
     lines = []
-    for part in PARTS:
+    for part in large_parts(pipeline_family(str(folder))):
         for path in weight_files(folder / part):
             try:
                 with safe_open(path, framework="pt") as file:
@@ -109,22 +126,26 @@ def _few_values(file: safe_open, name: str, dtype: torch.dtype) -> tuple[list[in
 
 def transformer_config(folder: Path) -> dict:
     """The configuration of a pipeline's transformer, with diffusers' defaults for what is not in it."""
-    parameters = inspect.signature(FluxTransformer2DModel.__init__).parameters.values()
+    kind = getattr(diffusers, pipeline_family(str(folder)).transformer.__name__)
+    parameters = inspect.signature(kind.__init__).parameters.values()
     defaults = {parameter.name: parameter.default for parameter in parameters if parameter.name != "self"}
-    return defaults | FluxTransformer2DModel.load_config(folder, subfolder="transformer")
+    return defaults | kind.load_config(folder, subfolder="transformer")
 
 
 class Teacher:
     """The pipeline `name`, a folder or a hub id, in `dtype`.
 
+    family    of the pipeline
+    parts     those of large_parts
     pipe      at first its autoencoder, scheduler and tokenizers alone; see load
     config    the transformer's
     Raises ValueError as load_pipeline does.
     """
 
     def __init__(self, name: str, dtype: torch.dtype):
-        self.name, self.dtype = name, dtype
-        self.pipe = load_pipeline(name, dtype, **dict.fromkeys(PARTS))
+        self.name, self.dtype, self.family = name, dtype, pipeline_family(name)
+        self.parts = large_parts(self.family)
+        self.pipe = load_pipeline(name, dtype, **dict.fromkeys(self.parts))
         self.folder = pipeline_folder(name)
         self.config = transformer_config(self.folder)
 
@@ -134,8 +155,7 @@ class Teacher:
 
     def describe(self, settings: TeacherSettings) -> dict:
         """All that a trajectory depends on besides its prompt, its noise's seed and the last bits of the arithmetic,
-        and its shapes; JSON-able. Guidance counts only for a transformer that embeds it."""
-        guided = self.config["guidance_embeds"]
+        and its shapes; JSON-able."""
         side = settings.resolution // (self.pipe.vae_scale_factor * 2)
         # Names that open with an underscore say where the scheduler came from, not what it does.
         scheduler = {name: value for name, value in self.pipe.scheduler.config.items() if not name.startswith("_")}
@@ -144,19 +164,16 @@ class Teacher:
             "dtype": str(self.dtype).removeprefix("torch."),  # before the weights, which it changes too
             "weights": self.weights,
             **vars(settings),
-            "guidance_scale": settings.guidance_scale if guided else None,
-            "guidance_embeds": guided,
             "scheduler": scheduler,
             "latents_shape": [side**2, self.config["in_channels"]],
-            "text_shape": [text_length(self.pipe), self.config["joint_attention_dim"]],
-            "pooled_shape": [self.config["pooled_projection_dim"]],
+            **self.family.describe(self.pipe, self.config, settings.guidance_scale),
         }
         return json.loads(json.dumps(description))  # as it will be read again
 
     # -------------------------------------------------------------------------------------------------- its models
 
     def load(self, *parts: str, device: torch.device) -> None:
-        """Have these of PARTS on `device`; those that are not loaded yet are read from their files."""
+        """Have these of its parts on `device`; those that are not loaded yet are read from their files."""
         components = self.pipe.components
         missing = [part for part in parts if components[part] is None]
         if missing:
@@ -166,7 +183,7 @@ class Teacher:
             getattr(self.pipe, part).to(device)
 
     def drop(self, *parts: str) -> None:
-        """Forget these of PARTS, so that their memory is free again."""
+        """Forget these of its parts, so that their memory is free again."""
         devices = {getattr(self.pipe, part).device for part in parts if getattr(self.pipe, part) is not None}
         self.pipe.register_modules(**dict.fromkeys(parts))
         gc.collect()
@@ -174,50 +191,45 @@ class Teacher:
             empty_cache(device)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], batch_size: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """Of each prompt, what the loaded encoders make of it, on the CPU: text embedding [S, D] and pooled one [P].
+    def encode(
+        self, prompts: Sequence[str], batch_size: int, device: torch.device, guidance_scale: float
+    ) -> list[Text]:
+        """Of each prompt, what the loaded encoders make of it for this guidance, on the CPU.
 
         Encoded `batch_size` at a time, the last batch filled up, so that the numbers do not depend on how many there
         are.
         """
-        rows: list[tuple[Tensor, Tensor]] = []
+        rows: list[Text] = []
         for batch in full_batches(prompts, batch_size):
-            embeds, pooled, _ = self.pipe.encode_prompt(
-                batch, None, device=device, max_sequence_length=text_length(self.pipe)
-            )
-            rows += zip(embeds.cpu(), pooled.cpu(), strict=True)
+            text = encode_prompts(self.pipe, batch, batch_size, device, guidance_scale)
+            rows += [{name: embeds[i] for name, embeds in text.items()} for i in range(batch_size)]
         return rows[: len(prompts)]
 
     @torch.no_grad()
-    def draw(
-        self, text: Sequence[tuple[Tensor, Tensor]], seeds: Sequence[int], settings: TeacherSettings
-    ) -> "Drawn":
+    def draw(self, text: Sequence[Text], seeds: Sequence[int], settings: TeacherSettings) -> "Drawn":
         """The loaded transformer's trajectories from the noise of `seeds`, for as many texts as encode returns them.
 
         Returns without waiting for the device: what it has done is copied to the host behind it.
         """
         pipe, steps = self.pipe, settings.num_inference_steps
-        embeds, pooled = (torch.stack(tensors) for tensors in zip(*text, strict=True))
+        calls = self.family.calls_a_step(pipe, settings.guidance_scale)
+        rows = {name: torch.stack([row[name] for row in text]) for name in text[0]}
         noise = initial_noise(pipe, seeds, settings.resolution, self.dtype)
-        shape = (steps, *noise.shape)
-        states, velocities = (torch.empty(shape, dtype=self.dtype, device=pipe.device) for _ in range(2))
+        states, velocities = (
+            torch.empty(count, *noise.shape, dtype=self.dtype, device=pipe.device) for count in (steps, calls * steps)
+        )
         numbers = itertools.count()
 
         def keep(module, args, inputs, output):
-            step = next(numbers)
-            states[step], velocities[step] = inputs["hidden_states"], output[0]
+            call = next(numbers)
+            states[call // calls], velocities[call] = inputs["hidden_states"], output[0]
 
         hook = pipe.transformer.register_forward_hook(keep, with_kwargs=True)
         try:
             final = sample_latents(
-                pipe,
-                noise,
-                size=settings.resolution,
-                num_inference_steps=steps,
-                guidance_scale=settings.guidance_scale,
-                prompt_embeds=embeds.to(pipe.device),
-                pooled_prompt_embeds=pooled.to(pipe.device),
-            )
+                pipe, noise, size=settings.resolution, num_inference_steps=steps,
+                guidance_scale=settings.guidance_scale, **rows,
+            )  # fmt: skip
         finally:
             hook.remove()
         states = torch.cat([states, final[None]])
@@ -227,7 +239,8 @@ class Teacher:
         if pipe.device.type == "cuda":
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(pipe.device))
-        return Drawn(type(pipe.scheduler).__name__, noise, *on_host, embeds, pooled, copied)
+        guidance = settings.guidance_scale if calls == 2 else None
+        return Drawn(type(pipe.scheduler).__name__, guidance, noise, *on_host, rows, copied)
 
 
 def full_batches(items: Sequence, size: int) -> Iterator[list]:
@@ -248,7 +261,8 @@ def _to_host(tensor: Tensor) -> Tensor:
 
 
 def rebuild_latents(noise: Tensor, velocities: Sequence[Tensor], sigmas: Tensor) -> Iterator[Tensor]:
-    """z_0, z_1 …: the noise [..., L, C], then one more for each of `velocities`; sigmas [T + 1] belong to the z_t.
+    """z_0, z_1 …: the noise [..., L, C], then one more for each of `velocities`, those of steps_taken; sigmas [T + 1]
+    belong to the z_t.
 
     The arithmetic of FlowMatchEulerDiscreteScheduler to the bit: the product is rounded to the velocity's dtype, the
     sum of two such numbers is taken in float32 and rounded once.
@@ -262,17 +276,18 @@ def rebuild_latents(noise: Tensor, velocities: Sequence[Tensor], sigmas: Tensor)
 
 @dataclass
 class Drawn:
-    """What Teacher.draw returns of a batch: states [T + 1, B, L, C], velocities [T, B, L, C], sigmas [T + 1] and
-    timesteps [T], on the host once `copied` has happened; noise [B, L, C] and text [B, …] that they came from."""
+    """What Teacher.draw returns of a batch: states [T + 1, B, L, C], velocities [T, B, L, C] ([2 T, …], a step's two
+    calls in turns, where `guidance` is the scale by which they are combined), sigmas [T + 1] and timesteps [T], on the
+    host once `copied` has happened; noise [B, L, C] and text {name: [B, …]} that they came from."""
 
     scheduler: str
+    guidance: float | None
     noise: Tensor
     states: Tensor
     velocities: Tensor
     sigmas: Tensor
     timesteps: Tensor
-    embeds: Tensor
-    pooled: Tensor
+    text: Text
     copied: "torch.cuda.Event | None"
 
     def trajectory(self, row: int) -> Trajectory:
@@ -286,7 +301,8 @@ class Drawn:
         noise, velocities = self.noise[row].clone(), self.velocities[:, row].clone()
         if not velocities.isfinite().all():
             raise ValueError(f"the teacher's velocities hold NaN or inf in {velocities.dtype}; use another dtype")
-        for state, rebuilt in zip(self.states[:, row], rebuild_latents(noise, velocities, self.sigmas), strict=True):
+        taken = steps_taken(velocities, self.guidance)
+        for state, rebuilt in zip(self.states[:, row], rebuild_latents(noise, taken, self.sigmas), strict=True):
             if not torch.equal(state, rebuilt):
                 raise ValueError(
                     f"the {self.scheduler} of this pipeline takes other steps than z + (σ' − σ)·v "
@@ -298,6 +314,5 @@ class Drawn:
             "velocities": velocities,
             "sigmas": self.sigmas,
             "timesteps": self.timesteps,
-            "prompt_embeds": self.embeds[row].clone(),
-            "pooled_prompt_embeds": self.pooled[row].clone(),
+            **{name: embeds[row].clone() for name, embeds in self.text.items()},
         }

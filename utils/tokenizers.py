@@ -6,6 +6,10 @@ from collections.abc import Sequence
 import transformers
 
 TEXT_LENGTH = 24  # tokens of tiny-flux; the longest prompt of utils/scenes.py has 22
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def make_tokenizers(
@@ -27,3 +31,14 @@ def make_tokenizers(
     pieces += [(f"\u2581{word}", math.log(count / total)) for word, count in sorted(counts.items())]
     pieces += [(piece, -20.0) for piece in ["\u2581", *map(chr, range(33, 127))]]
     return clip, transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=t5_length)
+
+
+def make_qwen_tokenizer(prompts: Sequence[str], vocabulary: int, length: int) -> transformers.Qwen2Tokenizer:
+    """Byte-pair encoding learnt from the prompts, of at most `vocabulary` tokens, with a chat's turns as FLUX.2-klein
+    wraps its prompts in. `length` is in tokens."""
+    turns = ["<|im_start|>", "<|im_end|>"]
+    blank = transformers.Qwen2Tokenizer(model_max_length=length)
+    made = blank.train_new_from_iterator(prompts, vocab_size=vocabulary - len(turns), show_progress=False)
+    made.add_special_tokens({"additional_special_tokens": turns})
+    made.chat_template = CHAT
+    return made

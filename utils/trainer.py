@@ -7,7 +7,7 @@ the codes that stay for the last `freeze_codes` of the steps, evaluation against
 safetensors and JSON only:
 
     checkpoint-N/config.json, *.safetensors    the transformer, or of a frozen one what was trained (models/trained.py),
-                                               for FluxTransformer2DModel.from_pretrained
+                                               for QuantizedTransformer.from_pretrained
     checkpoint-N/training_state*.safetensors   the optimizer's moments; with --ema_decay also the weights not averaged
     checkpoint-N/trainer_state.json            Trainer's log and counters
     checkpoint-N/settings.json                 what a resumed run must agree with
@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate.utils import broadcast_object_list
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -37,10 +37,11 @@ from tqdm import tqdm
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
+from models.quantized_model import QuantizedTransformer
 from models.trained import Shards, full, save_packed, save_shards, save_trained, save_whole
+from models.utils_quant import QuantizeLinear
 from utils import interrupt, scenes
-from utils.datautils import ShuffledSamples, Trajectories, collate, rebuild_latents, split_batch
+from utils.datautils import ShuffledSamples, Trajectories, collate, split_batch
 from utils.folders import read_json, remove_folder, whole_folder, write_json
 from utils.last_steps import VisitedStates, Votes
 from utils.metrics import psnr, scene_score
@@ -61,7 +62,7 @@ ONLINE_WINDOW = 16  # trajectories kept at a time when there is no teacher cache
 
 
 def choose_parameters(
-    model: FluxTransformer2DModel, model_args, clip_learning_rate: float | None, frozen_dtype: torch.dtype
+    model: QuantizedTransformer, model_args, clip_learning_rate: float | None, frozen_dtype: torch.dtype
 ) -> None:
     """Set requires_grad as the flags say; what is trained becomes fp32, the rest but α and LoRA `frozen_dtype`.
 
@@ -91,7 +92,7 @@ def choose_parameters(
         )
 
 
-def compile_blocks(transformer: FluxTransformer2DModel, spread: bool = False) -> None:
+def compile_blocks(transformer: QuantizedTransformer, spread: bool = False) -> None:
     """Compile the blocks, equal ones once; of those that FSDP2 will spread the forward alone, without its hooks."""
     if not spread:
         return transformer.compile_repeated_blocks()
@@ -147,11 +148,11 @@ class FluxQATTrainer(transformers.Trainer):
 
     def __init__(
         self,
-        model: FluxTransformer2DModel,
+        model: QuantizedTransformer,
         args,
         train_data: Trajectories,
         eval_data: Trajectories,
-        eval_pipe: FluxPipeline,
+        eval_pipe: DiffusionPipeline,
         settings: dict,
         num_images: int,
         num_final_images: int,
@@ -419,21 +420,20 @@ class FluxQATTrainer(transformers.Trainer):
         rounds = list(self._rounds(count))
         for numbers, _ in tqdm(rounds, desc="pictures", leave=False, disable=self._silent()):
             kept = [self.eval_dataset.trajectory(number) for number in numbers]
-            noise, embeds, pooled = (
-                torch.stack([t[name] for t in kept]).to(self.args.device).float()
-                for name in ("noise", "prompt_embeds", "pooled_prompt_embeds")
-            )
+            given = {
+                name: torch.stack([t[name] for t in kept]).to(self.args.device).float()
+                for name in kept[0]
+                if name == "noise" or name.endswith("prompt_embeds")
+            }
             with self.accelerator.autocast():
                 latents = sample_latents(
                     self.eval_pipe,
-                    noise,
                     size=size,
                     num_inference_steps=asked["num_inference_steps"],
-                    guidance_scale=asked["guidance_scale"],
-                    prompt_embeds=embeds,
-                    pooled_prompt_embeds=pooled,
+                    guidance_scale=self.eval_dataset.guidance_scale,
+                    **given,
                 )
-            final = torch.stack([last_latents(trajectory) for trajectory in kept])
+            final = torch.stack([self.eval_dataset.last_latents(trajectory) for trajectory in kept])
             for drawn, pictures in ((latents, images), (final, teacher_images)):
                 pictures.append(self._gather(decode_latents(self.eval_pipe, drawn, size)))
         if self.is_world_process_zero():  # what filled up the last round is at its end
@@ -623,18 +623,17 @@ def named_layers(model: nn.Module) -> dict[str, QuantizeLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizeLinear)}
 
 
-def last_latents(trajectory: dict[str, Tensor]) -> Tensor:
-    """z [L, C] at the end of a trajectory: what the autoencoder decodes."""
-    *_, last = rebuild_latents(trajectory["noise"], trajectory["velocities"], trajectory["sigmas"])
-    return last
-
-
-def record_features(transformer: FluxTransformer2DModel) -> dict[int, Tensor]:
+def record_features(transformer: QuantizedTransformer) -> dict[int, Tensor]:
     """A dict that, after every forward pass, holds the image tokens [B, L, D] that each block put out."""
     features: dict[int, Tensor] = {}
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+    def keep(i: int, output: Tensor | tuple[Tensor, Tensor]) -> None:
+        """Text and image apart or, in FLUX.2's single blocks, as one."""
+        features[i] = output[1] if isinstance(output, tuple) else output[:, -features[0].shape[1] :]
+
     for i, block in enumerate(blocks):
-        block.register_forward_hook(lambda _, __, output, i=i: features.__setitem__(i, output[1]))
+        block.register_forward_hook(lambda _, __, output, i=i: keep(i, output))
     return features
 
 

@@ -154,8 +154,8 @@ def check_resolution(pixels: int | None) -> None:
         raise ValueError(f"--resolution must be at least 16 and at most {LARGEST_PICTURE}, got {pixels}")
 
 
-def check_guidance(scale: float) -> None:
-    if not math.isfinite(scale):
+def check_guidance(scale: float | None) -> None:
+    if scale is not None and not math.isfinite(scale):
         raise ValueError(f"--guidance_scale must be a finite number, got {scale}")
 
 

@@ -1,4 +1,4 @@
-"""From block to block of a FLUX transformer that is larger than the device, along recorded calls, resumable.
+"""From block to block of a FLUX transformer that may be larger than the device, along recorded calls, resumable.
 
 Two streams of hidden states go side by side: the teacher's, and the student's, which went through the blocks as they
 were treated so far. What is done with a block is up to a function that gets both streams' inputs of it:
@@ -7,6 +7,8 @@ were treated so far. What is done with a block is up to a function that gets bot
     calls = work.calls() or record_calls(pipe, prompts, …)   # keyword arguments of the transformer
     walk(transformer, calls, w_bits, lambda block: stored_tensors_of_the_treated(block), work, device)
     for name, tensor in stored_tensors(transformer, work): ...   # every tensor, as a packed folder stores it
+
+What FLUX.2 modulates all its blocks by, linears outside of them, is treated before the blocks, each as one of its own.
 
 What must fit where, for blocks of width d and M tokens a call (FLUX.1-dev in 16 bits at 1024 pixels: d 3072, M 4608)
 
@@ -19,7 +21,9 @@ What must fit where, for blocks of width d and M tokens a call (FLUX.1-dev in 16
             1.58 bits). After a kill the finished blocks are run once more, which rebuilds the student's stream.
 """
 
+import functools
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -30,15 +34,17 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import send_to_device
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline
 from diffusers.hooks import apply_group_offloading
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from models.families import transformer_class
 from models.kernels import dequantize
 from models.packing import from_disk
+from utils.pipelines import family_of
 from utils.sampling import (
     encode_prompts,
     initial_noise,
@@ -205,48 +211,51 @@ def _placed(
         stop_streaming(transformer)
 
 
-def _encode(pipe: FluxPipeline, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Embeddings [N, S, D] and pooled ones [N, D] of the prompts, on the CPU, where the text encoders come from and go
-    back to."""
-    encoders = [encoder for encoder in (pipe.text_encoder, pipe.text_encoder_2) if encoder is not None]
+def _encode(
+    pipe: DiffusionPipeline, prompts: Sequence[str], device: torch.device, guidance_scale: float
+) -> dict[str, Tensor]:
+    """The text of the prompts, {name: [N, …]} on the CPU, where the text encoders come from and go back to."""
+    encoders = [getattr(pipe, name) for name in family_of(pipe).text_encoders]
+    encoders = [encoder for encoder in encoders if encoder is not None]
     for encoder in encoders:
         encoder.to(device)
-    texts, pooled = encode_prompts(pipe, prompts, ENCODED, device)
+    text = encode_prompts(pipe, prompts, ENCODED, device, guidance_scale)
     for encoder in encoders:
         encoder.to(CPU)
-    return texts, pooled
+    return text
 
 
 @torch.no_grad()
 def record_calls(
-    pipe: FluxPipeline, prompts: Sequence[str], used: Collection[int] | Callable[[int], Collection[int]], *,
+    pipe: DiffusionPipeline, prompts: Sequence[str], used: Collection[int] | Callable[[int], Collection[int]], *,
     seed: int, size: int, num_inference_steps: int, guidance_scale: float, batch_size: int, device: torch.device,
     limit: float | None = None,
 ) -> list[dict]:  # fmt: skip
     """The transformer's keyword arguments in the `used` steps of drawing the prompts, on the CPU; of the n-th batch of
     prompts in used(n), if that is a function.
 
-    Each call gets one entry more, "weight": the length of its step in sigma times the number of steps, since an error
-    of the velocity enters the picture times that length. The pipeline is on the CPU before and after; nothing is
-    decoded. On CUDA no more than `limit` bytes are taken, by default what is free.
+    Where a step takes two calls, both are kept. Each call gets one entry more, "weight": the length of its step in
+    sigma times the number of steps, since an error of the velocity enters the picture times that length. The pipeline
+    is on the CPU before and after; nothing is decoded. On CUDA no more than `limit` bytes are taken, by default what is
+    free.
     """
-    texts, pooled = _encode(pipe, prompts, device)
+    text = _encode(pipe, prompts, device, guidance_scale)
     pipe.vae.to(device)  # the pipeline computes where its first component is
-    tokens = (size // (2 * pipe.vae_scale_factor)) ** 2 + texts.shape[1]
+    tokens = (size // (2 * pipe.vae_scale_factor)) ** 2 + text["prompt_embeds"].shape[1]
+    each = family_of(pipe).calls_a_step(pipe, guidance_scale)
     calls = []
     with (
         _placed(pipe.transformer, tokens, batch_size, device, limit) as count,
         tqdm(total=len(prompts), desc="teacher", unit="image") as bar,
     ):
         for batch, start in enumerate(range(0, len(prompts), count)):
-            steps = sorted(used(batch) if callable(used) else used)
+            steps = [step for step in sorted(used(batch) if callable(used) else used) for _ in range(each)]
             part = slice(start, min(start + count, len(prompts)))
             noise = initial_noise(pipe, range(seed + part.start, seed + part.stop), size, pipe.transformer.dtype)
-            with record_inputs(pipe.transformer, steps.__contains__) as found:
+            with record_inputs(pipe.transformer, lambda call, steps=steps: call // each in steps) as found:
                 sample_latents(
-                    pipe, noise.to(device), size=size, num_inference_steps=num_inference_steps,
-                    guidance_scale=guidance_scale, prompt_embeds=texts[part].to(device),
-                    pooled_prompt_embeds=pooled[part].to(device),
+                    pipe, noise, size=size, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+                    **{name: rows[part] for name, rows in text.items()},
                 )  # fmt: skip
             lengths = (pipe.scheduler.sigmas[:-1] - pipe.scheduler.sigmas[1:]).abs().tolist()
             for step, call in zip(steps, found, strict=True):
@@ -287,13 +296,17 @@ class Streams:
     """The inputs of the next block in every call.
 
     teacher, student: (encoder_hidden_states, hidden_states) [B, tokens, d] of each call, on the host, pinned for CUDA.
-    rest: the other keyword arguments of each call, the same for every block, on the device.
+    rest: all other keyword arguments that blocks take, of each call, on the device; see arguments.
+    vectors: those of them that are made of the time, [B, …].
+    changed: of each call, what the student has in the place of the teacher's vectors.
     folder: where hidden states are mapped from files that have no name, and are gone with the process; None: in memory.
     """
 
     device: torch.device
     folder: Path | None = None
+    vectors: tuple[str, ...] = ()
     rest: list[dict] = field(default_factory=list)
+    changed: list[dict] = field(default_factory=list)
     teacher: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     student: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -301,11 +314,12 @@ class Streams:
         return len(self.rest)
 
     def append(self, inputs: dict) -> None:
-        """Take the keyword arguments, on the device, of the first block in another call."""
+        """Take the keyword arguments, on the device, of the blocks in another call; hidden states are the first's."""
         rest = {name: value for name, value in inputs.items() if name not in HIDDEN}
         if self.rest and all(map(torch.equal, rest["image_rotary_emb"], self.rest[-1]["image_rotary_emb"])):
             rest["image_rotary_emb"] = self.rest[-1]["image_rotary_emb"]  # megabytes, and most calls' are equal
         self.rest.append(rest)
+        self.changed.append({})
         for stream in (self.teacher, self.student):
             stream.append(tuple(self.to_host(inputs[name]) for name in HIDDEN))
 
@@ -320,12 +334,13 @@ class Streams:
         return held.copy_(tensor)
 
     def inputs(self, stream: list[tuple[Tensor, Tensor]], i: int) -> dict:
-        """Call i's keyword arguments for the next block, on the device; `stream` is self.teacher or self.student.
+        """Call i's keyword arguments for the next blocks, on the device; `stream` is self.teacher or self.student.
 
         On a CPU they are the stream's own tensors: not to be written to, and other values after `advance`.
         """
         hidden = (tensor.to(self.device, non_blocking=True) for tensor in stream[i])
-        return self.rest[i] | dict(zip(HIDDEN, hidden, strict=True))
+        changed = self.changed[i] if stream is self.student else {}
+        return self.rest[i] | changed | dict(zip(HIDDEN, hidden, strict=True))
 
     def advance(self, module: nn.Module, parameters: dict[str, Tensor]) -> None:
         """Put the outputs of the block `module` in the place of its inputs, the student's with `parameters` in place of
@@ -337,10 +352,25 @@ class Streams:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # before anyone reads them on the host
 
+    def modulate(self, name: str, module: nn.Module, parameters: dict[str, Tensor]) -> None:
+        """Let the student's blocks take what `module` makes with `parameters` as their argument `name`."""
+        for i, rest in enumerate(self.rest):
+            self.changed[i][name] = run_block(module, parameters, rest)
+
+
+@functools.cache
+def _taken(kind: type) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def arguments(module: nn.Module, inputs: dict) -> dict:
+    """Those of the keyword arguments `inputs` that the module takes."""
+    return {name: value for name, value in inputs.items() if name in _taken(type(module))}
+
 
 def run_block(module: nn.Module, parameters: dict[str, Tensor], inputs: dict) -> tuple[Tensor, Tensor]:
     """The block's output (encoder_hidden_states, hidden_states), with `parameters` in place of its own of that name."""
-    return torch.func.functional_call(module, parameters, kwargs=inputs)
+    return torch.func.functional_call(module, parameters, kwargs=arguments(module, inputs))
 
 
 @torch.no_grad()
@@ -351,14 +381,22 @@ def first_inputs(
 
     Of the transformer only what comes before the blocks is taken to `device`, and back to the CPU.
     """
-    streams = Streams(device, folder)
+    made, fixed = _made(transformer), {}
+    for blocks in transformer_class(transformer).family.blocks.values():
+        fixed |= blocks.fixed
+    streams, seen = Streams(device, folder, tuple(dict.fromkeys(["temb", *made.values()]))), {}
     before = [module for module in transformer.children() if not isinstance(module, nn.ModuleList)]
 
     def stop(module, args, kwargs):
-        streams.append(kwargs)
+        streams.append(kwargs | seen | fixed)
         raise _Reached
 
-    hook = transformer.transformer_blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+    hooks = [transformer.get_submodule(block_names(transformer)[0]).register_forward_pre_hook(stop, with_kwargs=True)]
+    for path, name in made.items():
+        module = transformer.get_submodule(path)
+        hooks.append(module.register_forward_hook(lambda _, args, output, name=name: seen.update({name: output})))
+        if path in modulation_names(transformer):
+            hooks.append(module.register_forward_pre_hook(lambda _, args: seen.update(temb=args[0])))
     for module in before:
         module.to(device)
     try:
@@ -368,7 +406,8 @@ def first_inputs(
             except _Reached:
                 pass
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         for module in before:
             module.to(CPU)
     return streams
@@ -379,14 +418,17 @@ def first_inputs(
 
 @dataclass
 class Block:
-    """A block that is to be treated. `module` is on the device and holds the teacher's parameters; it stays as it is.
+    """A block that is to be treated, or a modulation outside of the blocks. `module` is on the device and holds the
+    teacher's parameters; it stays as it is.
 
+    order: its linears by name, in the order in which they compute, those together whose inputs are made together.
     notes: JSON values to be kept with what the treatment makes of it.
     """
 
     name: str
     module: nn.Module
     streams: Streams
+    order: tuple[tuple[str, ...], ...]
     notes: dict = field(default_factory=dict)
 
     def teacher_inputs(self, i: int) -> dict:
@@ -398,10 +440,35 @@ class Block:
         return self.streams.inputs(self.streams.student, i)
 
 
+def make_block(transformer: nn.Module, name: str, streams: Streams) -> Block:
+    """The transformer's block of this name, taken to the streams' device."""
+    order = transformer_class(transformer).family.order
+    if name in modulation_names(transformer):
+        order = (("linear",),)
+    return Block(name, transformer.get_submodule(name).to(streams.device), streams, order)
+
+
 def block_names(transformer: nn.Module) -> list[str]:
     """The names of the blocks, in the order in which they compute."""
-    kinds = ("transformer_blocks", "single_transformer_blocks")
-    return [f"{kind}.{i}" for kind in kinds for i in range(len(getattr(transformer, kind)))]
+    return transformer_class(transformer).family.block_names(transformer)
+
+
+def modulation_names(transformer: nn.Module) -> list[str]:
+    """The names of the modules outside of the blocks whose linears are quantized as well."""
+    family = transformer_class(transformer).family
+    linears = family.linears(transformer)
+    return [name.rpartition(".")[0] for name in linears if name.partition(".")[0] not in family.blocks]
+
+
+def stage_names(transformer: nn.Module) -> list[str]:
+    """The names of all that a walk treats, in its order."""
+    return [*modulation_names(transformer), *block_names(transformer)]
+
+
+def _made(transformer: nn.Module) -> dict[str, str]:
+    """Modules before the blocks by name, and which argument of the blocks is what they put out."""
+    lists = transformer_class(transformer).family.blocks.values()
+    return {module: name for blocks in lists for name, module in blocks.made.items()}
 
 
 def student_parameters(block: Block, tensors: dict[str, Tensor], w_bits: int) -> dict[str, Tensor]:
@@ -429,7 +496,7 @@ def walk(
     device: torch.device = CPU,
     folder: Path | None = None,
 ) -> None:
-    """Treat the blocks of `transformer` one after the other, each on `device`, along `calls` of it.
+    """Treat modulation and blocks of `transformer` one after the other, each on `device`, along `calls` of it.
 
     treat(block) returns all tensors of the treated block under their full names as a packed folder stores them: a
     layer's weight_codes, weight_clip_val and bias, or a parameter as it is. They are kept in `work`; blocks that are
@@ -438,18 +505,22 @@ def walk(
     treat turns them on where it wants them.
     """
     streams = first_inputs(transformer, calls, device, folder)
-    names = block_names(transformer)
+    names, made, modulation = stage_names(transformer), _made(transformer), modulation_names(transformer)
     finished = sum(work.has(name) for name in names)
     if finished:
         log.info("%s: %d of %d blocks are finished; going on from there", work.folder, finished, len(names))
     with tqdm(total=len(names), initial=finished, desc="blocks", unit="block") as bar:
         for name in names:
-            block = Block(name, transformer.get_submodule(name).to(device), streams)
+            block = make_block(transformer, name, streams)
             if not work.has(name):
                 work.keep(name, treat(block), block.notes)
                 bar.update()
             # Read back even if it was just made: a walk that goes on later sees the same numbers.
-            streams.advance(block.module, student_parameters(block, work.block(name), w_bits))
+            parameters = student_parameters(block, work.block(name), w_bits)
+            if name in modulation:
+                streams.modulate(made[name], block.module, parameters)
+            else:
+                streams.advance(block.module, parameters)
             _free(block.module)
 
 
@@ -462,7 +533,7 @@ def _free(module: nn.Module) -> None:
 
 def stored_tensors(transformer: nn.Module, work: Work) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of the whole transformer after a walk: the finished blocks', and its own outside of them."""
-    for name in block_names(transformer):
+    for name in stage_names(transformer):
         yield from work.block(name).items()
     for name, parameter in transformer.named_parameters():
         if not parameter.is_meta:
