@@ -100,7 +100,7 @@ def _digits(packed: Tensor) -> tuple[Tensor, Tensor]:
     rest = packed.to(torch.int16)
     digits = torch.empty(len(packed), TRITS, packed.shape[1], dtype=torch.uint8, device=packed.device)
     for i in range(TRITS):
-        digits[:, i] = rest.mul_(3) >> 8  # with out=digits[:, i], CUDA shifts eight bits by eight
+        digits[:, i] = rest.mul_(3).view(torch.uint8)[:, 1::2]  # the upper bytes; CUDA's shift to a uint8 gives zeros
         rest &= 255
     return digits.flatten(1), rest.max() > 242
 
