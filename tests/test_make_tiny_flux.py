@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import nn
 
 from utils import make_tiny_flux as recipe
@@ -170,31 +171,48 @@ def test_a_few_steps_make_a_pipeline_that_stock_diffusers_loads(make, tmp_path):
     assert "tiny-flux" in (folder / "README.md").read_text()
 
 
-def test_a_wider_one_is_made_from_the_shipped_one_and_keeps_what_it_draws(make, tmp_path):
+@pytest.fixture
+def narrow(tmp_path) -> Path:
+    """The shipped pipeline with a random transformer of 32 channels: quick on a CPU."""
+    torch.manual_seed(0)
+    shapes = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
+    config = json.loads((SHIPPED / "transformer" / "config.json").read_text()) | shapes
+    transformer = FluxTransformer2DModel.from_config(config | {"axes_dims_rope": (4, 6, 6)})
+    folder = tmp_path / "narrow"
+    shutil.copytree(SHIPPED, folder, ignore=shutil.ignore_patterns("diffusion_pytorch_model.safetensors"))
+    shutil.copytree(SHIPPED / "vae", folder / "vae", dirs_exist_ok=True)
+    transformer.save_pretrained(folder / "transformer")
+    return folder
+
+
+def test_a_wider_one_is_made_from_a_narrow_one_and_keeps_what_it_draws(make, narrow, tmp_path):
     """Of three steps at no learning rate: the same function, in more channels."""
-    result = make("--width", 512, "--widened_steps", 3, "--widened_rate", 0)
+    steps = ("--widened_steps", 3, "--widened_rate", 0, "--save_every", 2)
+    result = make("--width", 64, "--narrow", narrow, *steps)
     assert result.returncode == 0, result.stderr
     assert "widened: done" in result.stdout and "text: done" not in result.stdout
     assert (tmp_path / "work" / "widened.safetensors").is_file()  # to go on from
     folder = tmp_path / "out" / "tiny"
     config = json.loads((folder / "transformer" / "config.json").read_text())
-    assert (config["num_attention_heads"], config["attention_head_dim"]) == (8, 64)
-    figures = json.loads((folder / "metrics.json").read_text())
-    training = figures["training"]
+    assert (config["num_attention_heads"], config["attention_head_dim"]) == (4, 16)
+    training = json.loads((folder / "metrics.json").read_text())["training"]
     assert training["loss_as_widened"] == pytest.approx(training["loss_as_trained"], rel=1e-2)
-    assert training["loss_as_widened"] < 0.6 and training["copies_differ"] < 0.01
+    assert training["copies_differ"] < 0.01
     card = (folder / "README.md").read_text()
-    assert "--width 512 --widened_steps 3" in card and "Widened from assets/tiny-flux to 512 channels" in card
-    pipes = [FluxPipeline.from_pretrained(source) for source in (SHIPPED, folder)]
-    prompts = scenes.eval_prompts(2)
-    narrow, wide = (generate_images(pipe, prompts, num_inference_steps=4) for pipe in pipes)
-    assert (narrow.float() - wide.float()).square().mean() < 2e-3  # weights and sums are rounded to bfloat16
+    assert "--width 64 --widened_steps 3" in card and f"Widened from {narrow} to 64 channels" in card
+    prompts, pictures = scenes.eval_prompts(2), []
+    for source in (narrow, folder):
+        pictures.append(generate_images(FluxPipeline.from_pretrained(source), prompts, num_inference_steps=4).float())
+    first, second = pictures
+    assert (first - second).square().mean() < 2e-3 < first.var()  # weights and sums are rounded to bfloat16
 
 
 def test_a_width_that_cannot_be_is_named_at_once(make):
     result = make("--width", 300)
     assert result.returncode == 1 and "--width 300: no multiple of 256" in result.stderr.splitlines()[-1]
-    assert make("--width", 512, "--until", "flow").returncode == 2
+    with pytest.raises(SystemExit) as stop:
+        recipe.parse_args(["--width", "512", "--until", "flow"])
+    assert stop.value.code == 2
 
 
 def test_a_device_that_is_not_there_is_a_usage_error(make):
