@@ -54,7 +54,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton")
 SCALES = {
     "flux": {
         "config": "flux-dev", "images": 2, "steps": 28, "prompts": 4, "max_steps": 10, "save_steps": 5, "rank": 32,
-        "all": "--optim adamw_torch_8bit --learning_rate 2e-5 --clip_learning_rate 1e-4",
+        "all": "--lora_r 0 --optim adamw_torch_8bit",
         "compile": "--torch_compile True", "calibrated": "--memory_gib 24",
         "calibration": 2, "stride": 7, "block_steps": 2,
         "bench": "--resolution 1024 --cpp_wrapper --rounds 5", "training_step": "--config flux-dev", "drawn": "",
