@@ -6,6 +6,7 @@ What does not depend on the family is tested on FLUX.1's alone.
 import copy
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -481,9 +482,9 @@ LOAD_AND_MEASURE = """
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from /proc")
 def test_loading_needs_little_more_memory_than_the_model(tmp_path):
-    """1.3 B parameters in bf16 shards. Peak of the resident set, mapped pages of the shards included."""
+    """0.7 B parameters in bf16 shards. Peak of the resident set, mapped pages of the shards included."""
     with torch.device("meta"):
-        model = diffusers.FluxTransformer2DModel(num_layers=2, num_single_layers=4, guidance_embeds=True)
+        model = diffusers.FluxTransformer2DModel(num_layers=4, num_single_layers=8, num_attention_heads=12)
     model.save_config(tmp_path)
     noise = torch.randn(2**26).mul_(0.02).bfloat16()
     shards, weight_map = {}, {}
@@ -496,9 +497,12 @@ def test_loading_needs_little_more_memory_than_the_model(tmp_path):
     try:
         root = Path(__file__).parents[1]
         command = [sys.executable, "-c", textwrap.dedent(LOAD_AND_MEASURE), tmp_path]
-        result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+        # What is freed goes back at once, or the peak would depend on what malloc has kept.
+        malloc = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_ARENA_MAX": "1"}
+        environment = os.environ | malloc
+        result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
     finally:
         shutil.rmtree(tmp_path)
     peak, size = map(int, result.stdout.split())
-    assert size > 2.5e9
+    assert size > 1.2e9
     assert peak < 1.15 * size

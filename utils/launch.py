@@ -20,7 +20,8 @@ if __name__ == "__main__":
     try:
         main()
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        # Of those that ended before torchrun looked, one that was killed is why the others failed.
+        rank, failure = min(error.failures.items(), key=lambda each: (each[1].exitcode >= 0, each[1].timestamp))
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             print(f"rank {rank} was killed ({name}); the others were ended", file=sys.stderr)
