@@ -1,5 +1,7 @@
 """The names that tensors have in Black Forest Labs' own files."""
 
+import itertools
+
 import torch
 
 
@@ -21,6 +23,19 @@ class Renamed:
         for name in [name for name in self.result if "adaLN" in name]:
             self.result[name] = self.result[name].roll(len(self.result[name]) // 2, 0)
 
+    def move_double_blocks(self, model, first, second):
+        """Attention and feed-forward, whose linears have these names."""
+        for i, text in itertools.product(range(model.config.num_layers), (False, True)):
+            old, new = f"transformer_blocks.{i}", f"double_blocks.{i}.{'txt' if text else 'img'}"
+            ff, out = ("ff_context", "to_add_out") if text else ("ff", "to_out.0")
+            names = ("add_q_proj", "add_k_proj", "add_v_proj") if text else ("to_q", "to_k", "to_v")
+            self.move(f"{new}_attn.qkv", *(f"{old}.attn.{name}" for name in names))
+            self.move(f"{new}_attn.norm.query_norm", f"{old}.attn.norm_{'added_' if text else ''}q")
+            self.move(f"{new}_attn.norm.key_norm", f"{old}.attn.norm_{'added_' if text else ''}k")
+            self.move(f"{new}_attn.proj", f"{old}.attn.{out}")
+            self.move(f"{new}_mlp.0", f"{old}.{ff}.{first}")
+            self.move(f"{new}_mlp.2", f"{old}.{ff}.{second}")
+
 
 def flux_names(model):
     """The tensors of a FluxTransformer2DModel under the names of FLUX.1's first code."""
@@ -34,17 +49,9 @@ def flux_names(model):
     move("final_layer.linear", "proj_out")
     renamed.swap_last_norm()
     for i in range(model.config.num_layers):
-        for text in (False, True):
-            old, new = f"transformer_blocks.{i}", f"double_blocks.{i}.{'txt' if text else 'img'}"
-            ff, out = ("ff_context", "to_add_out") if text else ("ff", "to_out.0")
-            move(f"{new}_mod.lin", f"{old}.norm1{'_context' if text else ''}.linear")
-            names = ("add_q_proj", "add_k_proj", "add_v_proj") if text else ("to_q", "to_k", "to_v")
-            move(f"{new}_attn.qkv", *(f"{old}.attn.{name}" for name in names))
-            move(f"{new}_attn.norm.query_norm", f"{old}.attn.norm_{'added_' if text else ''}q")
-            move(f"{new}_attn.norm.key_norm", f"{old}.attn.norm_{'added_' if text else ''}k")
-            move(f"{new}_attn.proj", f"{old}.attn.{out}")
-            move(f"{new}_mlp.0", f"{old}.{ff}.net.0.proj")
-            move(f"{new}_mlp.2", f"{old}.{ff}.net.2")
+        move(f"double_blocks.{i}.img_mod.lin", f"transformer_blocks.{i}.norm1.linear")
+        move(f"double_blocks.{i}.txt_mod.lin", f"transformer_blocks.{i}.norm1_context.linear")
+    renamed.move_double_blocks(model, "net.0.proj", "net.2")
     for i in range(model.config.num_single_layers):
         old, new = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
         move(f"{new}.modulation.lin", f"{old}.norm.linear")
@@ -69,17 +76,7 @@ def flux2_names(model):
     renamed.swap_last_norm()
     for stream in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
         move(f"{stream}.lin", f"{stream}.linear")
-    for i in range(model.config.num_layers):
-        for text in (False, True):
-            old, new = f"transformer_blocks.{i}", f"double_blocks.{i}.{'txt' if text else 'img'}"
-            ff, out = ("ff_context", "to_add_out") if text else ("ff", "to_out.0")
-            names = ("add_q_proj", "add_k_proj", "add_v_proj") if text else ("to_q", "to_k", "to_v")
-            move(f"{new}_attn.qkv", *(f"{old}.attn.{name}" for name in names))
-            move(f"{new}_attn.norm.query_norm", f"{old}.attn.norm_{'added_' if text else ''}q")
-            move(f"{new}_attn.norm.key_norm", f"{old}.attn.norm_{'added_' if text else ''}k")
-            move(f"{new}_attn.proj", f"{old}.attn.{out}")
-            move(f"{new}_mlp.0", f"{old}.{ff}.linear_in")
-            move(f"{new}_mlp.2", f"{old}.{ff}.linear_out")
+    renamed.move_double_blocks(model, "linear_in", "linear_out")
     for i in range(model.config.num_single_layers):
         old, new = f"single_transformer_blocks.{i}.attn", f"single_blocks.{i}"
         move(f"{new}.linear1", f"{old}.to_qkv_mlp_proj")

@@ -22,6 +22,7 @@ from models.modeling_flux2_quant import (
 )
 from models.packing import PackedLinear
 
+GPU = torch.device("cuda")
 KLEIN_4B = {  # as FLUX.2-klein-4B's config.json has it
     "patch_size": 1, "in_channels": 128, "num_layers": 5, "num_single_layers": 20, "attention_head_dim": 128,
     "num_attention_heads": 24, "joint_attention_dim": 7680, "timestep_guidance_channels": 256, "mlp_ratio": 3.0,
@@ -143,8 +144,8 @@ def test_its_modes_on_a_gpu_eager_and_compiled(monkeypatch):
     config = CONFIGS["FLUX.2"] | {"attention_head_dim": 64, "num_attention_heads": 4, "axes_dims_rope": (16,) * 4}
     model = Flux2Transformer2DModel(**config, guidance_embeds=False, w_bits=0).eval().pack()
     given = inputs(model.config, torch.bfloat16, text_tokens=40)
-    given = {name: part.cuda() if torch.is_tensor(part) else part for name, part in given.items()}
-    model = torch.nn.Module.to(model, "cuda", torch.bfloat16)
+    given = {name: part.to(GPU) if torch.is_tensor(part) else part for name, part in given.items()}
+    model = torch.nn.Module.to(model, GPU, torch.bfloat16)
     exact = model(**given)[0].double()
     model.set_inference_mode("fast")
     with monkeypatch.context() as patch:

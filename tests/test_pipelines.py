@@ -29,6 +29,7 @@ from utils.teacher import Teacher, TeacherSettings, prompt_seeds
 from utils.trainer import record_features
 
 CPU = torch.device("cpu")
+GPU = torch.device("cuda")
 PROMPTS = ["a red star and a blue ring", "three hearts on grey paper"]
 GUIDANCE, STEPS = 1.7, 3
 
@@ -105,16 +106,16 @@ def test_a_streamed_pipeline_draws_the_same(klein_folder):
 @pytest.mark.parametrize("offload", [None, "model", "sequential"])
 def test_an_offloaded_pipeline_draws_the_same(offload, klein_base_folder):
     settings = {"num_inference_steps": 2, "guidance_scale": GUIDANCE}
-    expected = generate_images(load_pipeline(str(klein_base_folder), torch.float32).to("cuda"), PROMPTS, **settings)
+    expected = generate_images(load_pipeline(str(klein_base_folder), torch.float32).to(GPU), PROMPTS, **settings)
     pipe = load_pipeline(str(klein_base_folder), torch.float32)
-    place(pipe, torch.device("cuda"), offload)
+    place(pipe, GPU, offload)
     torch.testing.assert_close(generate_images(pipe, PROMPTS, **settings), expected, rtol=0, atol=5e-3)
 
 
 @pytest.mark.gpu
 def test_steps_as_cuda_graphs_draw_the_same(klein_base_folder):
     """One graph for both calls of a step, whose texts differ."""
-    pipe = load_pipeline(str(klein_base_folder), torch.float32).to("cuda")
+    pipe = load_pipeline(str(klein_base_folder), torch.float32).to(GPU)
     settings = {"num_inference_steps": 3, "guidance_scale": GUIDANCE}
     expected = generate_images(pipe, PROMPTS, **settings)
     compile_steps(pipe.transformer)
