@@ -213,7 +213,12 @@ def get_teacher(
 
 
 def summarize(trainer: FluxQATTrainer, seconds: float, steps: int, earlier: dict) -> dict:
-    """Settings, machine, the time of `steps` steps (of none: what `earlier`, the last summary, says), evaluations."""
+    """Settings, machine, the time of `steps` steps (of none: what `earlier`, the last summary, says), evaluations.
+
+    A step's time is the mean over those in which nothing is compiled, if there are any."""
+    ordinary = steps - len(trainer.compiling)
+    if ordinary > 0:
+        seconds, steps = seconds - sum(trainer.compiling), ordinary
     device = trainer.args.device
     first_step = trainer.first_step or {name: earlier.get(name) for name in FIRST_STEP}
     evaluations = [line for line in trainer.state.log_history if "eval_nmse" in line]

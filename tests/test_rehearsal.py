@@ -233,13 +233,16 @@ def test_records_are_written_after_every_step_and_only_replaces_rows(stage, monk
             raise KeyboardInterrupt
         return {"name": step.name, "skipped": f"not now, {stage.turn}"}
 
+    monkeypatch.setattr(rehearsal, "describe_machine", lambda: {"cores": 8 * stage.turn, "commit": f"c{stage.turn}"})
     stage.turn = 1
     with pytest.raises(KeyboardInterrupt):
         rehearsal.rehearse(steps, stage, play)
     stage.turn = 2
     rehearsal.rehearse(steps[1:2], stage, play)
-    rows = json.loads(file.read_text())["rows"]
+    found = json.loads(file.read_text())
+    rows, machines = found["rows"], found["machines"]
     assert [(row["name"], row["skipped"]) for row in rows] == [("one", "not now, 1"), ("two", "not now, 2")]
+    assert [(machines[row["machine"]]["cores"], row["commit"]) for row in rows] == [(8, "c1"), (16, "c2")]
     assert "| one | | not now, 1 |" in file.with_suffix(".md").read_text()
     stage.scale = "flux"
     with pytest.raises(ValueError, match="of --scale small; choose another --output for flux"):

@@ -305,6 +305,23 @@ def test_metrics_and_summary_say_what_was_reached(finished, pipeline_folder):
     assert summary["trained_parameters"] == sum(p.numel() for p in parameters.values()) + alphas
 
 
+def test_steps_in_which_torch_compiles_do_not_count_in_a_steps_time(monkeypatch):
+    """By a clock, of steps that take 1, 10, 100, … seconds: the first compiles, and the one that freezes the codes."""
+    clock = [0.0]
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(time=lambda: clock[0]))
+    stand_in = SimpleNamespace(first_step={}, compiling=[], aside=0.0, freeze_at=lambda steps: steps - 2)
+    watch, state = trainer._Clock(stand_in), SimpleNamespace(max_steps=5)
+    for state.global_step in range(5):
+        watch.on_step_begin(SimpleNamespace(freeze_codes=0.4), state, None)
+        clock[0] += 10**state.global_step
+        watch.on_step_end(None, state, None)
+    assert stand_in.compiling == [1, 1000] and stand_in.first_step["seconds_of_first_step"] == 1
+    stand_in.args, stand_in.settings = SimpleNamespace(device=torch.device("cpu"), world_size=1), {}
+    stand_in.state = SimpleNamespace(log_history=[{"eval_nmse": 0.1, "step": 5}], global_step=5)
+    stand_in.trained = list
+    assert train.summarize(stand_in, 11111, 5, {})["seconds_per_step"] == (10 + 100 + 10000) / 3
+
+
 def test_the_time_to_the_first_step_is_that_of_the_run_without_evaluation(call, monkeypatch, tmp_path):
     """By a clock of ten seconds to load the student, a hundred to evaluate and a thousand to train a step."""
     clock = [5.0]

@@ -11,7 +11,8 @@ FLUX.2-klein-4B, or a few MB with the same structure. `--model` puts it elsewher
 that is there already. STEPS says what is run and what must hold afterwards. Each step's exit status, wall time, peak
 memory and written bytes are measured from outside; it writes
 
-    OUTPUT/rehearsal.json    a row a step, after every step; --only replaces the rows of the steps it names
+    OUTPUT/rehearsal.json    a row a step, after every step; --only replaces the rows of the steps it names, on this
+                             machine or, where the file was brought along, on another
     OUTPUT/rehearsal.md      the same as a table
     OUTPUT/logs/STEP.log     what each command printed
     OUTPUT/work/             what the commands wrote; what no later step needs is deleted
@@ -211,11 +212,11 @@ STEPS = (
     ),
     Step(
         "fsdp_killed", training(2, "fsdp", FSDP), clears=("fsdp",), reads=("cache",),
-        kill="fsdp/train/checkpoint-{save_steps}", gpus=2, disk_gb=150,
+        kill="fsdp/train/checkpoint-{save_steps}", gpus=2, peak=76, disk_gb=150,
     ),
     Step(
         "fsdp_resumed", training(2, "fsdp", FSDP), reads=("fsdp/train/checkpoint-{save_steps}",), drops=("fsdp",),
-        says="going on from", gpus=2, **trained("fsdp", (150e9, 250e6)),
+        says="going on from", gpus=2, peak=76, **trained("fsdp", (150e9, 250e6)),
     ),
     Step(
         "ddp", training(2, "ddp", LORA), clears=("ddp",), reads=("cache",), drops=("ddp",), gpus=2,
@@ -693,24 +694,28 @@ def rehearse(steps: list[Step], stage: Stage, play: Callable[..., dict] = play) 
     if stage.work.exists() and not file.exists():
         raise ValueError(f"{stage.work}: not of a rehearsal (no {file.name} beside it); choose another --output")
     stage.output.mkdir(parents=True, exist_ok=True)
-    rows = {}
+    rows, machines = {}, []
     if file.exists():
         found = json.loads(file.read_text())
         if found["scale"] != stage.scale:
             raise ValueError(f"{file}: of --scale {found['scale']}; choose another --output for {stage.scale}")
-        rows = {row["name"]: row for row in found["rows"]}
+        rows, machines = {row["name"]: row for row in found["rows"]}, found["machines"]
+    commit = machine.pop("commit")
+    if machine not in machines:
+        machines.append(machine)
+    where = {"machine": machines.index(machine), "commit": commit}
     played = []
 
     def record() -> None:
         ordered = [rows[step.name] for step in STEPS if step.name in rows]
-        found = {"scale": stage.scale, "machine": machine, "rows": ordered}
+        found = {"scale": stage.scale, "machines": machines, "rows": ordered}
         write_whole(file, json.dumps(found, indent=2) + "\n")
         write_whole(file.with_suffix(".md"), table(ordered))
 
     record()  # from here on the folders are a rehearsal's, to be cleared by it
     for step in steps:
         log.info("%s: %s", step.name, stage.fill(step.command))
-        row = rows[step.name] = play(step, stage, machine) | {"commit": machine["commit"]}
+        row = rows[step.name] = play(step, stage, machine) | where
         record()
         played.append(row)
         log.info("%s: %s", step.name, row.get("skipped") or row["problem"] or f"{row['seconds']:.0f} s")

@@ -185,6 +185,7 @@ class FluxQATTrainer(transformers.Trainer):
         self.doing = "training starts"
         self.aside = 0.0  # seconds spent on evaluation and checkpoints
         self.first_step: dict[str, float] = {}  # when it began, from the script's start on, and how long it took
+        self.compiling: list[float] = []  # seconds of the steps in which torch compiles
         self.averages: list[Tensor] | None = None
         if self.is_fsdp_enabled:
             prepare_fsdp(self.accelerator)
@@ -558,20 +559,25 @@ class _Average(transformers.TrainerCallback):
 
 
 class _Clock(transformers.TrainerCallback):
-    """Notes how long it takes to the first step, without what is evaluated before it, and how long that takes: what is
-    compiled is compiled in it."""
+    """Notes how long it takes to the first step, without what is evaluated before it, and how long the steps take in
+    which torch compiles: the first one, and the first one with frozen codes."""
 
     def __init__(self, trainer: FluxQATTrainer):
         self.trainer, self.began = trainer, None
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if self.began is None:
-            self.began = time.time()
+        first, self.began = self.began is None, time.time()
+        freezes = args.freeze_codes and state.global_step == self.trainer.freeze_at(state.max_steps)
+        self.compiles = first or freezes
+        if first:
             seconds = self.began - interrupt.STARTED - self.trainer.aside
             self.trainer.first_step["seconds_to_first_step"] = round(seconds, 1)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.first_step.setdefault("seconds_of_first_step", round(time.time() - self.began, 1))
+        if self.compiles:
+            took = time.time() - self.began
+            self.trainer.compiling.append(took)
+            self.trainer.first_step.setdefault("seconds_of_first_step", round(took, 1))
 
 
 class _Freeze(transformers.TrainerCallback):
