@@ -183,10 +183,11 @@ def compare(model_args, data_args, training_args) -> None:
         pipe.register_modules(transformer=transformer)
         place(pipe, device, model_args.offload)
         images = sample(name)
+        each = family_of(pipe).calls_a_step(pipe, guidance)
         row = {
             "name": name,
             "w_bits": w_bits,
-            "nmse": velocity_nmse(transformer, teacher_calls, steps, family_of(pipe).calls_a_step(pipe, guidance))[0],
+            "nmse": velocity_nmse(transformer, teacher_calls, steps, device, each)[0],
             "psnr": psnr(images, teacher_images),
             "packed_bytes": packed_bytes(transformer),
         }

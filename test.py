@@ -356,7 +356,7 @@ def judge(args: argparse.Namespace) -> None:
     metrics["seconds_per_image"] = (time.time() - started) / len(prompts)
     if calls:
         args.doing = "velocities are compared"
-        metrics["nmse"], metrics["nmse_by_step"] = velocity_nmse(student, calls, args.steps, each)
+        metrics["nmse"], metrics["nmse_by_step"] = velocity_nmse(student, calls, args.steps, device, each)
 
     # 3. The figures.
     args.doing = "pictures are compared"

@@ -135,17 +135,18 @@ def test_pictures_are_those_of_the_cpu():
 
 
 def test_a_sanity_check_measures_what_it_measures_on_the_cpu(script, tmp_path):
+    """In float32: in bfloat16 a picture of four steps is another one on every kind of processor."""
     rows = []
     for device in ("cpu", DEVICE):
         folder = tmp_path / str(device)
-        flags = "--bf16 True --w_bits 4 0 --num_images 2 --num_inference_steps 4 --pack True".split()
+        flags = "--bf16 False --w_bits 4 0 --num_images 2 --num_inference_steps 4 --pack True".split()
         script("sanity.py", "--device", device, "--output_dir", folder, "--local_dir", folder, *flags)
         rows.append(json.loads((folder / "samples" / "metrics.json").read_text())["rows"])
     for here, there in zip(*rows, strict=True):
         assert here["name"] == there["name"] and here["packed_bytes"] == there["packed_bytes"]
         if "nmse" in here:
-            assert there["nmse"] == pytest.approx(here["nmse"], rel=0.05)
-            assert there["psnr"] == pytest.approx(here["psnr"], abs=0.5)
+            assert there["nmse"] == pytest.approx(here["nmse"], rel=1e-3)
+            assert there["psnr"] == pytest.approx(here["psnr"], abs=0.05)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from utils import scenes
-from utils.metrics import PSNR_CAP, nmse, psnr, scene_score
+from utils.metrics import PSNR_CAP, nmse, psnr, scene_score, velocity_nmse
 
 
 def randn(*shape, seed=0):
@@ -37,6 +37,23 @@ def test_nmse_keeps_small_errors_of_many_large_numbers():
     """In float32 the sums would lose them."""
     target = torch.full((300_000,), 1000.0)
     assert nmse(target + 1, target) == pytest.approx(1e-6, rel=1e-9)
+
+
+def test_velocities_are_compared_on_the_device_that_computes():
+    """Not where the weights of an offloaded transformer rest: here on no device at all."""
+
+    class Half(torch.nn.Linear):
+        def forward(self, hidden_states):
+            assert hidden_states.device.type == "cpu"
+            return (hidden_states / 2,)
+
+    calls = [({"hidden_states": 2 * x}, y) for x, y in (randn(2, 2, 3, 4, seed=seed) for seed in range(4))]
+    total, by_step = velocity_nmse(Half(4, 4, device="meta"), calls, 2, torch.device("cpu"))
+    for step in range(2):
+        x = torch.cat([given["hidden_states"] / 2 for given, _ in calls[step::2]])
+        y = torch.cat([velocity for _, velocity in calls[step::2]])
+        assert by_step[step] == pytest.approx(nmse(x, y), rel=1e-6)
+    assert min(by_step) < total < max(by_step)
 
 
 def test_psnr_is_its_formula():

@@ -37,13 +37,14 @@ def nmse(prediction: Tensor, target: Tensor) -> float:
 
 @torch.no_grad()
 def velocity_nmse(
-    transformer: nn.Module, teacher_calls: Sequence[tuple[dict, Tensor]], steps: int, calls_a_step: int = 1
+    transformer: nn.Module, teacher_calls: Sequence[tuple[dict, Tensor]], steps: int, device: torch.device,
+    calls_a_step: int = 1,
 ) -> tuple[float, list[float]]:
     """NMSE of the velocity at the teacher's own states, over all of them and by denoising step, in float64.
 
     teacher_calls: what record_velocities kept of pictures of `steps` denoising steps, one batch after the other.
+    device: the one that the transformer computes on, where an offloaded one need not be yet.
     """
-    device = next(transformer.parameters()).device
     errors, energies = torch.zeros(2, steps, dtype=torch.float64)
     for number, (inputs, velocity) in enumerate(tqdm(teacher_calls, desc="velocity error", leave=False)):
         here = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}

@@ -31,7 +31,8 @@ from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tqdm import tqdm
 from transformers.integrations import TensorBoardCallback
@@ -718,24 +719,33 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def share(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, or whole moments in 8 bits, spread over the ranks as `like` is, if that is."""
+    """A whole tensor, or whole moments in 8 bits, spread over the ranks as `like` is, if that is.
+
+    Of a tensor on the CPU only this rank's share comes to the device: freed whole tensors would leave holes in its
+    memory that fit nothing later.
+    """
     if not isinstance(like, DTensor):
         return value
     if not is_traceable_wrapper_subclass(value):
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+        return _spread(_own(value, like), like)
     parts, context = value.__tensor_flatten__()
-    codes, scale, *rest = (getattr(value, name).to(like.device) for name in parts)
+    codes, scale, *rest = (getattr(value, name) for name in parts)
     if codes.ndim != 2 or scale.numel() % len(codes):  # blocks go on from row to row
         return share(value.dequantize(), like)
-    codes, scale = (
-        distribute_tensor(part, like.device_mesh, like.placements, src_data_rank=None).to_local()
-        for part in (codes, scale.view(len(codes), -1))
-    )
+    codes, scale = _own(codes, like), _own(scale.view(len(codes), -1), like)
     if codes.numel():
+        rest = [part.to(like.device) for part in rest]
         own = type(value).__tensor_unflatten__(dict(zip(parts, (codes, scale.flatten(), *rest), strict=True)), context)
     else:
         own = torch.zeros_like(local(like))
     return _spread(own, like)
+
+
+def _own(value: Tensor, like: DTensor) -> Tensor:
+    """This rank's share of a whole tensor, on its device and with memory of its own."""
+    shape, offset = compute_local_shape_and_global_offset(value.shape, like.device_mesh, like.placements)
+    part = value[tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))]
+    return torch.empty(part.shape, dtype=part.dtype, device=like.device).copy_(part)
 
 
 def _spread(own: Tensor, like: DTensor, shape: Sequence[int] | None = None) -> DTensor:
@@ -810,35 +820,37 @@ def _plain(value):
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Shards, others: dict) -> None:
-    """Put back what optimizer_state took out."""
-    nested: dict = {}
-    entries = {name.removeprefix("optimizer."): tensors[name] for name in tensors if name.startswith("optimizer.")}
-    for key, value in (entries | others["numbers"]).items():
-        *path, last = key.split(".")
-        place = nested
-        for name in path:
-            place = place.setdefault(name, {})
-        place[last] = value
-    for key, (kind, *context) in others["wrapped"].items():
-        *path, last = key.split(".")
-        place = nested
-        for name in path:
-            place = place[name]
-        context = [getattr(torch, c[6:]) if str(c).startswith("torch.") else c for c in context]
-        place[last]["scale"] = place[last]["scale"].flatten()
-        place[last] = _quantized_state(kind).__tensor_unflatten__(place[last], context)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, entries in nested.items():
+    """Put back what optimizer_state took out, a parameter at a time: whole moments of all would fill the host."""
+    names = [name.removeprefix("optimizer.") for name in tensors if name.startswith("optimizer.")]
+    keys: dict[str, list[str]] = {}
+    for key in (*names, *others["numbers"]):
+        keys.setdefault(key.split(".")[0], []).append(key)
+    parameters, state = [p for group in optimizer.param_groups for p in group["params"]], {}
+    for index, owned in keys.items():
+        entries: dict = {}
+        for key in owned:
+            _, *path, last = key.split(".")
+            place = entries
+            for name in path:
+                place = place.setdefault(name, {})
+            place[last] = others["numbers"][key] if key in others["numbers"] else tensors[f"optimizer.{key}"]
         for name, value in entries.items():
+            if f"{index}.{name}" in others["wrapped"]:
+                kind, *context = others["wrapped"][f"{index}.{name}"]
+                context = [getattr(torch, c[6:]) if str(c).startswith("torch.") else c for c in context]
+                value["scale"] = value["scale"].flatten()
+                value = _quantized_state(kind).__tensor_unflatten__(value, context)
             if isinstance(value, Tensor) and value.shape == parameters[int(index)].shape:
-                entries[name] = share(value, parameters[int(index)])
+                value = share(value, parameters[int(index)])
+            entries[name] = value
+        state[int(index)] = entries
     fresh = optimizer.state_dict()["param_groups"]
     groups = [new | old for new, old in zip(fresh, others["groups"], strict=True)]
     for group, new in zip(groups, fresh, strict=True):
         for name, value in new.items():
             if isinstance(value, Tensor):  # torchao keeps the learning rate as one
                 group[name] = torch.full_like(value, group[name])
-    optimizer.load_state_dict({"state": {int(i): entries for i, entries in nested.items()}, "param_groups": groups})
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _quantized_state(kind: str) -> type:
