@@ -11,7 +11,7 @@ from utils.checkpoints import load_quantized_model
 
 
 def arguments(name, **settings):
-    training = SimpleNamespace(bf16=False, fp16=False)
+    training = SimpleNamespace(dtype=None)
     quantizer = {"lora_r": 0, "lora_alpha": 1.0, "clip_init": "mse", "quantize_modulation": True}
     return SimpleNamespace(input_model_filename=str(name), device="cpu", offload=None, **quantizer | settings), training
 

@@ -112,7 +112,15 @@ def test_names_that_every_script_takes():
     assert (data_args.prompts, training_args.output_dir, training_args.seed) == ("p", "o", 1)
     assert (training_args.bf16, training_args.fp16) == (False, True)
     assert pick_dtype(training_args, torch.device("cuda")) == torch.float16
-    assert pick_dtype(process_args(["--dtype", "float32"])[2], torch.device("cuda")) == torch.float32
+    for line, cpu, cuda in (
+        ("--dtype float32", torch.float32, torch.float32),
+        ("--bf16 False", torch.float32, torch.float32),
+        ("--bf16 True", torch.bfloat16, torch.bfloat16),
+        ("--bf16 False --fp16 True", torch.float16, torch.float16),
+        ("", torch.float32, torch.bfloat16),
+    ):
+        training_args = process_args(line.split())[2]
+        assert [pick_dtype(training_args, torch.device(name)) for name in ("cpu", "cuda")] == [cpu, cuda], line
 
 
 def test_flags_of_paretoq_are_accepted():

@@ -97,17 +97,18 @@ def test_pick_device(gpus, mps, default, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("bf16", "fp16", "device", "expected"),
+    ("dtype", "device", "expected"),
     [
-        (True, False, "cpu", torch.bfloat16),
-        (False, True, "cuda", torch.float16),
-        (False, False, "cuda", torch.bfloat16),
-        (False, False, "cpu", torch.float32),
-        (False, False, "mps", torch.float32),
+        ("bfloat16", "cpu", torch.bfloat16),
+        ("float16", "cuda", torch.float16),
+        ("float32", "cuda", torch.float32),
+        (None, "cuda", torch.bfloat16),
+        (None, "cpu", torch.float32),
+        (None, "mps", torch.float32),
     ],
 )
-def test_pick_dtype(bf16, fp16, device, expected):
-    assert pick_dtype(SimpleNamespace(bf16=bf16, fp16=fp16), torch.device(device)) == expected
+def test_pick_dtype(dtype, device, expected):
+    assert pick_dtype(SimpleNamespace(dtype=dtype), torch.device(device)) == expected
 
 
 def test_logger_prints_once(capsys):

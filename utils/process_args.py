@@ -142,7 +142,8 @@ class TrainingArguments(transformers.TrainingArguments):
         metadata={"help": "compile the blocks; default: on CUDA for models of a billion parameters and more"},
     )
     bf16: bool | None = field(
-        default=None, metadata={"help": "compute in bfloat16; default: on CUDA, unless --fp16 True"}
+        default=None,
+        metadata={"help": "compute in bfloat16, or with False in float32; default: on CUDA, unless --fp16 True"},
     )
     dtype: str | None = field(
         default=None,
@@ -242,6 +243,11 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.dtype is not None:
             if (self.bf16 and self.dtype != "bfloat16") or (self.fp16 and self.dtype != "float16"):
                 raise ValueError(f"--dtype {self.dtype} contradicts --{'bf16' if self.bf16 else 'fp16'} True")
+        elif self.bf16 and self.fp16:
+            raise ValueError("--fp16 True contradicts --bf16 True")
+        elif self.bf16 is not None or self.fp16:
+            self.dtype = "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+        if self.dtype is not None:
             self.bf16, self.fp16 = self.dtype == "bfloat16", self.dtype == "float16"
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy

@@ -124,12 +124,10 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 def pick_dtype(training_args, device: torch.device) -> torch.dtype:
-    """What --dtype names, bfloat16 with --bf16, float16 with --fp16; else bfloat16 on CUDA and float32 elsewhere."""
-    if getattr(training_args, "dtype", None) is not None:
+    """What --dtype, --bf16 or --fp16 name; else bfloat16 on CUDA and float32 elsewhere."""
+    if training_args.dtype is not None:
         return getattr(torch, training_args.dtype)
-    if training_args.fp16:
-        return torch.float16
-    return torch.bfloat16 if training_args.bf16 or device.type == "cuda" else torch.float32
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def from_root(name: str) -> str:
