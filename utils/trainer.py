@@ -44,7 +44,7 @@ from models.utils_quant import QuantizeLinear
 from utils import interrupt, scenes
 from utils.datautils import ShuffledSamples, Trajectories, collate, split_batch
 from utils.folders import read_json, remove_folder, whole_folder, write_json
-from utils.last_steps import VisitedStates, Votes
+from utils.last_steps import GrownBatches, VisitedStates, Votes
 from utils.metrics import psnr, scene_score
 from utils.pictures import save_images, save_strip
 from utils.sampling import decode_latents, sample_latents
@@ -176,7 +176,7 @@ class FluxQATTrainer(transformers.Trainer):
             eval_dataset=eval_data,
             data_collator=collate,
             optimizers=(None, None),
-            callbacks=[_Average(self), _Freeze(self), _Clock(self)],
+            callbacks=[_Average(self), _Freeze(self), _Grow(self), _Clock(self)],
         )
         if stock := self.pop_callback(TensorBoardCallback):
             self.add_callback(_TensorBoard(stock.tb_writer))
@@ -190,7 +190,7 @@ class FluxQATTrainer(transformers.Trainer):
         self.averages: list[Tensor] | None = None
         if self.is_fsdp_enabled:
             prepare_fsdp(self.accelerator)
-        self.votes = Votes()
+        self.votes, self.batches = Votes(), GrownBatches(args.batch_growth)
         if teacher is not None:
             teacher.to(args.device).requires_grad_(False)
         if args.feature_loss:
@@ -223,12 +223,16 @@ class FluxQATTrainer(transformers.Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """The schedule that the flags name; with freeze_codes once for the steps before and once for those after."""
+        """The schedule that the flags name; with freeze_codes once for the steps before and once for those after.
+
+        Where batches grow instead, the rate before stays at its peak.
+        """
         if self.lr_scheduler is not None or not self.args.freeze_codes:
             return super().create_scheduler(num_training_steps, optimizer)
-        before, kind = self.freeze_at(num_training_steps), self.args.lr_scheduler_type
+        before, last = self.freeze_at(num_training_steps), self.args.lr_scheduler_type
+        first = transformers.SchedulerType.CONSTANT_WITH_WARMUP if self.args.batch_growth > 1 else last
         parts = []
-        for steps in (before, num_training_steps - before):
+        for kind, steps in ((first, before), (last, num_training_steps - before)):
             nothing = torch.optim.SGD([torch.zeros(1)])
             settings = (self.args.get_warmup_steps(steps), steps, self.args.lr_scheduler_kwargs)
             schedule = transformers.get_scheduler(kind, nothing, *settings)
@@ -245,6 +249,10 @@ class FluxQATTrainer(transformers.Trainer):
     def freeze_at(self, steps: int) -> int:
         """After how many of `steps` steps the codes are frozen."""
         return steps - round(self.args.freeze_codes * steps)
+
+    def batch_of_group(self) -> tuple[int, int]:
+        """Which batch of its group the step's is, and how many make one step of the optimizer."""
+        return self.batches.place(self.state.global_step, self.freeze_at(self.state.max_steps))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean over the samples of (mean squared error of the velocity [L, C])^loss_power, in float32, plus
@@ -293,6 +301,9 @@ class FluxQATTrainer(transformers.Trainer):
             alone = None if self.is_fsdp_enabled else self.model  # a rank cannot run what is spread
             where = first_non_finite(alone, self._prepare_inputs(inputs))
             self._stop(f"the loss is {loss.item()}", where)
+        number, count = self.batch_of_group()
+        if number == count > 1 and self.accelerator.sync_gradients:
+            torch._foreach_div_([local(p.grad) for p in self.trained() if p.grad is not None], count)
         return loss
 
     def _clip_grad_norm(self, model) -> Tensor:
@@ -304,6 +315,9 @@ class FluxQATTrainer(transformers.Trainer):
         if not norm.isfinite():  # before clipping, which would spread it to all of them
             bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
             self._stop(f"the gradient's norm is {norm.item()}", bad[0] if bad else "another rank's share")
+        number, count = self.batch_of_group()
+        if number < count:  # a sum, to be clipped when it is a mean
+            return norm / number
         torch._foreach_mul_(list(gradients.values()), (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1))
         return norm
 
@@ -502,6 +516,7 @@ class FluxQATTrainer(transformers.Trainer):
                 yield f"weights.{i}", full(parameter.detach())
         if self.votes.steps:
             yield from self.votes.state().items()
+        yield from self.batches.state()
 
     def save_transformer(self, folder: Path | None) -> None:
         """The transformer as it stands, for from_pretrained."""
@@ -523,8 +538,14 @@ class FluxQATTrainer(transformers.Trainer):
             save_whole(self.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """The transformer was made from the checkpoint already; here come parameters before averaging and votes."""
+        """The transformer was made from the checkpoint already; here come parameters before averaging, votes and the
+        gradients of a group of batches."""
         state = Shards(Path(resume_from_checkpoint), STATE)
+        if any(name.startswith("gradient.") for name in state):
+            self.batches.kept = [
+                share(state[f"gradient.{i}"], p).to(p.device) if f"gradient.{i}" in state else None
+                for i, p in enumerate(self.trained())
+            ]
         if "votes_steps" in state:
             self.votes.load(state, self.args.device)
         if self.average is not None:
@@ -608,6 +629,23 @@ class _Freeze(transformers.TrainerCallback):
                 for name in ("weight", "lora_A", "lora_B"):
                     if getattr(layer, name, None) is not None:
                         getattr(layer, name).grad = None
+
+
+class _Grow(transformers.TrainerCallback):
+    """Keeps gradients from the optimizer until their group of batches is whole."""
+
+    def __init__(self, trainer: FluxQATTrainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.trainer.batches.kept:
+            reshard(self.trainer.model)  # an evaluation leaves the root's parameters whole, and these are shares
+            self.trainer.batches.give_back(self.trainer.trained())
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        number, count = self.trainer.batch_of_group()
+        if number < count:
+            self.trainer.batches.keep(self.trainer.trained())
 
 
 class _TensorBoard(TensorBoardCallback):
