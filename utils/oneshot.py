@@ -136,6 +136,22 @@ def _damped(hessian: Tensor) -> tuple[Tensor, float]:
     raise Uncalibratable(f"not positive definite, damped by {added:.1e}")
 
 
+def best_target(weight: Tensor, hessian: Tensor, cross: Tensor, keep: bool = False) -> tuple[Tensor, Tensor]:
+    """W* [out, in] of a weight, or with `keep` that itself, and the factor of H; H and C are damped in place.
+
+    Raises Uncalibratable where H is not positive definite or W* not finite.
+    """
+    factor, damping = _damped(hessian)
+    target = weight
+    if not keep:
+        cross.diagonal().add_(damping)
+        target = torch.linalg.solve_triangular(factor.mT, weight @ cross, upper=False, left=False)
+        target = torch.linalg.solve_triangular(factor, target, upper=True, left=False).contiguous()
+    if not target.isfinite().all():
+        raise Uncalibratable("its target is not finite")
+    return target, factor
+
+
 @torch.no_grad()
 def calibrate_weight(
     weight: Tensor, statistics: Statistics, w_bits: int, without: Collection[str] = (), has_bias: bool = True
@@ -154,15 +170,8 @@ def calibrate_weight(
     weight = weight.float()[:, order]
     hessian = hessian[order][:, order]
     cross = cross[order][:, order]
-    factor, damping = _damped(hessian)
-    target = weight
-    if "target" not in without:
-        cross.diagonal().add_(damping)
-        target = torch.linalg.solve_triangular(factor.mT, weight @ cross, upper=False, left=False)
-        target = torch.linalg.solve_triangular(factor, target, upper=True, left=False).contiguous()
+    target, factor = best_target(weight, hessian, cross, keep="target" in without)
     del cross
-    if not target.isfinite().all():
-        raise Uncalibratable("its target is not finite")
     alpha = init_clip_val(target, w_bits)
     if "rounding" in without:
         quantized = to_values(quantize_codes(target, alpha, w_bits), alpha, w_bits)
