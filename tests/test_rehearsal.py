@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shlex
 import sys
+import threading
 import time
 
 import pytest
@@ -218,6 +220,24 @@ def test_two_runs_have_to_end_in_the_same(other, problem, stage):
     both = writes(a={"final": {"nmse": 0.1}}, b={"final": {"nmse": other}})
     found = rehearsal.play(step(both, agrees=("a.json", "b.json", "final.nmse", 1e-3)), stage, NO_GPU)["problem"]
     assert found.startswith(problem) and bool(found) == bool(problem)
+
+
+def test_a_gpu_is_looked_at_while_the_host_still_is(monkeypatch, tmp_path):
+    """Where processes map whole checkpoints the host takes seconds; a training's peak on the GPU lasts one."""
+    seen, enough = [], threading.Event()
+
+    def gpus() -> list:
+        seen.append(0)
+        if len(seen) > 4:
+            enough.set()
+        return [("a GPU", 100, 2**30 * (len(seen) == 4))]
+
+    monkeypatch.setattr(rehearsal, "look_at_gpus", gpus)
+    monkeypatch.setattr(rehearsal, "host_bytes", lambda pid: (0, enough.wait(60) - 1))
+    monkeypatch.setattr(rehearsal, "SAMPLE_SECONDS", 0.01)
+    with rehearsal.Watch(os.getpid(), tmp_path) as watch:
+        assert enough.wait(60)
+    assert watch.peaks()["gpu_peak_gib"] == [1.0]
 
 
 # ----- the records

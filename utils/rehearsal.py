@@ -467,28 +467,38 @@ class Watch:
         self.before = self.disk = self.size()
         self.idle = self.gpus = [used for *_, used in look_at_gpus()]
         self.host = self.anonymous = 0
-        self.over, self.thread = threading.Event(), threading.Thread(target=self.watch)
+        self.over = threading.Event()
+        # Apart, since the host takes seconds to look at where processes map whole checkpoints.
+        looks = self.note_gpus, self.note_host
+        self.threads = [threading.Thread(target=self.watch, args=(look,)) for look in looks]
 
     def __enter__(self) -> "Watch":
-        self.thread.start()
+        for thread in self.threads:
+            thread.start()
         return self
 
     def __exit__(self, *error) -> None:
         self.over.set()
-        self.thread.join()
+        for thread in self.threads:
+            thread.join()
         self.disk = max(self.disk, self.size())
 
     def size(self) -> int:
         return sum(map(folder_bytes, self.folders))
 
-    def watch(self) -> None:
+    def note_gpus(self) -> None:
+        self.gpus = [max(pair) for pair in zip(self.gpus, (used for *_, used in look_at_gpus()), strict=True)]
+
+    def note_host(self) -> None:
+        host, anonymous = host_bytes(self.pid)
+        self.host, self.anonymous = max(self.host, host), max(self.anonymous, anonymous)
+        self.disk = max(self.disk, self.size())
+
+    def watch(self, look: Callable[[], None]) -> None:
         took = 0.0
         while not self.over.wait(max(SAMPLE_SECONDS, 10 * took)):  # so that looking slows nothing down
             started = time.monotonic()
-            host, anonymous = host_bytes(self.pid)
-            self.host, self.anonymous = max(self.host, host), max(self.anonymous, anonymous)
-            self.gpus = [max(pair) for pair in zip(self.gpus, (used for *_, used in look_at_gpus()), strict=True)]
-            self.disk = max(self.disk, self.size())
+            look()
             took = time.monotonic() - started
 
     def peaks(self) -> dict:
