@@ -223,18 +223,18 @@ STEPS = (
         **trained("ddp", (8e9, 30e6)),
     ),
     Step(
-        "tiny_one", tiny(1, 8, "tiny_one"), clears=("tiny_one", "tiny_cache"), gpus=1, scales=("flux",), limit=100,
+        "tiny_one", tiny(1, 8, "tiny_one"), clears=("tiny_one", "tiny_cache"), gpus=1, scales=("flux",), limit=200,
         holds={"tiny_one/train/summary.json": None},
         reports={"tiny_one/train/summary.json": ("final.eval_nmse",)},
     ),
     Step(
         "tiny_two", tiny(2, 4, "tiny_two", "--fsdp full_shard"), clears=("tiny_two",), reads=("tiny_one", "tiny_cache"),
-        gpus=2, scales=("flux",), limit=100, **agreeing("tiny_two"),
+        gpus=2, scales=("flux",), limit=200, **agreeing("tiny_two"),
     ),
     Step(
         "tiny_resumed_on_one",
         tiny(1, 8, "tiny_resumed", "--resume_from_checkpoint {work}/tiny_two/train/checkpoint-50"), gpus=1,
-        clears=("tiny_resumed",), reads=("tiny_two/train/checkpoint-50", "tiny_one"), scales=("flux",), limit=100,
+        clears=("tiny_resumed",), reads=("tiny_two/train/checkpoint-50", "tiny_one"), scales=("flux",), limit=200,
         drops=("tiny_one", "tiny_two", "tiny_resumed", "tiny_cache"), says="going on from", **agreeing("tiny_resumed"),
     ),
     Step(
