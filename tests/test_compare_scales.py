@@ -330,7 +330,7 @@ def test_the_table_of_a_small_pipeline(start, pipeline_folder, monkeypatch, caps
         del call["weight"]
     teacher_calls = [(call, pipe.transformer(**call)[0].detach()) for call in calls]
     student = FluxTransformer2DModel.from_pretrained(pipeline_folder, subfolder="transformer", w_bits=0)
-    wanted, _ = velocity_nmse(student, teacher_calls, steps=2)
+    wanted, _ = velocity_nmse(student, teacher_calls, 2, torch.device("cpu"))
     assert cells["mse, rows"]["velocity_nmse"] == pytest.approx(wanted, rel=1e-3)
 
     monkeypatch.setattr(scales, "measure", lambda *args: pytest.fail("measured again"))

@@ -1,5 +1,6 @@
 """Log lines, errors of one line, devices, memory."""
 
+import atexit
 import os
 import sys
 from types import SimpleNamespace
@@ -52,15 +53,18 @@ def test_run_script_leaves_bugs_alone():
 
 
 def test_run_script_leaves_the_process_group_unless_there_was_an_error(tmp_path, monkeypatch, capsys):
-    """Then the process ends at once, whatever a collective waits for."""
+    """Then the process ends at once, whatever a collective waits for; else when its exit functions have run."""
     ended = []
     monkeypatch.setattr(os, "_exit", lambda status: ended.append(status) or sys.exit(status))
+    monkeypatch.setattr(atexit, "_run_exitfuncs", lambda: ended.append("exit functions"))
 
     def join(name: str) -> None:
         torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / name}", rank=0, world_size=1)
 
-    run_script(lambda: join("done"))
-    assert not torch.distributed.is_initialized()
+    with pytest.raises(SystemExit):
+        run_script(lambda: join("done"))
+    assert not torch.distributed.is_initialized() and ended == ["exit functions", 0]
+    ended.clear()
 
     for error in (ValueError("no disk"), ZeroDivisionError("a fault of the program")):
 

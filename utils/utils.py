@@ -3,6 +3,7 @@
 from utils.interrupt import begun
 
 import argparse
+import atexit
 import logging
 import math
 import os
@@ -59,10 +60,10 @@ def run_script(
     """Call `main`; ValueError, OSError and SafetensorError, which name their cause, end in one line and status 1.
 
     So does Ctrl-C, with status 130 and `interrupted`: what is saved, and how to go on. With TRACEBACK=1 in the
-    environment all are raised as usual. At the end a process that torchrun started leaves its group, whose threads
-    could otherwise outlive the interpreter and abort it, and torchrun would then end the other ranks, whatever they
-    are writing. After an error, one of another kind included, it ends at once: leaving may wait for a rank that is in a
-    collective.
+    environment all are raised as usual. At the end a process that torchrun started leaves its group and ends without
+    taking the interpreter down: threads of groups that FSDP2 still holds would want it and abort, and torchrun would
+    then end the other ranks, whatever they are writing. After an error, one of another kind included, it ends at once:
+    leaving may wait for a rank that is in a collective.
     """
     script = Path(sys.argv[0]).name
     begun()
@@ -90,6 +91,8 @@ def run_script(
         _end(1)
     if _in_group():
         torch.distributed.destroy_process_group()
+        atexit._run_exitfuncs()
+        _leave(0)
 
 
 def _in_group() -> bool:
@@ -99,10 +102,14 @@ def _in_group() -> bool:
 def _end(status: int) -> NoReturn:
     """End the process, at once if it is one of a group: a collective that waits for others may keep the interpreter."""
     if _in_group():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        _leave(status)
     sys.exit(status)
+
+
+def _leave(status: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def pick_device(name: str | None = None) -> torch.device:
