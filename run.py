@@ -80,10 +80,20 @@ from utils.utils import (
     pick_device,
     run_script,
 )
-from utils.walk import Work, fingerprint, record_calls, split_calls, stage_names, stored_tensors, walk
+from utils.walk import (
+    CALIBRATION_SEED,
+    CALL_TOKENS,
+    USED_STEPS,
+    Work,
+    fingerprint,
+    record_calls,
+    split_calls,
+    stage_names,
+    stored_tensors,
+    walk,
+)
 
 log = get_logger("run")
-CALIBRATION_SEED = 2_000_000  # neither training nor evaluation starts from these
 # Calibration prompts, by the pixels a side: one picture of 1024 pixels has 4,096 tokens, so that 16 at 7 steps give
 # half a million samples of the inputs of a layer, of which there are at most 15,360.
 MANY_PROMPTS, MANY_PIXELS, FEW_PROMPTS = 64, 512, 16
@@ -96,12 +106,10 @@ FEW_BLOCKWISE = {
     "calibration_prompts": 256, "block_steps": 500, "block_batch_size": 16,
     "block_micro_batch_size": 2, "block_checkpointing": True, "lookahead": 2, "batch_size": 8,
 }  # fmt: skip
-USED_STEPS = 7  # of a picture's denoising steps
 WITH_CALLS = ("calibrated", "blockwise")  # methods that look at the teacher's trajectories
 WEIGHED = 8  # calls by which channel weights are found
 HOW = ("micro_batch_size", "checkpointing", "compile")  # what may change when a block-wise training goes on
 CONTEXT_GIB = 0.6  # of a GPU, which CUDA takes beside what torch allocates
-CALL_TOKENS = 8192  # that go through a block at a time: one picture of 1024 pixels, or many small ones
 KINDS = ("norm", "attn", "ff", "proj")  # of layers, by a part of their name
 # What is being done, in words and for less_memory.
 LOADING, CALLS = "the pipeline is loaded", "the teacher draws the calibration prompts"

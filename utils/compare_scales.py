@@ -74,7 +74,10 @@ from utils.utils import (
     run_script,
 )
 from utils.walk import (
+    CALIBRATION_SEED,
+    CALL_TOKENS,
     CPU,
+    USED_STEPS,
     Block,
     Work,
     block_names,
@@ -98,9 +101,6 @@ RIDGE = 1e-3  # of the mean diagonal of the fitted scales' equations, towards sc
 THRESHOLD = 0.05  # run.py's --threshold_ratio
 GAIN = 0.8  # less is not worth another format of checkpoints and other kernels
 REFERENCE_BITS = 2
-CALIBRATION_SEED = 2_000_000  # run.py's
-USED_STEPS = 7
-CALL_TOKENS = 8192  # that go through a block at a time
 SETTINGS = (
     "model", "calibration_prompts", "num_prompts", "steps", "stride", "guidance_scale", "resolution", "seed", "dtype",
     "block_steps", "block_batch_size", "block_learning_rate",

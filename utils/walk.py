@@ -57,6 +57,9 @@ from utils.utils import empty_cache, get_logger
 
 log = get_logger("walk")
 CPU = torch.device("cpu")
+# What is calibrated on: noise that neither training nor evaluation starts from, so many of a picture's denoising steps,
+# and tokens that go through a block at a time (one picture of 1024 pixels, or many small ones).
+CALIBRATION_SEED, USED_STEPS, CALL_TOKENS = 2_000_000, 7, 8192
 HIDDEN = ("encoder_hidden_states", "hidden_states")  # in the order in which a block returns them
 BATCHED = (*HIDDEN, "pooled_projections", "timestep", "guidance")  # arguments of the transformer, a row for each sample
 
