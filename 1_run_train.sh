@@ -33,6 +33,9 @@ if [ . -ef "$ROOT" ]; then ROOT=.; fi
 # The same numbers from MKL in every process: what was killed and goes on ends where it would have ended.
 export MKL_CBWR=${MKL_CBWR:-AUTO}
 
+# A model that just fits does not fit in pieces: what torch itself advises when GPU memory is reserved but not free.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF-${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}}
+
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"  # for the programs in utils/
 
 PLAN=()

@@ -159,6 +159,26 @@ def test_gpu_memory_is_the_peak_above_what_was_taken_before(stage, monkeypatch):
     assert rehearsal.play(step(code), stage, NO_GPU)["gpu_peak_gib"] == [5.0, 6.0]
 
 
+def test_memory_of_a_killed_step_is_waited_for(stage, monkeypatch):
+    """It goes some moments after the process; the next step must not count it as taken before."""
+    monkeypatch.setattr(rehearsal, "SAMPLE_SECONDS", 0.05)
+    held = stage.work / "held"
+    monkeypatch.setattr(rehearsal, "nvml", lambda: FakeNvml(lambda index: 5 * 2**30 * held.exists()))
+    driver = threading.Timer(2, held.unlink)
+    monkeypatch.setattr(rehearsal, "kill_tree", lambda pid, kill=rehearsal.kill_tree: (kill(pid), driver.start()))
+    row = rehearsal.play(step("(WORK / 'held').touch(); time.sleep(60)", kill="held"), stage, NO_GPU)
+    assert row["killed"] == "as meant" and not held.exists() and row["seconds"] < 2
+    assert rehearsal.play(step("pass"), stage, NO_GPU)["gpu_peak_gib"] == [0, 0]
+
+
+def test_memory_that_another_process_took_meanwhile_is_not_waited_for_without_end(monkeypatch, tmp_path):
+    used = iter([0, *[2**30] * 1000])
+    monkeypatch.setattr(rehearsal, "look_at_gpus", lambda: [("a GPU", 2**36, next(used))])
+    started = time.monotonic()
+    rehearsal.Watch(os.getpid(), tmp_path).settle(seconds=0.3)
+    assert 0.3 <= time.monotonic() - started < 3
+
+
 def test_a_gpus_peak_beyond_the_bound_is_a_problem(stage):
     row = {"status": 0, "killed": "", "gpu_peak_gib": [3.0, 32.5]}
     lora = step("pass", peak=32)

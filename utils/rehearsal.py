@@ -49,6 +49,7 @@ from utils.utils import ROOT, get_logger, run_script
 
 log = get_logger("rehearsal")
 SAMPLE_SECONDS = 0.2  # between two looks at memory and disk
+SETTLED_BYTES = 2**28  # of a GPU's memory: less than that beyond what was taken before is no process's
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton")
 
 # {model} is the pipeline, {work} what the steps share, the rest stands here.
@@ -501,6 +502,15 @@ class Watch:
             look()
             took = time.monotonic() - started
 
+    def settle(self, seconds: float = 30) -> None:
+        """Wait until what the process tree took of the GPUs is free again, so that the next step does not count it as
+        taken before: the driver takes seconds for what a killed process held."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if all(used <= idle + SETTLED_BYTES for (*_, used), idle in zip(look_at_gpus(), self.idle, strict=True)):
+                return
+            time.sleep(SAMPLE_SECONDS)
+
     def peaks(self) -> dict:
         return {
             "gpu_peak_gib": [round((peak - idle) / 2**30, 2) for peak, idle in zip(self.gpus, self.idle, strict=True)],
@@ -572,6 +582,7 @@ def run_command(step: Step, stage: Stage, logs: Path) -> dict:
                 kill_tree(process.pid)
         status = process.wait()
     seconds = round(time.monotonic() - started, 1)
+    watch.settle()
     return {"status": status, "killed": killed, "seconds": seconds} | watch.peaks()
 
 
