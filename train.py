@@ -447,12 +447,13 @@ def train(model_args, data_args, training_args) -> None:
 
     # 3. Training.
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails for tiny-flux's shapes (torch 2.11, H100)
-    trainer = FluxQATTrainer(
-        student, training_args, train_data, eval_data, eval_pipe, settings,
-        num_images=min(data_args.num_images, len(eval_data.prompts)),
-        num_final_images=min(data_args.num_final_images or data_args.num_images, len(eval_data.prompts)),
-        window=window, teacher=teacher, base=base,
-    )  # fmt: skip
+    with memory_named("training is set up", advice(training_args, model_args), device):
+        trainer = FluxQATTrainer(
+            student, training_args, train_data, eval_data, eval_pipe, settings,
+            num_images=min(data_args.num_images, len(eval_data.prompts)),
+            num_final_images=min(data_args.num_final_images or data_args.num_images, len(eval_data.prompts)),
+            window=window, teacher=teacher, base=base,
+        )  # fmt: skip
     if main_process:
         trained = sum(p.numel() for p in trainer.trained())
         log.info(

@@ -185,6 +185,9 @@ def test_a_gpus_peak_beyond_the_bound_is_a_problem(stage):
     assert rehearsal.judge(lora, stage, row, "", False) == ""  # the bounds are those of FLUX.1-dev
     stage.scale = "flux"
     assert rehearsal.judge(lora, stage, row, "", False) == "took 32.5 GiB of a GPU, more than 32"
+    killed = step("pass", peak=32, kill="checkpoint")
+    assert rehearsal.judge(killed, stage, row | {"killed": "as meant"}, "", False).startswith("took 32.5 GiB")
+    assert rehearsal.judge(lora, stage, row | {"status": 1}, "no memory", False) == "ended 1: no memory"
     row["gpu_peak_gib"] = [31.9]
     assert rehearsal.judge(lora, stage, row, "", False) == ""
 

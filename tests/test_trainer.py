@@ -6,6 +6,7 @@ velocities, and formulas written out here.
 
 import importlib.util
 import json
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from models import trained as trained_files
 from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
@@ -727,6 +729,36 @@ def test_what_fsdp2_cannot_spread_is_refused(flags, ranks, lora_r, message, tmp_
     told.device = torch.device("cpu" if "cpu" in message else "cuda")
     with pytest.raises(ValueError, match=message):
         trainer.check_fsdp(told, lora_r)
+
+
+def test_blocks_are_spread_one_after_the_other(pipe):
+    """No whole weight is alive when the next block is spread: all of them and all shares do not fit one GPU."""
+    model = FluxTransformer2DModel.from_config(pipe.transformer.config, w_bits=0)
+    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+    whole = [[weakref.ref(parameter) for parameter in block.parameters()] for block in blocks]
+    alive = []
+    spread = trainer.fully_shard
+
+    def noting(block, **settings) -> None:
+        alive.append([any(each() is not None for each in refs) for refs in whole])
+        spread(block, **settings)
+
+    plugin = SimpleNamespace(reshard_after_forward=True)
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), gradient_state=SimpleNamespace(plugin_kwargs={}),
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, "fully_shard", noting)
+            trainer.prepare_fsdp(accelerator, model)
+        shares = [(p.to_local().numel(), -(-len(p) // 2) * p[0].numel()) for b in blocks for p in b.parameters()]
+    finally:
+        torch.distributed.destroy_process_group()
+    assert alive == [[i >= k for i in range(len(blocks))] for k in range(len(blocks))]
+    assert not any(each() is not None for refs in whole for each in refs)
+    assert all(own == half for own, half in shares)
 
 
 # ---------------------------------------------------------------------------------------------------- frozen codes

@@ -278,7 +278,7 @@ class TrainingArguments(transformers.TrainingArguments):
         with warnings.catch_warnings():  # gradient_checkpointing has another name by now, and goes by both
             warnings.simplefilter("ignore", FutureWarning)
             super().__post_init__()
-        if self.fsdp:  # accelerate's wrapping by blocks needs their names, which diffusers' models tell it
+        if self.fsdp:
             self.fsdp_config.setdefault("version", 2)
         if self.n_gpu > 1:  # started without torchrun on a machine of several GPUs: one of them, not DataParallel
             self._n_gpu = 1

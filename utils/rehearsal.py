@@ -630,15 +630,17 @@ def judge(step: Step, stage: Stage, row: dict, output: str, must_fail: bool) -> 
     last = output.strip().splitlines()[-1] if output.strip() else ""
     if row["killed"] and row["killed"] != "as meant":
         return f"killed {row['killed']}"
-    if not stage.small and max(row["gpu_peak_gib"], default=0) > step.peak:
-        return f"took {max(row['gpu_peak_gib'])} GiB of a GPU, more than {step.peak}"
     if step.fails or must_fail:
         one_line = "Traceback" not in output and "error:" in last and step.fails in last
         return "" if row["status"] in (1, 2) and one_line else f"must fail in one line, ended {row['status']}: {last}"
-    if step.kill:
-        return "" if row["killed"] else f"was to be killed, ended {row['status']}: {last}"
-    if row["status"]:
+    if step.kill and not row["killed"]:
+        return f"was to be killed, ended {row['status']}: {last}"
+    if row["status"] and not step.kill:
         return f"ended {row['status']}: {last}"
+    if not stage.small and max(row["gpu_peak_gib"], default=0) > step.peak:
+        return f"took {max(row['gpu_peak_gib'])} GiB of a GPU, more than {step.peak}"
+    if step.kill:
+        return ""
     if step.says not in output:
         return f'did not say "{step.says}"'
     return unmet(step, stage, row.get("reports", {}))

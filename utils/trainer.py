@@ -30,7 +30,7 @@ import transformers
 from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -189,7 +189,7 @@ class FluxQATTrainer(transformers.Trainer):
         self.compiling: list[float] = []  # seconds of the steps in which torch compiles
         self.averages: list[Tensor] | None = None
         if self.is_fsdp_enabled:
-            prepare_fsdp(self.accelerator)
+            prepare_fsdp(self.accelerator, model)
         self.votes, self.batches = Votes(), GrownBatches(args.batch_growth)
         if teacher is not None:
             teacher.to(args.device).requires_grad_(False)
@@ -736,12 +736,21 @@ def check_fsdp(args, lora_r: int) -> None:
         raise ValueError("--fsdp spreads what is trained, and of a LoRA that is little: leave out --fsdp or --lora_r")
 
 
-def prepare_fsdp(accelerator) -> None:
-    """Set what FSDP2 needs here."""
+def prepare_fsdp(accelerator, model: nn.Module) -> None:
+    """Set what FSDP2 needs here, and spread the blocks; what lies between them accelerate spreads when training starts.
+
+    accelerate would hold all whole weights until the last block is spread: 67 GiB of a GPU instead of 45 for FLUX.1-dev
+    on two, and holes in its memory.
+    """
     # Weights travel in fp32, and autocast computes in bf16: rounded before, they would get other codes than the saved.
-    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    plugin = accelerator.state.fsdp_plugin
+    plugin.mixed_precision_policy, plugin.auto_wrap_policy = MixedPrecisionPolicy(), None
     # Else every GPU would hold whole gradients until the last micro-batch.
     accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        fully_shard(block, mp_policy=plugin.mixed_precision_policy, reshard_after_forward=plugin.reshard_after_forward)
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def reshard(model: nn.Module) -> None:

@@ -216,4 +216,5 @@ def peak_words(device: torch.device) -> str:
     if device.type != "cuda":
         return f"peak {peak_rss() / 2**30:.1f} GiB of host memory"
     total = torch.cuda.get_device_properties(device).total_memory
-    return f"peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} of {total / 2**30:.1f} GiB"
+    taken, kept = torch.cuda.max_memory_allocated(device) / 2**30, torch.cuda.max_memory_reserved(device) / 2**30
+    return f"peak {taken:.1f} GiB, {kept:.1f} reserved, of {total / 2**30:.1f}"
