@@ -25,6 +25,11 @@ def spread(self, *args, fsdp_plugin=None, **kwargs) -> None:
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
-AcceleratorState.__init__ = spread
+def told(block, fully_shard=trainer.fully_shard, **settings):
+    print(f"FSDP2 spreads a {type(block).__name__}")
+    return fully_shard(block, **settings)
+
+
+AcceleratorState.__init__, trainer.fully_shard = spread, told
 trainer.NOT_SPREAD = ()
 runpy.run_path(sys.argv[0], run_name="__main__")
