@@ -482,9 +482,9 @@ LOAD_AND_MEASURE = """
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from /proc")
 def test_loading_needs_little_more_memory_than_the_model(tmp_path):
-    """0.35 B parameters in bf16 shards. Peak of the resident set, mapped pages of the shards included."""
+    """0.18 B parameters in bf16 shards. Peak of the resident set, mapped pages of the shards included."""
     with torch.device("meta"):
-        model = diffusers.FluxTransformer2DModel(num_layers=2, num_single_layers=4, num_attention_heads=12)
+        model = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=2, num_attention_heads=12)
     model.save_config(tmp_path)
     noise = torch.randn(2**26).mul_(0.02).bfloat16()
     shards, weight_map = {}, {}
@@ -504,5 +504,5 @@ def test_loading_needs_little_more_memory_than_the_model(tmp_path):
     finally:
         shutil.rmtree(tmp_path)
     peak, size = map(int, result.stdout.split())
-    assert size > 0.6e9
+    assert size > 0.3e9
     assert peak < 1.15 * size
