@@ -148,8 +148,14 @@ def test_a_small_layer_is_unpacked_once(w_bits, mode, monkeypatch):
 
 
 @CPU_ONLY
+@pytest.mark.parametrize("traced", [True, False], ids=["for gradients", "without"])
 @pytest.mark.parametrize("mode", kernels.MODES)
-def test_a_small_layer_follows_its_codes_and_step_sizes(mode):
+def test_a_small_layer_follows_its_codes_and_step_sizes(mode, traced):
+    with torch.set_grad_enabled(traced):
+        follow(mode)
+
+
+def follow(mode):
     (layer, _), (other, _) = packed_layer(50, 512, 0), packed_layer(50, 512, 0)
     with torch.no_grad():
         other.weight_codes.copy_(other.weight_codes.flip(0))
@@ -178,7 +184,16 @@ def test_a_small_layer_follows_its_codes_and_step_sizes(mode):
         with torch.no_grad():
             changed.weight_clip_val.mul_(2)
 
-    changes = [lambda c: c.load_state_dict(other.state_dict()), written, swapped, offloaded, scaled]
+    def autocast(changed):
+        with torch.autocast("cpu", torch.bfloat16):
+            found, expected = changed(x), fresh(changed)
+        assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+
+    def half_biased(changed):
+        changed.bias.data = changed.bias.data.bfloat16()
+
+    changes = [lambda c: c.load_state_dict(other.state_dict()), written, swapped, offloaded, scaled, autocast]
+    changes += [half_biased] * (mode == "exact")
     changes += [lambda c: setattr(c, "weight_codes", other.weight_codes)]
     for change in changes:
         changed = copy.deepcopy(layer)
