@@ -742,9 +742,10 @@ def prepare_fsdp(accelerator, model: nn.Module) -> None:
     accelerate would hold all whole weights until the last block is spread: 67 GiB of a GPU instead of 45 for FLUX.1-dev
     on two, and holes in its memory.
     """
-    # Weights travel in fp32, and autocast computes in bf16: rounded before, they would get other codes than the saved.
     plugin = accelerator.state.fsdp_plugin
-    plugin.mixed_precision_policy, plugin.auto_wrap_policy = MixedPrecisionPolicy(), None
+    plugin.auto_wrap_policy = None  # nothing is left to it, and the classes that it looks for have other names then
+    # Weights travel in fp32, and autocast computes in bf16: rounded before, they would get other codes than the saved.
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()
     # Else every GPU would hold whole gradients until the last micro-batch.
     accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     for block in (*model.transformer_blocks, *model.single_transformer_blocks):
