@@ -297,13 +297,15 @@ class PackedLinear(ReadOnlyWeight, QuantizedLayer, nn.Linear):
         return kernels.token_dtype(x, self.out_features, self.w_bits)
 
     def forward(self, input: Tensor) -> Tensor:
-        traced = torch.compiler.is_compiling() or torch.is_grad_enabled()
-        if not traced and self.kept is not None and self.mode == "exact":
-            # The short way through what follows: of a small layer on a CPU every call of another function shows.
+        watched = torch.compiler.is_compiling() or torch.is_grad_enabled()
+        if not watched and self.kept is not None and self.mode == "exact":
+            # The short way through what follows, where kernels.kept has nothing to renew: of a small layer on a CPU
+            # every call of another function shows.
             parameters = self._parameters
             codes, alpha, bias = parameters["weight_codes"], parameters["weight_clip_val"], parameters["bias"]
             state = input.dtype, codes.data_ptr(), codes._version, alpha.data_ptr(), alpha._version
-            if self.kept[0] == state and (bias is None or bias.dtype == input.dtype):
+            usual = not alpha.requires_grad and (bias is None or bias.dtype == input.dtype)
+            if usual and self.kept[0] == state:
                 return F.linear(input, self.kept[1], bias)  # which autocast rounds as the rest of this would
         x = _autocast(input)
         if (dtype := self._token_dtype(x)) is not None:

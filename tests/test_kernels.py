@@ -208,6 +208,17 @@ def follow(mode):
 
 
 @CPU_ONLY
+def test_step_sizes_of_a_small_layer_that_want_a_gradient_are_refused_without_one_too():
+    layer, _ = packed_layer(50, 512, 0)
+    x = tokens_of(2, 512, torch.float32)
+    with torch.no_grad():
+        layer(x)
+        layer.weight_clip_val.requires_grad_(True)
+        with pytest.raises(ValueError):
+            layer(x)
+
+
+@CPU_ONLY
 def test_large_layers_stay_packed():
     layer, _ = packed_layer(1024, 1024, 0)
     for layer.mode in kernels.MODES:
