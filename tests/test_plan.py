@@ -36,7 +36,7 @@ def gib(*sizes: float) -> list[int]:
         ([80], 1, [], LORA, "a LoRA inside the quantizers; takes 28 GiB a GPU, all weights would take 117"),
         ([48], 4, [], LORA, "takes 34 GiB a GPU"),
         ([139.8], 1, [], WEIGHTS, "all weights, moments in 8 bits; takes 117 GiB"),
-        ([80, 80], 1, [], [*WEIGHTS, "--fsdp", "full_shard"], "spread by FSDP2; takes 73 GiB"),
+        ([80, 80], 1, [], [*WEIGHTS, "--fsdp", "full_shard"], "spread by FSDP2; takes 66 GiB"),
         ([80] * 8, 1, [], [*WEIGHTS, "--fsdp", "full_shard"], "8 × 80 GiB: all weights"),
         ([80, 80], 1, ["--lora_r", "16"], LORA, "a LoRA inside the quantizers, DDP"),
         ([80, 80], 1, ["--lora_r=16"], LORA, "a LoRA inside the quantizers, DDP"),
