@@ -66,9 +66,10 @@ def packed():
 def fused(monkeypatch):
     """Fast mode's attention as on a GPU, where there is none: what its kernel does, in plain torch."""
 
-    def norm_rotate(text, image, rotary):
+    def norm_rotate(text, image, rotary, dtype):
         parts = [[norm(x) for x, norm in pair] for pair in (text, image) if pair]
-        return [apply_rotary_emb(torch.cat(part, 1), rotary, sequence_dim=1) for part in zip(*parts, strict=True)]
+        both = (apply_rotary_emb(torch.cat(part, 1), rotary, sequence_dim=1) for part in zip(*parts, strict=True))
+        return [x.to(dtype) for x in both]
 
     monkeypatch.setattr(attention, "can_rotate", lambda *_: not torch.is_grad_enabled())
     for module in (attention, modeling_flux2_quant):
