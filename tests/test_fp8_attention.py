@@ -1,15 +1,12 @@
 """Attention in 8 bits: against float64, where it is chosen, and inside of blocks."""
 
-import copy
-
 import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from tiny_models import CONFIGS, OURS, norm_rotate, output
 
-from models import attention, fp8_attention
+from models import attention, fp8_attention, modeling_flux2_quant
 from models.kernels import FP8
-from tests.test_kernels import block_inputs, joining, small  # noqa: F401  fixtures
-from tests.test_modeling_flux2_quant import fused, output, packed  # noqa: F401
 from utils.sampling import set_attention
 
 GPU = torch.cuda.is_available()
@@ -105,6 +102,17 @@ def test_where_it_cannot_be_had_is_one_line(change, message, hopper, monkeypatch
     assert "\n" not in str(info.value)
 
 
+@pytest.fixture(params=CONFIGS)
+def fast(request, monkeypatch):
+    """A packed ternary model in fast mode, on a CPU with attention as on a GPU."""
+    monkeypatch.setattr(attention, "can_rotate", lambda *_: not torch.is_grad_enabled())
+    for module in (attention, modeling_flux2_quant):
+        monkeypatch.setattr(module, "norm_rotate", norm_rotate)
+    torch.manual_seed(0)
+    model = OURS[request.param](**CONFIGS[request.param], guidance_embeds=True, w_bits=0)
+    return model.eval().pack().set_inference_mode("fast")
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """The queries of every call."""
@@ -113,40 +121,39 @@ def calls(monkeypatch):
     return seen
 
 
-def test_fast_mode_takes_it_in_every_block_and_exact_mode_in_none(packed, fused, hopper, calls):  # noqa: F811
-    model = copy.deepcopy(packed)
-    blocks = len(model.transformer_blocks) + len(model.single_transformer_blocks)
-    exact, fast = output(model), output(model.set_inference_mode("fast"))
+def test_fast_mode_takes_it_in_every_block_and_exact_mode_in_none(fast, hopper, calls):
+    blocks = len(fast.transformer_blocks) + len(fast.single_transformer_blocks)
+    expected = output(fast)
+    exact = output(fast.set_inference_mode("exact"))
     assert not calls
-    set_attention("fp8", model)
-    eight = output(model)
+    set_attention("fp8", fast)
+    assert torch.equal(output(fast), exact) and not calls
+    found = output(fast.set_inference_mode("fast"))
     assert len(calls) == blocks and {call.dtype for call in calls} == {FP8}
-    assert 0 < off(eight, fast.double()) < 0.05
-    assert torch.equal(output(model.set_inference_mode("exact")), exact)
-    assert torch.equal(output(model.set_inference_mode("fast")), eight)
-    assert len(calls) == 2 * blocks
-    set_attention("native", model)  # another that is chosen since
-    torch.testing.assert_close(output(model), fast)
-    assert len(calls) == 2 * blocks
+    assert 0 < off(found, expected.double()) < 0.05
+    set_attention("native", fast)  # another that is chosen since
+    torch.testing.assert_close(output(fast), expected)
+    assert len(calls) == blocks
 
 
-@pytest.mark.parametrize("blocks", ["transformer_blocks", "single_transformer_blocks"])
-def test_a_compiled_block_has_no_graph_break(blocks, small, joining):  # noqa: F811
-    block = getattr(copy.deepcopy(small).set_inference_mode("fast"), blocks)[0]
-    block.attn.processor.attention_in_fp8 = True
-    operations = []
+def test_blocks_compile_whole(fast, hopper, monkeypatch):
+    set_attention("fp8", fast)
+    monkeypatch.undo()  # what compiles asks for the GPU, too
+    monkeypatch.setattr(attention, "can_rotate", lambda *_: True)
+    for module in (attention, modeling_flux2_quant):
+        monkeypatch.setattr(module, "norm_rotate", norm_rotate)
+    graphs = []
 
     def backend(module, _):
-        operations.extend(node.target for node in module.graph.nodes)
+        graphs.append([node.target for node in module.graph.nodes])
         return module
 
-    with torch.no_grad():
-        found = block(**block_inputs(0))
-        torch._dynamo.reset()
-        compiled = torch.compile(block, fullgraph=True, backend=backend)(**block_inputs(0))
-    assert operations.count(torch.ops.flux158.fp8_attention.default) == 1
-    for a, b in zip(found, compiled, strict=True):
-        torch.testing.assert_close(a, b)
+    expected = output(fast)
+    torch._dynamo.reset()
+    fast.compile_repeated_blocks(fullgraph=True, backend=backend)
+    torch.testing.assert_close(output(fast), expected)
+    assert len(graphs) >= 2  # of the two kinds of blocks
+    assert {graph.count(torch.ops.flux158.fp8_attention.default) for graph in graphs} == {1}
 
 
 def test_what_it_does_not_compute_is_left_to_diffusers():

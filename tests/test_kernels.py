@@ -17,7 +17,6 @@ import pytest
 import torch
 from diffusers import FasterCacheConfig, FluxPipeline, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import (
     FluxAttention,
     FluxAttnProcessor,
@@ -25,6 +24,7 @@ from diffusers.models.transformers.transformer_flux import (
     FluxPosEmbed,
 )
 from diffusers.models.transformers.transformer_flux2 import Flux2Attention, Flux2ParallelSelfAttention
+from tiny_models import norm_rotate
 from torch.nn import functional as F
 
 from models import attention, kernels
@@ -520,11 +520,6 @@ def joining(monkeypatch):
     """Fast mode's attention as on a GPU, where there is none: what its kernel does, in plain torch."""
     if GPU or INTERPRETED:
         return
-
-    def norm_rotate(text, image, rotary, dtype):
-        parts = [[norm(x) for x, norm in pair] for pair in (text, image) if pair]
-        both = (apply_rotary_emb(torch.cat(part, 1), rotary, sequence_dim=1) for part in zip(*parts, strict=True))
-        return [x.to(dtype) for x in both]
 
     monkeypatch.setattr(attention, "can_rotate", lambda *_: not torch.is_grad_enabled())
     monkeypatch.setattr(attention, "norm_rotate", norm_rotate)
