@@ -507,8 +507,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rivals", nargs="+", metavar="WORD", help="beside full precision only those that have one of "
                         "these words in their names, such as fp8 or \"ours fast\"; default: all")  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=1, help="pictures of a step; default: 1")
-    parser.add_argument("--attention", metavar="NAME", help="of ours, one of diffusers' backends, such as sage, flash "
-                        "or _flash_3; default: torch's own, as all rivals have")  # fmt: skip
+    parser.add_argument("--attention", metavar="NAME", help="of ours: fp8, which is fast mode's alone and wants an "
+                        "H100 and fa3-fwd, or one of diffusers'; default: torch's own, as all rivals have")  # fmt: skip
     parser.add_argument("--no_steps", action="store_true", help="leave the denoising steps out")
     parser.add_argument("--device", help="default: cuda if there, else mps, else cpu")
     parser.add_argument("--dtype", dest="dtype_name", choices=DTYPES,
@@ -525,7 +525,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     try:
         args.device = pick_device(args.device)
         if args.attention:
-            set_attention(args.attention)
+            set_attention(args.attention, modes=args.mode)
         args.architecture, text_tokens, sizes, args.kind = read_config(args.config)
         args.text_tokens = text_tokens if args.text_tokens is None else args.text_tokens
         args.resolution = args.resolution or sizes

@@ -505,8 +505,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "only the component that computes; sequential: what does not fit streams layer by "
                         "layer")  # fmt: skip
     parser.add_argument("--mode", choices=MODES, default="exact", help="to draw in; fast: 8-bit activations")
-    parser.add_argument("--attention", metavar="NAME", help="of the quantized model, one of diffusers' backends, "
-                        "such as sage, flash or _flash_3; default: torch's own")  # fmt: skip
+    parser.add_argument("--attention", metavar="NAME", help="of the quantized model: fp8, in fast mode on an H100 "
+                        "(pip install fa3-fwd), or one of diffusers' backends; default: torch's own")  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--device", help="default: cuda if there, else mps, else cpu")
     parser.add_argument("--seed", type=int, default=42, help="picture i starts from the noise of seed + i")
@@ -514,7 +514,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     try:
         args.device = pick_device(args.device)
         if args.attention:
-            set_attention(args.attention)
+            set_attention(args.attention, modes=[args.mode])
         check_offload(args.offload, args.device)
         if check_bits(args.w_bits) >= 16:
             raise ValueError(f"--w_bits {args.w_bits}: nothing to quantize; use 0 to 8")

@@ -226,8 +226,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "only the component that computes; sequential: what does not fit streams layer by "
                         "layer")  # fmt: skip
     parser.add_argument("--mode", choices=MODES, default="exact", help="to compute in; fast: 8-bit activations")
-    parser.add_argument("--attention", metavar="NAME", help="of the quantized model, one of diffusers' backends, "
-                        "such as sage, flash or _flash_3; default: torch's own")  # fmt: skip
+    parser.add_argument("--attention", metavar="NAME", help="of the quantized model: fp8, in fast mode on an H100 "
+                        "(pip install fa3-fwd), or one of diffusers' backends; default: torch's own")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="compile the transformer, on CUDA into CUDA graphs: "
                         "a minute or two at the start, then faster")  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else float32")
@@ -242,7 +242,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     try:
         args.device = pick_device(args.device)
         if args.attention:
-            set_attention(args.attention)
+            set_attention(args.attention, modes=[args.mode])
         args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
         check_counts(args, "num_images", "samples_per_prompt", "batch_size", "steps")
         check_resolution(args.resolution)

@@ -10,7 +10,8 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from models.kernels import can_rotate, norm_rotate
+from models.fp8_attention import fp8_attention, query_dtype
+from models.kernels import FP8, can_rotate, norm_rotate
 from models.packing import PackedLinear, is_unhooked
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines [tokens, width of a head]
@@ -25,6 +26,8 @@ def can_fuse(tokens: Tensor, head_dim: int, norms: Sequence[nn.RMSNorm], rotary:
 
 def attend(processor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Attention [batch, tokens, heads, width] by what was chosen on the processor -> [batch, tokens, channels]."""
+    if query.dtype == FP8:
+        return fp8_attention(query, key, value).flatten(2)
     return dispatch_attention_fn(
         query, key, value, attn_mask=mask, backend=processor._attention_backend,
         parallel_config=processor._parallel_config,
@@ -57,7 +60,8 @@ class FusedAttention:
             added = heads(encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
             text = [(added[0], attn.norm_added_q), (added[1], attn.norm_added_k)]
             value = torch.cat([added[2], value], 1)
-        query, key = norm_rotate(text, image, image_rotary_emb)
+        dtype = query_dtype(self, query, attention_mask)
+        query, key = norm_rotate(text, image, image_rotary_emb, dtype)
         out = attend(self, query, key, value, attention_mask)
         if not joint:
             return out

@@ -24,6 +24,7 @@ from diffusers.models.transformers.transformer_flux2 import (
 from torch import Tensor
 
 from models.attention import FusedAttention, Rotary, attend, can_fuse
+from models.fp8_attention import query_dtype
 from models.kernels import norm_rotate
 from models.quantized_model import Blocks, Family, QuantizedTransformer, init_like
 
@@ -50,7 +51,8 @@ class FusedFlux2ParallelAttnProcessor(Flux2ParallelSelfAttnProcessor):
         parts = [attn.inner_dim] * 3 + [attn.mlp_hidden_dim * attn.mlp_mult_factor]
         *parts, gated = attn.to_qkv_mlp_proj(hidden_states).split(parts, -1)
         query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in parts)
-        query, key = norm_rotate(None, [(query, attn.norm_q), (key, attn.norm_k)], image_rotary_emb)
+        dtype = query_dtype(self, query, attention_mask)
+        query, key = norm_rotate(None, [(query, attn.norm_q), (key, attn.norm_k)], image_rotary_emb, dtype)
         out = attend(self, query, key, value, attention_mask)
         return attn.to_out(torch.cat([out, attn.mlp_act_fn(gated)], -1))
 

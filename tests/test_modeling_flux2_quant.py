@@ -5,14 +5,13 @@ from math import ceil
 
 import pytest
 import torch
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux2 import (
     Flux2AttnProcessor,
     Flux2KVAttnProcessor,
     Flux2KVParallelSelfAttnProcessor,
     Flux2ParallelSelfAttnProcessor,
 )
-from tiny_models import CONFIGS, inputs, output, stock
+from tiny_models import CONFIGS, inputs, norm_rotate, output, stock
 
 from models import attention, kernels, modeling_flux2_quant
 from models.modeling_flux2_quant import (
@@ -65,11 +64,6 @@ def packed():
 @pytest.fixture
 def fused(monkeypatch):
     """Fast mode's attention as on a GPU, where there is none: what its kernel does, in plain torch."""
-
-    def norm_rotate(text, image, rotary):
-        parts = [[norm(x) for x, norm in pair] for pair in (text, image) if pair]
-        return [apply_rotary_emb(torch.cat(part, 1), rotary, sequence_dim=1) for part in zip(*parts, strict=True)]
-
     monkeypatch.setattr(attention, "can_rotate", lambda *_: not torch.is_grad_enabled())
     for module in (attention, modeling_flux2_quant):
         monkeypatch.setattr(module, "norm_rotate", norm_rotate)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from diffusers.models.embeddings import apply_rotary_emb
 
 from models.modeling_flux2_quant import Flux2Transformer2DModel
 from models.modeling_flux_quant import FluxTransformer2DModel
@@ -63,6 +64,13 @@ def inputs(config: Mapping, dtype: torch.dtype = torch.float32, seed: int = 0, t
 def output(model, dtype: torch.dtype = torch.float32, seed: int = 0, **kwargs) -> torch.Tensor:
     """The velocity for `inputs`."""
     return model(**inputs(model.config, dtype, seed), **kwargs)[0]
+
+
+def norm_rotate(text, image, rotary, dtype):
+    """What kernels.norm_rotate does, in plain torch, for where Triton is not."""
+    parts = [[norm(x) for x, norm in pair] for pair in (text, image) if pair]
+    joined = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    return [apply_rotary_emb(part, rotary, sequence_dim=1).to(dtype) for part in joined]
 
 
 def write_klein(folder: Path) -> Path:

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from models import fp8_attention
 from utils.pipelines import Family, family_called, family_of, sampling_settings
 from utils.utils import empty_cache
 
@@ -370,11 +371,19 @@ def record_inputs(transformer: nn.Module, wanted: Callable[[int], bool]) -> Iter
         hook.remove()
 
 
-def set_attention(name: str, model: ModelMixin | None = None) -> None:
-    """Let `model`, and no other, compute attention by the backend that diffusers knows as `name`.
+def set_attention(name: str, model: ModelMixin | None = None, modes: Sequence[str] = ("fast",)) -> None:
+    """Let `model`, and no other, compute attention by the backend that diffusers knows as `name`; fp8: by our own.
 
-    ValueError if there is none of that name or it is not installed; without a model, that is all.
+    ValueError if there is none of that name, it is not installed or for none of these inference modes; without a
+    model, that is all.
     """
+    if name == fp8_attention.NAME:
+        if "fast" not in modes:
+            raise ValueError(f"--attention {name} is fast mode's: add --mode fast")
+        try:
+            return fp8_attention.choose(model)
+        except ValueError as error:
+            raise ValueError(f"--attention {name}: {error}") from None
     logger = logging.getLogger("diffusers.models.modeling_utils")
     logger.disabled = True  # it warns of an interface that may change
     try:
