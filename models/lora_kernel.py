@@ -57,11 +57,9 @@ if triton is not None:
         return tl.maximum(scale, floor, propagate_nan=tl.PropagateNan.ALL)
 
     @triton.jit
-    def _tile(
-        weight, left, b, step, row, column, rows, columns, rank, scaling, low, high, n, s,
-        SIGN: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr,
-    ):  # fmt: skip
+    def _tile(weight, left, b, step, row, column, numbers, SIGN: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr):
         """x = (W + scaling·A@B)/step, clipped; whether it was inside; its level; B's columns. NaN stays NaN."""
+        rows, columns, rank, scaling, low, high, n, s = numbers
         right = _get(b, tl.arange(0, RANK)[:, None], column, rank, columns)
         if SPLIT:
             left_high, right_high = left.to(tl.bfloat16), right.to(tl.bfloat16)
@@ -109,11 +107,9 @@ if triton is not None:
         across = tl.cdiv(columns, WIDTH)
         r = tl.program_id(0) // across * HEIGHT + tl.arange(0, HEIGHT)
         row, column = r[:, None], (tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH))[None, :]
-        left = _get(a, row, tl.arange(0, RANK)[None, :], rows, rank)
-        _, _, level, _ = _tile(
-            weight, left, b, _scale(step, r, rows, floor, stride), row, column, rows, columns, rank, scaling, low, high,
-            n, s, SIGN, RANK, SPLIT,
-        )  # fmt: skip
+        left, step = _get(a, row, tl.arange(0, RANK)[None, :], rows, rank), _scale(step, r, rows, floor, stride)
+        numbers = (rows, columns, rank, scaling, low, high, n, s)
+        _, _, level, _ = _tile(weight, left, b, step, row, column, numbers, SIGN, RANK, SPLIT)
         _put(out, row, column, rows, columns, level * _scale(alpha, r, rows, floor, stride)[:, None])
 
     @triton.jit
@@ -126,11 +122,9 @@ if triton is not None:
         across = tl.cdiv(columns, WIDTH)
         r = tl.program_id(0) // across * HEIGHT + tl.arange(0, HEIGHT)
         row, column = r[:, None], (tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH))[None, :]
-        left = _get(a, row, tl.arange(0, RANK)[None, :], rows, rank)
-        x, inside, level, _ = _tile(
-            weight, left, b, _scale(step, r, rows, floor, stride), row, column, rows, columns, rank, scaling, low, high,
-            n, s, SIGN, RANK, SPLIT,
-        )  # fmt: skip
+        left, step = _get(a, row, tl.arange(0, RANK)[None, :], rows, rank), _scale(step, r, rows, floor, stride)
+        numbers = (rows, columns, rank, scaling, low, high, n, s)
+        x, inside, level, _ = _tile(weight, left, b, step, row, column, numbers, SIGN, RANK, SPLIT)
         g = _get(grad, row, column, rows, columns).to(tl.float32)
         through, slopes = _through(g, x, inside, level, SIGN, FROZEN)
         if not FROZEN:
@@ -147,18 +141,17 @@ if triton is not None:
         across = tl.cdiv(columns, WIDTH)
         span, block = tl.program_id(0) % tl.cdiv(across, SPAN), tl.program_id(0) // tl.cdiv(across, SPAN)
         r, m = block * HEIGHT + tl.arange(0, HEIGHT), tl.arange(0, FEW)[None, :]
-        left = _get(a, r[:, None], tl.arange(0, RANK)[None, :], rows, rank)
+        row, numbers = r[:, None], (rows, columns, rank, scaling, low, high, n, s)
+        left = _get(a, row, tl.arange(0, RANK)[None, :], rows, rank)
         step, alpha = _scale(step, r, rows, floor, stride), _scale(alpha, r, rows, floor, stride)
         total = tl.zeros([HEIGHT, FEW], tl.float32)
         for tile in range(span * SPAN, tl.minimum(span * SPAN + SPAN, across)):
             c = tile * WIDTH + tl.arange(0, WIDTH)
-            _, _, level, _ = _tile(
-                weight, left, b, step, r[:, None], c[None, :], rows, columns, rank, scaling, low, high, n, s, SIGN,
-                RANK, SPLIT,
-            )  # fmt: skip
+            column = c[None, :]
+            _, _, level, _ = _tile(weight, left, b, step, row, column, numbers, SIGN, RANK, SPLIT)
             made = (level * alpha[:, None]).to(tl.bfloat16)
             total = _product(made, _get(x, m, c[:, None], few, columns), total, SPLIT)
-        _put(out + span * few * rows, m, r[:, None], few, rows, total)
+        _put(out + span * few * rows, m, row, few, rows, total)
 
     @triton.jit
     def _few_backward(
@@ -172,18 +165,17 @@ if triton is not None:
         across = tl.cdiv(columns, WIDTH)
         span, block = tl.program_id(0) % tl.cdiv(across, SPAN), tl.program_id(0) // tl.cdiv(across, SPAN)
         r, m, k = block * HEIGHT + tl.arange(0, HEIGHT), tl.arange(0, FEW), tl.arange(0, RANK)[None, :]
-        left = _get(a, r[:, None], k, rows, rank)
+        row, numbers = r[:, None], (rows, columns, rank, scaling, low, high, n, s)
+        left = _get(a, row, k, rows, rank)
         step, alpha = _scale(step, r, rows, floor, stride), _scale(alpha, r, rows, floor, stride)
-        grads = _get(grad, m[None, :], r[:, None], few, rows)
+        grads = _get(grad, m[None, :], row, few, rows)
         sum_a, sum_alpha = tl.zeros([HEIGHT, RANK], tl.float32), tl.zeros([HEIGHT], tl.float32)
         for tile in range(span * SPAN, tl.minimum(span * SPAN + SPAN, across)):
             c = tile * WIDTH + tl.arange(0, WIDTH)
-            tokens = _get(x, m[:, None], c[None, :], few, columns)
+            column = c[None, :]
+            tokens = _get(x, m[:, None], column, few, columns)
             g = _product(grads, tokens, tl.zeros([HEIGHT, WIDTH], tl.float32), SPLIT)  # first: fewer registers
-            clipped, inside, level, right = _tile(
-                weight, left, b, step, r[:, None], c[None, :], rows, columns, rank, scaling, low, high, n, s, SIGN,
-                RANK, SPLIT,
-            )  # fmt: skip
+            clipped, inside, level, right = _tile(weight, left, b, step, row, column, numbers, SIGN, RANK, SPLIT)
             inner, slopes = _through(g, clipped, inside, level, SIGN, FROZEN)
             sum_alpha += slopes
             made = (level * alpha[:, None]).to(tl.bfloat16)
@@ -196,7 +188,7 @@ if triton is not None:
                 _put(of_b + block * rank * columns, k, c[:, None], rank, columns, of_rows)
         tl.store(of_alpha + span * rows + r, sum_alpha, mask=r < rows)
         if not FROZEN:
-            _put(of_a + span * rows * rank, r[:, None], k, rows, rank, sum_a)
+            _put(of_a + span * rows * rank, row, k, rows, rank, sum_a)
 
 
 def works_on(weight: Tensor, rank: int) -> bool:
