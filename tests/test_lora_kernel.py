@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 INTERPRETED = lora_kernel.INTERPRETED
+pytestmark = pytest.mark.on_gpu
 here = pytest.mark.skipif(not (GPU or INTERPRETED), reason="needs Triton; run in its interpreter by another test")
 SHAPES = [(5, 7), (130, 300), (128, 256)] + [(3072, 12288), (18432, 3072)] * GPU
 
