@@ -83,10 +83,11 @@ if triton is not None:
     @triton.jit
     def _through(g, x, inside, level, SIGN: tl.constexpr, FROZEN: tl.constexpr):
         """The gradient g behind the quantizer: of what is rounded, and of α as a sum over the columns of a tile."""
-        slope = level
+        inner = tl.where(inside, g, 0.0)
+        slopes = g * level
         if not SIGN and not FROZEN:
-            slope = level - tl.where(inside, x, 0.0)
-        return tl.where(inside, g, 0.0), tl.sum(g * slope, axis=1)
+            slopes -= inner * x
+        return inner, tl.sum(slopes, axis=1)
 
     @triton.jit
     def _product(x, y, total, SPLIT: tl.constexpr):
@@ -137,15 +138,15 @@ if triton is not None:
         SPAN: tl.constexpr, FEW: tl.constexpr,
     ):  # fmt: skip
         """out[span, token, row] = Σ x·α·level over the columns of a span of tiles."""
-        across = tl.cdiv(columns, WIDTH)
-        span, block = tl.program_id(0) % tl.cdiv(across, SPAN), tl.program_id(0) // tl.cdiv(across, SPAN)
+        spans = tl.cdiv(columns, WIDTH * SPAN)
+        span, block = tl.program_id(0) % spans, tl.program_id(0) // spans
         r, m = block * HEIGHT + tl.arange(0, HEIGHT), tl.arange(0, FEW)[None, :]
         row, numbers = r[:, None], (rows, columns, rank, scaling, low, high, n, s)
         left = _get(a, row, tl.arange(0, RANK)[None, :], rows, rank)
         step, alpha = _scale(step, r, rows, floor, stride), _scale(alpha, r, rows, floor, stride)
         total = tl.zeros([HEIGHT, FEW], tl.float32)
-        for tile in range(span * SPAN, tl.minimum(span * SPAN + SPAN, across)):
-            c = tile * WIDTH + tl.arange(0, WIDTH)
+        for i in range(SPAN):
+            c = (span * SPAN + i) * WIDTH + tl.arange(0, WIDTH)
             column = c[None, :]
             _, _, level, _ = _tile(weight, left, b, step, row, column, numbers, SIGN, RANK, SPLIT)
             made = (level * alpha[:, None]).to(tl.bfloat16)
@@ -161,16 +162,16 @@ if triton is not None:
         """With g = gradᵀ·x, sums over the columns of a span of tiles: of_a[span, row, k], of_alpha[span, row]; and over
         the rows of a block: of_b[block, k, column], of_x[block, token, column].
         """
-        across = tl.cdiv(columns, WIDTH)
-        span, block = tl.program_id(0) % tl.cdiv(across, SPAN), tl.program_id(0) // tl.cdiv(across, SPAN)
+        spans = tl.cdiv(columns, WIDTH * SPAN)
+        span, block = tl.program_id(0) % spans, tl.program_id(0) // spans
         r, m, k = block * HEIGHT + tl.arange(0, HEIGHT), tl.arange(0, FEW), tl.arange(0, RANK)[None, :]
         row, numbers = r[:, None], (rows, columns, rank, scaling, low, high, n, s)
         left = _get(a, row, k, rows, rank)
         step, alpha = _scale(step, r, rows, floor, stride), _scale(alpha, r, rows, floor, stride)
         grads = _get(grad, m[None, :], row, few, rows)
         sum_a, sum_alpha = tl.zeros([HEIGHT, RANK], tl.float32), tl.zeros([HEIGHT], tl.float32)
-        for tile in range(span * SPAN, tl.minimum(span * SPAN + SPAN, across)):
-            c = tile * WIDTH + tl.arange(0, WIDTH)
+        for i in range(SPAN):
+            c = (span * SPAN + i) * WIDTH + tl.arange(0, WIDTH)
             column = c[None, :]
             tokens = _get(x, m[:, None], column, few, columns)
             g = _product(grads, tokens, tl.zeros([HEIGHT, WIDTH], tl.float32), SPLIT)  # first: fewer registers
