@@ -8,6 +8,10 @@ exact to 2⁻¹⁶ of the product. Training, evaluation, freezing and packing al
 Backward keeps the inputs alone. With g the gradient of what was put out, in its dtype,
 
     ∂/∂(W + scaling·A@B) = g where w/α is inside the clip range     ∂/∂α = Σ g·(level − w/α inside)   (utils_quant.py)
+
+A few tokens (AdaLN has one a sample, and 27 % of FLUX.1-dev's weights) are multiplied in that pass: writing the matrix
+for them, and its gradient, costs more than they do. Forward then takes 2 bytes a weight, backward (rank 32) 3.6: it
+sums over rows for B and x, over columns for A and α, and no program sees all of either.
 """
 
 import math
@@ -29,19 +33,34 @@ except ImportError:
 TILE = {"HEIGHT": 64, "WIDTH": 64, "num_warps": 4}
 MAX_RANK = 128  # what a tile's factors may take of them
 
+FEW = 16  # tokens up to which they are multiplied in the pass: the least that a tensor core takes
+FEW_RANK = 64  # up to which tiles and factors fit a consumer card's shared memory
+# A program goes through SPAN tiles of its rows, so that fewer sums are written. Two share a multiprocessor.
+FEW_TILE = {"HEIGHT": 128, "WIDTH": 64, "SPAN": 8, "num_warps": 8, "num_stages": 2}
+FEW_BACKWARD_TILE = FEW_TILE | {"num_stages": 1, "maxnreg": 128}
+
 if triton is not None:
 
     @triton.jit
-    def _tile(
-        weight, a, b, step, row, column, rows, columns, rank, scaling, low, high, n, s, step_stride,
-        SIGN: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr,
-    ):  # fmt: skip
-        """x = (W + scaling·A@B)/step of a tile, and its levels; NaN stays NaN."""
-        k = tl.arange(0, RANK)
-        here_a = (row[:, None] < rows) & (k[None, :] < rank)
-        here_b = (k[:, None] < rank) & (column[None, :] < columns)
-        left = tl.load(a + row[:, None] * rank + k[None, :], mask=here_a, other=0.0)
-        right = tl.load(b + k[:, None] * columns + column[None, :], mask=here_b, other=0.0)
+    def _get(matrix, i, j, rows, columns):
+        at = i.to(tl.int64) * columns + j
+        return tl.load(matrix + at, mask=(i < rows) & (j < columns), other=0.0)
+
+    @triton.jit
+    def _put(matrix, i, j, rows, columns, value):
+        at = i.to(tl.int64) * columns + j
+        tl.store(matrix + at, value.to(matrix.dtype.element_ty), mask=(i < rows) & (j < columns))
+
+    @triton.jit
+    def _scale(alpha, row, rows, floor, stride):
+        scale = tl.load(alpha + row * stride, mask=row < rows, other=1.0)
+        return tl.maximum(scale, floor, propagate_nan=tl.PropagateNan.ALL)
+
+    @triton.jit
+    def _tile(weight, left, b, step, row, column, numbers, SIGN: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr):
+        """x = (W + scaling·A@B)/step, clipped; whether it was inside; its level; B's columns. NaN stays NaN."""
+        rows, columns, rank, scaling, low, high, n, s = numbers
+        right = _get(b, tl.arange(0, RANK)[:, None], column, rank, columns)
         if SPLIT:
             left_high, right_high = left.to(tl.bfloat16), right.to(tl.bfloat16)
             left_low = (left - left_high.to(tl.float32)).to(tl.bfloat16)
@@ -51,58 +70,125 @@ if triton is not None:
             update = tl.dot(left_high, right_high, update)
         else:
             update = tl.dot(left, right, input_precision="ieee")
-        here = (row[:, None] < rows) & (column[None, :] < columns)
-        at = row.to(tl.int64)[:, None] * columns + column[None, :]
-        w = tl.load(weight + at, mask=here, other=0.0).to(tl.float32) + scaling * update
-        x = w * (1 / tl.load(step + row * step_stride, mask=row < rows, other=1.0))[:, None]  # one division a row
+        w = _get(weight, row, column, rows, columns).to(tl.float32) + scaling * update
+        x = w * (1 / step)[:, None]  # one division a row
+        clipped = tl.clamp(x, low, high, propagate_nan=tl.PropagateNan.ALL)
         if SIGN:
-            level = tl.where(x >= 0, 1.0, -1.0)
+            level = tl.where(x >= 0, 1.0, tl.where(x == x, -1.0, x))
         else:
             # Adding 1.5·2²³ leaves no room for a fraction: rounds to even, as torch does.
-            level = tl.minimum(tl.maximum(x, low), high) * n - s
-            level = ((level + 12582912.0) - 12582912.0 + s) * (1 / n)
-        return x, tl.where(x == x, level, x), at, here
+            level = (((clipped * n - s) + 12582912.0) - 12582912.0 + s) * (1 / n)
+        return clipped, clipped == x, level, right
+
+    @triton.jit
+    def _through(g, x, inside, level, SIGN: tl.constexpr, FROZEN: tl.constexpr):
+        """The gradient g behind the quantizer: of what is rounded, and of α as a sum over the columns of a tile."""
+        inner = tl.where(inside, g, 0.0)
+        slopes = g * level
+        if not SIGN and not FROZEN:
+            slopes -= inner * x
+        return inner, tl.sum(slopes, axis=1)
+
+    @triton.jit
+    def _product(x, y, total, SPLIT: tl.constexpr):
+        """total + x·y, as numbers in bf16 are multiplied."""
+        if SPLIT:
+            total = tl.dot(x.to(tl.bfloat16), y.to(tl.bfloat16), total)
+        else:
+            total = tl.dot(x.to(tl.float32), y.to(tl.float32), total, input_precision="ieee")
+        return total
 
     @triton.jit
     def _compose(
-        weight, a, b, alpha, step, out, rows, columns, rank, scaling, low, high, n, s, alpha_stride,
-        SIGN: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr, HEIGHT: tl.constexpr,
-        WIDTH: tl.constexpr,
+        weight, a, b, alpha, step, out, rows, columns, rank, scaling, low, high, n, s, floor, stride,
+        SIGN: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
         """out = α·level of a tile."""
         across = tl.cdiv(columns, WIDTH)
-        row = tl.program_id(0) // across * HEIGHT + tl.arange(0, HEIGHT)
-        column = tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH)
-        _, level, at, here = _tile(
-            weight, a, b, step, row, column, rows, columns, rank, scaling, low, high, n, s, alpha_stride,
-            SIGN, RANK, SPLIT,
-        )  # fmt: skip
-        scale = tl.load(alpha + row * alpha_stride, mask=row < rows, other=0.0)[:, None]
-        tl.store(out + at, (level * scale).to(out.dtype.element_ty), mask=here)
+        r = tl.program_id(0) // across * HEIGHT + tl.arange(0, HEIGHT)
+        row, column = r[:, None], (tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH))[None, :]
+        left, step = _get(a, row, tl.arange(0, RANK)[None, :], rows, rank), _scale(step, r, rows, floor, stride)
+        numbers = (rows, columns, rank, scaling, low, high, n, s)
+        _, _, level, _ = _tile(weight, left, b, step, row, column, numbers, SIGN, RANK, SPLIT)
+        _put(out, row, column, rows, columns, level * _scale(alpha, r, rows, floor, stride)[:, None])
 
     @triton.jit
     def _compose_backward(
-        grad, weight, a, b, step, inner, sums, rows, columns, rank, scaling, low, high, n, s, step_stride,
+        grad, weight, a, b, step, inner, sums, rows, columns, rank, scaling, low, high, n, s, floor, stride,
         SIGN: tl.constexpr, FROZEN: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr, HEIGHT: tl.constexpr,
         WIDTH: tl.constexpr,
     ):  # fmt: skip
         """inner = g inside the clip range; sums[row, tile] = Σ g·slope over the columns of a tile."""
         across = tl.cdiv(columns, WIDTH)
-        row = tl.program_id(0) // across * HEIGHT + tl.arange(0, HEIGHT)
-        column = tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH)
-        x, level, at, here = _tile(
-            weight, a, b, step, row, column, rows, columns, rank, scaling, low, high, n, s, step_stride,
-            SIGN, RANK, SPLIT,
-        )  # fmt: skip
-        g = tl.load(grad + at, mask=here, other=0.0).to(tl.float32)
-        slope = level
+        r = tl.program_id(0) // across * HEIGHT + tl.arange(0, HEIGHT)
+        row, column = r[:, None], (tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH))[None, :]
+        left, step = _get(a, row, tl.arange(0, RANK)[None, :], rows, rank), _scale(step, r, rows, floor, stride)
+        numbers = (rows, columns, rank, scaling, low, high, n, s)
+        x, inside, level, _ = _tile(weight, left, b, step, row, column, numbers, SIGN, RANK, SPLIT)
+        g = _get(grad, row, column, rows, columns).to(tl.float32)
+        through, slopes = _through(g, x, inside, level, SIGN, FROZEN)
         if not FROZEN:
-            inside = (x >= low) & (x <= high)
-            tl.store(inner + at, tl.where(inside, g, 0.0).to(inner.dtype.element_ty), mask=here)
-            if not SIGN:
-                slope = level - tl.where(inside, x, 0.0)
-        total = tl.sum(tl.where(here, g * slope, 0.0), axis=1)
-        tl.store(sums + row * across + tl.program_id(0) % across, total, mask=row < rows)
+            _put(inner, row, column, rows, columns, through)
+        tl.store(sums + r * across + tl.program_id(0) % across, slopes, mask=r < rows)
+
+    @triton.jit
+    def _few(
+        x, weight, a, b, alpha, step, out, rows, columns, rank, scaling, low, high, n, s, floor, stride, few,
+        SIGN: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+        SPAN: tl.constexpr, FEW: tl.constexpr,
+    ):  # fmt: skip
+        """out[span, token, row] = Σ x·α·level over the columns of a span of tiles."""
+        spans = tl.cdiv(columns, WIDTH * SPAN)
+        span, block = tl.program_id(0) % spans, tl.program_id(0) // spans
+        r, m = block * HEIGHT + tl.arange(0, HEIGHT), tl.arange(0, FEW)[None, :]
+        row, numbers = r[:, None], (rows, columns, rank, scaling, low, high, n, s)
+        left = _get(a, row, tl.arange(0, RANK)[None, :], rows, rank)
+        step, alpha = _scale(step, r, rows, floor, stride), _scale(alpha, r, rows, floor, stride)
+        total = tl.zeros([HEIGHT, FEW], tl.float32)
+        for i in range(SPAN):
+            c = (span * SPAN + i) * WIDTH + tl.arange(0, WIDTH)
+            column = c[None, :]
+            _, _, level, _ = _tile(weight, left, b, step, row, column, numbers, SIGN, RANK, SPLIT)
+            made = (level * alpha[:, None]).to(tl.bfloat16)
+            total = _product(made, _get(x, m, c[:, None], few, columns), total, SPLIT)
+        _put(out + span * few * rows, m, row, few, rows, total)
+
+    @triton.jit
+    def _few_backward(
+        grad, x, weight, a, b, alpha, step, of_x, of_a, of_b, of_alpha, rows, columns, rank, scaling, low, high, n, s,
+        floor, stride, few, SIGN: tl.constexpr, FROZEN: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr,
+        HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr, FEW: tl.constexpr,
+    ):  # fmt: skip
+        """With g = gradᵀ·x, sums over the columns of a span of tiles: of_a[span, row, k], of_alpha[span, row]; and over
+        the rows of a block: of_b[block, k, column], of_x[block, token, column].
+        """
+        spans = tl.cdiv(columns, WIDTH * SPAN)
+        span, block = tl.program_id(0) % spans, tl.program_id(0) // spans
+        r, m, k = block * HEIGHT + tl.arange(0, HEIGHT), tl.arange(0, FEW), tl.arange(0, RANK)[None, :]
+        row, numbers = r[:, None], (rows, columns, rank, scaling, low, high, n, s)
+        left = _get(a, row, k, rows, rank)
+        step, alpha = _scale(step, r, rows, floor, stride), _scale(alpha, r, rows, floor, stride)
+        grads = _get(grad, m[None, :], row, few, rows)
+        sum_a, sum_alpha = tl.zeros([HEIGHT, RANK], tl.float32), tl.zeros([HEIGHT], tl.float32)
+        for i in range(SPAN):
+            c = (span * SPAN + i) * WIDTH + tl.arange(0, WIDTH)
+            column = c[None, :]
+            tokens = _get(x, m[:, None], column, few, columns)
+            g = _product(grads, tokens, tl.zeros([HEIGHT, WIDTH], tl.float32), SPLIT)  # first: fewer registers
+            clipped, inside, level, right = _tile(weight, left, b, step, row, column, numbers, SIGN, RANK, SPLIT)
+            inner, slopes = _through(g, clipped, inside, level, SIGN, FROZEN)
+            sum_alpha += slopes
+            made = (level * alpha[:, None]).to(tl.bfloat16)
+            part = _product(tl.trans(made), grads, tl.zeros([WIDTH, FEW], tl.float32), SPLIT)
+            _put(of_x + block * few * columns, m[None, :], c[:, None], few, columns, part)
+            if not FROZEN:
+                inner = inner.to(tl.bfloat16)
+                sum_a = _product(inner, tl.trans(right), sum_a, SPLIT)
+                of_rows = _product(tl.trans(inner), left, tl.zeros([WIDTH, RANK], tl.float32), SPLIT)
+                _put(of_b + block * rank * columns, k, c[:, None], rank, columns, of_rows)
+        tl.store(of_alpha + span * rows + r, sum_alpha, mask=r < rows)
+        if not FROZEN:
+            _put(of_a + span * rows * rank, row, k, rows, rank, sum_a)
 
 
 def works_on(weight: Tensor, rank: int) -> bool:
@@ -111,14 +197,30 @@ def works_on(weight: Tensor, rank: int) -> bool:
     return triton is not None and (cuda or INTERPRETED) and 0 < rank <= MAX_RANK
 
 
-def _launch(kernel, weight: Tensor, a: Tensor, *arguments, **options) -> None:
+def takes_few(x: Tensor, weight: Tensor, rank: int) -> bool:
+    """Whether x [..., in] is few tokens in bf16, and the weight one that `few` takes and is not trained itself."""
+    tokens = x.numel() // x.shape[-1]
+    return (
+        x.dtype == torch.bfloat16 and 0 < tokens <= FEW and rank <= FEW_RANK
+        and not weight.requires_grad and works_on(weight, rank)
+    )  # fmt: skip
+
+
+def _programs(weight: Tensor, tile: dict) -> tuple[int, int]:
+    """How many programs share the rows of a weight, and its columns."""
     rows, columns = weight.shape
-    tiles = -(-rows // TILE["HEIGHT"]) * -(-columns // TILE["WIDTH"])
+    return -(-rows // tile["HEIGHT"]), -(-columns // (tile["WIDTH"] * tile.get("SPAN", 1)))
+
+
+def _launch(kernel, tile: dict, tensors: tuple, weight, a, step, scaling, grid, floor, **options) -> None:
     rank = max(16, 1 << (a.shape[1] - 1).bit_length())
     device = torch.cuda.device(weight.device) if weight.is_cuda else torch.device("cpu")
     with device:  # Triton launches on the current device, which need not be the tensors'
         # The interpreter cannot multiply bf16.
-        kernel[(tiles,)](*arguments, **options, RANK=rank, SPLIT=not INTERPRETED, **TILE)
+        kernel[(math.prod(_programs(weight, tile)),)](
+            *(tensor.contiguous() for tensor in tensors), *weight.shape, a.shape[1], scaling, *grid, floor,
+            int(step.numel() > 1), **options, RANK=rank, SPLIT=not INTERPRETED, **tile,
+        )  # fmt: skip
 
 
 @torch.library.custom_op("flux158::compose", mutates_args=())
@@ -133,13 +235,8 @@ def compose(
     the sign alone with `sign`. The gradient of alpha is divided by √numel_qp.
     """
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    scale = alpha.clamp(min=floor)
-    step = scale if frozen is None else frozen.clamp(min=floor)
-    rows, columns = weight.shape
-    _launch(
-        _compose, weight, a, weight.contiguous(), a.contiguous(), b.contiguous(), scale, step, out, rows, columns,
-        a.shape[1], scaling, *grid, int(alpha.numel() > 1), SIGN=sign,
-    )  # fmt: skip
+    step = alpha if frozen is None else frozen
+    _launch(_compose, TILE, (weight, a, b, alpha, step, out), weight, a, step, scaling, grid, floor, SIGN=sign)
     return out
 
 
@@ -151,23 +248,70 @@ def _(weight, a, b, alpha, frozen, scaling, grid, sign, floor, numel_qp, dtype):
 @torch.library.custom_op("flux158::compose_backward", mutates_args=())
 def compose_backward(
     grad: Tensor, weight: Tensor, a: Tensor, b: Tensor, step: Tensor, scaling: float, grid: list[float], sign: bool,
-    frozen: bool,
+    floor: float, frozen: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradient of the sum [out, in] in grad's dtype (with `frozen`: empty), and of α [out, 1] without a factor."""
-    rows, columns = weight.shape
     inner = torch.empty((0,) if frozen else weight.shape, dtype=grad.dtype, device=grad.device)
-    sums = torch.empty(rows, -(-columns // TILE["WIDTH"]), dtype=torch.float32, device=grad.device)
-    _launch(
-        _compose_backward, weight, a, grad.contiguous(), weight.contiguous(), a.contiguous(), b.contiguous(), step,
-        inner, sums, rows, columns, a.shape[1], scaling, *grid, int(step.numel() > 1), SIGN=sign, FROZEN=frozen,
-    )  # fmt: skip
+    sums = torch.empty(len(weight), _programs(weight, TILE)[1], dtype=torch.float32, device=grad.device)
+    tensors = (grad, weight, a, b, step, inner, sums)
+    _launch(_compose_backward, TILE, tensors, weight, a, step, scaling, grid, floor, SIGN=sign, FROZEN=frozen)
     return inner, sums.sum(1, keepdim=True)
 
 
 @compose_backward.register_fake
-def _(grad, weight, a, b, step, scaling, grid, sign, frozen):
+def _(grad, weight, a, b, step, scaling, grid, sign, floor, frozen):
     inner = torch.empty((0,) if frozen else weight.shape, dtype=grad.dtype, device=grad.device)
     return inner, torch.empty(len(weight), 1, dtype=torch.float32, device=grad.device)
+
+
+@torch.library.custom_op("flux158::few", mutates_args=())
+def few(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, alpha: Tensor, frozen: Tensor | None, scaling: float,
+    grid: list[float], sign: bool, floor: float, numel_qp: int,
+) -> Tensor:  # fmt: skip
+    """x @ compose(weight, …)ᵀ [m, out] in fp32, the composed weight in bf16; for x [m, in] in bf16, m up to FEW.
+
+    Differentiable in x, a, b and alpha, not in weight.
+    """
+    spans, step = _programs(weight, FEW_TILE)[1], alpha if frozen is None else frozen
+    out = torch.empty(spans, x.shape[0], len(weight), dtype=torch.float32, device=x.device)
+    tensors, options = (x, weight, a, b, alpha, step, out), {"few": x.shape[0], "FEW": FEW}
+    _launch(_few, FEW_TILE, tensors, weight, a, step, scaling, grid, floor, SIGN=sign, **options)
+    return out.sum(0)
+
+
+@few.register_fake
+def _(x, weight, *_):
+    return torch.empty(x.shape[0], len(weight), dtype=torch.float32, device=x.device)
+
+
+def _room(x: Tensor, weight: Tensor, a: Tensor) -> list[Tensor]:
+    """For what few_backward gives. The sums for B are as many as blocks: rounded, as a product of bf16 would be."""
+    (blocks, spans), (rows, rank) = _programs(weight, FEW_BACKWARD_TILE), a.shape
+    shapes = ((blocks, *x.shape), (spans, rows, rank), (blocks, rank, x.shape[1]), (spans, rows))
+    dtypes = (torch.float32, torch.float32, torch.bfloat16, torch.float32)
+    return [torch.empty(s, dtype=dtype, device=x.device) for s, dtype in zip(shapes, dtypes, strict=True)]
+
+
+@torch.library.custom_op("flux158::few_backward", mutates_args=())
+def few_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, alpha: Tensor, frozen: Tensor | None,
+    scaling: float, grid: list[float], sign: bool, floor: float,
+) -> list[Tensor]:  # fmt: skip
+    """Of x, a/scaling, b/scaling and α without a factor: gradients in parts, to be summed over the first dimension.
+
+    grad [m, out] in bf16. With `frozen`, what is given for a and b is not filled.
+    """
+    room, step = _room(x, weight, a), alpha if frozen is None else frozen
+    tensors = (grad, x, weight, a, b, alpha, step, *room)
+    options = {"few": x.shape[0], "FEW": FEW, "FROZEN": frozen is not None}
+    _launch(_few_backward, FEW_BACKWARD_TILE, tensors, weight, a, step, scaling, grid, floor, SIGN=sign, **options)
+    return room
+
+
+@few_backward.register_fake
+def _(grad, x, weight, a, *_):
+    return _room(x, weight, a)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -177,9 +321,8 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad: Tensor):
     weight, a, b, alpha, frozen = ctx.saved_tensors
-    step = (alpha if frozen is None else frozen).clamp(min=ctx.floor)
-    constants = frozen is not None
-    inner, slopes = compose_backward(grad, weight, a, b, step, ctx.scaling, ctx.grid, ctx.sign, constants)
+    step, constants = alpha if frozen is None else frozen, frozen is not None
+    inner, slopes = compose_backward(grad, weight, a, b, step, ctx.scaling, ctx.grid, ctx.sign, ctx.floor, constants)
     grad_alpha = slopes.sum_to_size(alpha.shape)
     if constants:
         return (torch.zeros_like(weight), torch.zeros_like(a), torch.zeros_like(b), grad_alpha, *[None] * 7)
@@ -189,4 +332,23 @@ def _backward(ctx, grad: Tensor):
     return (grad_weight, grad_a, grad_b, grad_alpha / math.sqrt(ctx.numel_qp), *[None] * 7)
 
 
+def _few_save(ctx, inputs, output) -> None:
+    *tensors, ctx.scaling, ctx.grid, ctx.sign, ctx.floor, ctx.numel_qp = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _few_backward_of(ctx, grad: Tensor):
+    x, weight, a, b, alpha, frozen = ctx.saved_tensors
+    of_x, of_a, of_b, of_alpha = few_backward(
+        grad.to(x.dtype), x, weight, a, b, alpha, frozen, ctx.scaling, ctx.grid, ctx.sign, ctx.floor
+    )
+    grad_x = of_x.sum(0).to(x.dtype)
+    grad_alpha = of_alpha.sum(0).unsqueeze(1).sum_to_size(alpha.shape)
+    if frozen is not None:
+        return (grad_x, None, torch.zeros_like(a), torch.zeros_like(b), grad_alpha, *[None] * 6)
+    grad_a, grad_b = (part.sum(0, dtype=torch.float32) * ctx.scaling for part in (of_a, of_b))
+    return (grad_x, None, grad_a, grad_b, grad_alpha / math.sqrt(ctx.numel_qp), *[None] * 6)
+
+
 compose.register_autograd(_backward, setup_context=_save)
+few.register_autograd(_few_backward_of, setup_context=_few_save)

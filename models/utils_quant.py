@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from models.lora_kernel import compose, works_on
+from models.lora_kernel import compose, few, takes_few, works_on
 
 FULL_PRECISION_BITS = 16  # from here on there is no quantizer
 ALPHA_FLOOR = 1e-5  # keeps w/α finite, as published
@@ -515,8 +515,10 @@ class QuantizeLinear(QuantizedLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         kind = input.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
-        weight = self.quantized_weight(dtype)
-        return F.linear(input.to(dtype), weight, None if self.bias is None else self.bias.to(dtype))
+        return self._multiply(input.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
+    def _multiply(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(input, self.quantized_weight(input.dtype), bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, w_bits={self.w_bits}"
@@ -578,14 +580,21 @@ class LoRAQuantizeLinear(QuantizeLinear):
         return (self.quantized_weight(), self.weight_clip_val) if self._fused() else super().code_source()
 
     def quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        if not self._fused():
-            return super().quantized_weight(dtype)
+        return compose(*self._composed(), dtype or torch.float32) if self._fused() else super().quantized_weight(dtype)
+
+    def _composed(self) -> tuple:
+        """What compose() and few() make the weight of."""
         low, high, n, s, qp = _grid(self.w_bits, stretched=self.w_bits in (0, 2))
-        return compose(
+        return (
             self.latent_weight(), self.lora_A, self.lora_B, self.weight_clip_val, self.frozen, self.scaling,
             [float(low), float(high), n, s], self.w_bits == 1, ALPHA_FLOOR, self.in_features * self.out_features * qp,
-            dtype or torch.float32,
         )  # fmt: skip
+
+    def _multiply(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        if not (self._fused() and takes_few(input, self.latent_weight(), self.lora_r)):
+            return super()._multiply(input, bias)
+        out = few(input.reshape(-1, self.in_features), *self._composed()).view(*input.shape[:-1], self.out_features)
+        return (out if bias is None else out + bias).to(input.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, lora_r={self.lora_r}"
