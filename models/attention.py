@@ -1,7 +1,8 @@
-"""Attention in fast mode: projections of one input multiplied as one, queries and keys by one kernel (norm_rotate).
+"""Attention with queries and keys by one kernel (norm_rotate), in fast mode with projections of one input as one.
 
 What stands here goes before one of diffusers' attention processors among the bases of a class; where the kernel cannot
-do it or something hooks a norm, diffusers' own does. A projection that is hooked is called by itself.
+do it or something hooks a norm, diffusers' own does. A projection that is hooked is called by itself. In exact mode
+that is for torch.compile, which rounds queries and keys once, as the kernel does; diffusers does so twice.
 """
 
 from collections.abc import Sequence
@@ -16,11 +17,17 @@ from models.packing import PackedLinear, is_unhooked
 Rotary = tuple[Tensor, Tensor]  # cosines and sines [tokens, width of a head]
 
 
-def can_fuse(tokens: Tensor, head_dim: int, norms: Sequence[nn.RMSNorm], rotary: Rotary | None) -> bool:
-    """Whether norm_rotate can make the queries and keys of `tokens` by calling none of the norms."""
-    return rotary is not None and all(
-        is_unhooked(norm) and can_rotate(tokens, head_dim, norm) and norm.eps == norms[0].eps for norm in norms
-    )
+class FusedProcessor:
+    """What the processors share; `mode` is the model's inference mode."""
+
+    mode = "fast"
+
+    def can_fuse(self, tokens: Tensor, head_dim: int, norms: Sequence[nn.RMSNorm], rotary: Rotary | None) -> bool:
+        """Whether norm_rotate is to make the queries and keys of `tokens`, and can by calling none of the norms."""
+        wanted = rotary is not None and (self.mode == "fast" or torch.compiler.is_compiling())
+        return wanted and all(
+            is_unhooked(norm) and can_rotate(tokens, head_dim, norm) and norm.eps == norms[0].eps for norm in norms
+        )
 
 
 def attend(processor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -31,7 +38,7 @@ def attend(processor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     ).flatten(2)  # fmt: skip
 
 
-class FusedAttention:
+class FusedAttention(FusedProcessor):
     """Of FluxAttention and Flux2Attention: text and image tokens, each with their projections, or one sort alone."""
 
     def __call__(
@@ -45,7 +52,7 @@ class FusedAttention:
         """Tokens [batch, tokens, channels] -> the same; with those of the text given, the pair of image and text."""
         joint = encoder_hidden_states is not None
         norms = [attn.norm_q, attn.norm_k] + ([attn.norm_added_q, attn.norm_added_k] if joint else [])
-        if not can_fuse(hidden_states, attn.head_dim, norms, image_rotary_emb):
+        if not self.can_fuse(hidden_states, attn.head_dim, norms, image_rotary_emb):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
 
         def heads(tokens: Tensor, *layers: nn.Module) -> list[Tensor]:

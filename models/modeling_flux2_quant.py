@@ -23,7 +23,7 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 from torch import Tensor
 
-from models.attention import FusedAttention, Rotary, attend, can_fuse
+from models.attention import FusedAttention, FusedProcessor, Rotary, attend
 from models.kernels import norm_rotate
 from models.quantized_model import Blocks, Family, QuantizedTransformer, init_like
 
@@ -34,7 +34,7 @@ class FusedFlux2AttnProcessor(FusedAttention, Flux2AttnProcessor):
     """diffusers' attention of double blocks as FusedAttention has it."""
 
 
-class FusedFlux2ParallelAttnProcessor(Flux2ParallelSelfAttnProcessor):
+class FusedFlux2ParallelAttnProcessor(FusedProcessor, Flux2ParallelSelfAttnProcessor):
     """diffusers' attention of single blocks with queries and keys by norm_rotate; where it cannot, diffusers' own."""
 
     def __call__(
@@ -45,7 +45,7 @@ class FusedFlux2ParallelAttnProcessor(Flux2ParallelSelfAttnProcessor):
         image_rotary_emb: Rotary | None = None,
     ) -> Tensor:
         """Tokens [batch, tokens, channels] -> the same."""
-        if not can_fuse(hidden_states, attn.head_dim, [attn.norm_q, attn.norm_k], image_rotary_emb):
+        if not self.can_fuse(hidden_states, attn.head_dim, [attn.norm_q, attn.norm_k], image_rotary_emb):
             return super().__call__(attn, hidden_states, attention_mask, image_rotary_emb)
         parts = [attn.inner_dim] * 3 + [attn.mlp_hidden_dim * attn.mlp_mult_factor]
         *parts, gated = attn.to_qkv_mlp_proj(hidden_states).split(parts, -1)
@@ -82,7 +82,7 @@ class Flux2Transformer2DModel(QuantizedTransformer, diffusers.Flux2Transformer2D
             ("ff.linear_in", "ff_context.linear_in"),
             ("ff.linear_out", "ff_context.linear_out"),
         ),
-        fast={
+        fused={
             Flux2AttnProcessor: FusedFlux2AttnProcessor,
             Flux2ParallelSelfAttnProcessor: FusedFlux2ParallelAttnProcessor,
         },

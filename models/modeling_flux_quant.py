@@ -64,12 +64,12 @@ class FluxTransformer2DModel(QuantizedTransformer, diffusers.FluxTransformer2DMo
             ("ff.net.0.proj", "ff_context.net.0.proj"),
             ("ff.net.2", "ff_context.net.2"),
         ),
-        fast={nn.GELU: FastGELU, GELU: FastProjectedGELU, FluxAttnProcessor: FusedFluxAttnProcessor},
+        fused={nn.GELU: FastGELU, GELU: FastProjectedGELU, FluxAttnProcessor: FusedFluxAttnProcessor},
     )  # fmt: skip
     __init__ = init_like(diffusers.FluxTransformer2DModel)
 
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
-        """As in diffusers, but a graph that does for all single blocks.
+        """As for every family, but a graph that does for all single blocks.
 
         They return views of one tensor. The first of them gets such views, too: other strides are another graph.
         """
