@@ -82,6 +82,10 @@ class Flux2Transformer2DModel(QuantizedTransformer, diffusers.Flux2Transformer2D
             ("ff.linear_in", "ff_context.linear_in"),
             ("ff.linear_out", "ff_context.linear_out"),
         ),
+        around=(
+            "pos_embed", "time_guidance_embed", "double_stream_modulation_img", "double_stream_modulation_txt",
+            "single_stream_modulation", "norm_out",
+        ),
         fused={
             Flux2AttnProcessor: FusedFlux2AttnProcessor,
             Flux2ParallelSelfAttnProcessor: FusedFlux2ParallelAttnProcessor,

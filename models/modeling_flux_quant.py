@@ -64,6 +64,7 @@ class FluxTransformer2DModel(QuantizedTransformer, diffusers.FluxTransformer2DMo
             ("ff.net.0.proj", "ff_context.net.0.proj"),
             ("ff.net.2", "ff_context.net.2"),
         ),
+        around=("pos_embed", "time_text_embed", "norm_out"),
         fused={nn.GELU: FastGELU, GELU: FastProjectedGELU, FluxAttnProcessor: FusedFluxAttnProcessor},
     )  # fmt: skip
     __init__ = init_like(diffusers.FluxTransformer2DModel)
