@@ -10,10 +10,10 @@
 The transformer gets random ternary weights on the device itself; every rival holds the same numbers in its own form, so
 that the relative error ‖y − y_ref‖/‖y_ref‖ of the velocity says what that form costs. The reference is the uncompiled
 full-precision rival, for the fast mode the uncompiled exact mode. All compiled rivals are compiled block by block: ours
-with the options of utils/cuda_graph.py, the others as torch does it, or with --same_options like ours. The eager ones
-are the same models with compilation switched off, the graphs are CUDA graphs of the compiled ones, in which the CPU's
-part of a step is gone. Where the CPU is slower than the GPU (--resolution 512 on an H100), --cpp_wrapper halves its
-part for the compiled ones.
+with the options of utils/cuda_graph.py and with what is around its blocks (models/quantized_model.py), the others as
+diffusers and torch do it, or with --same_options with the options of ours. The eager ones are the same models with
+compilation switched off, the graphs are CUDA graphs of the compiled ones, in which the CPU's part of a step is gone.
+Where the CPU is slower than the GPU (--resolution 512 on an H100), --cpp_wrapper halves its part for the compiled ones.
 
     ms         median over rounds in which the rivals take turns, each after one untimed step of its own
     ratio      to the anchor: the full-precision rival run the same way, that is as a graph for graphs, else compiled if

@@ -37,12 +37,6 @@ def choose(model: nn.Module | None = None) -> None:
             module.processor.attention_in_fp8, module.processor._attention_backend = True, None
 
 
-def query_dtype(processor, tokens: Tensor, mask: Tensor | None) -> torch.dtype:
-    """What norm_rotate rounds queries and keys to: e4m3 if that was chosen and none of diffusers' backends since."""
-    chosen = getattr(processor, "attention_in_fp8", False) and processor._attention_backend is None
-    return FP8 if chosen and mask is None and processor._parallel_config is None else tokens.dtype
-
-
 def fp8_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(query keyᵀ / √width) value, each [batch, tokens, heads, width]; query, key: e4m3 -> in value's dtype."""
     step = value.abs().amax((1, 3)).float().clamp(min=1e-30) / 448

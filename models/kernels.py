@@ -17,7 +17,8 @@ next. Layers so small that unpacking would cost more than the product stay unpac
 torch.compile takes the launches of the kernels into its graph, as it does with plain torch; only where a gradient is
 wanted, a layer is an op of its own.
 
-Between the layers, fast mode has a shorter GELU (`gelu`) and queries and keys made by one kernel (`norm_rotate`).
+Between the layers, fast mode has a shorter GELU (`gelu`) and queries and keys made by one kernel (`norm_rotate`);
+exact mode has them where its blocks are compiled.
 """
 
 import math

@@ -23,8 +23,7 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 from torch import Tensor
 
-from models.attention import FusedAttention, Rotary, attend, can_fuse
-from models.fp8_attention import query_dtype
+from models.attention import FusedAttention, FusedProcessor, Rotary, attend
 from models.kernels import norm_rotate
 from models.quantized_model import Blocks, Family, QuantizedTransformer, init_like
 
@@ -35,7 +34,7 @@ class FusedFlux2AttnProcessor(FusedAttention, Flux2AttnProcessor):
     """diffusers' attention of double blocks as FusedAttention has it."""
 
 
-class FusedFlux2ParallelAttnProcessor(Flux2ParallelSelfAttnProcessor):
+class FusedFlux2ParallelAttnProcessor(FusedProcessor, Flux2ParallelSelfAttnProcessor):
     """diffusers' attention of single blocks with queries and keys by norm_rotate; where it cannot, diffusers' own."""
 
     def __call__(
@@ -46,12 +45,12 @@ class FusedFlux2ParallelAttnProcessor(Flux2ParallelSelfAttnProcessor):
         image_rotary_emb: Rotary | None = None,
     ) -> Tensor:
         """Tokens [batch, tokens, channels] -> the same."""
-        if not can_fuse(hidden_states, attn.head_dim, [attn.norm_q, attn.norm_k], image_rotary_emb):
+        if not self.can_fuse(hidden_states, attn.head_dim, [attn.norm_q, attn.norm_k], image_rotary_emb):
             return super().__call__(attn, hidden_states, attention_mask, image_rotary_emb)
         parts = [attn.inner_dim] * 3 + [attn.mlp_hidden_dim * attn.mlp_mult_factor]
         *parts, gated = attn.to_qkv_mlp_proj(hidden_states).split(parts, -1)
         query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in parts)
-        dtype = query_dtype(self, query, attention_mask)
+        dtype = self.query_dtype(query, attention_mask)
         query, key = norm_rotate(None, [(query, attn.norm_q), (key, attn.norm_k)], image_rotary_emb, dtype)
         out = attend(self, query, key, value, attention_mask)
         return attn.to_out(torch.cat([out, attn.mlp_act_fn(gated)], -1))
@@ -84,7 +83,11 @@ class Flux2Transformer2DModel(QuantizedTransformer, diffusers.Flux2Transformer2D
             ("ff.linear_in", "ff_context.linear_in"),
             ("ff.linear_out", "ff_context.linear_out"),
         ),
-        fast={
+        around=(
+            "pos_embed", "time_guidance_embed", "double_stream_modulation_img", "double_stream_modulation_txt",
+            "single_stream_modulation", "norm_out",
+        ),
+        fused={
             Flux2AttnProcessor: FusedFlux2AttnProcessor,
             Flux2ParallelSelfAttnProcessor: FusedFlux2ParallelAttnProcessor,
         },

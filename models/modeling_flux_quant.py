@@ -4,6 +4,7 @@
 """
 
 import diffusers
+import torch
 from diffusers import ModelMixin  # found here by FluxPipeline.from_pretrained when a saved pipeline holds our class
 from diffusers.models.activations import GELU
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
@@ -37,6 +38,12 @@ class FusedFluxAttnProcessor(FusedAttention, FluxAttnProcessor):
     """diffusers' attention as FusedAttention has it."""
 
 
+@torch.compiler.disable
+def as_views_of_one(block: nn.Module, args: tuple, tokens: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Forward hook: text and image tokens [batch, tokens, channels] that a block returned, as views of one tensor."""
+    return torch.cat(tokens, 1).tensor_split([tokens[0].shape[1]], 1)
+
+
 class FluxTransformer2DModel(QuantizedTransformer, diffusers.FluxTransformer2DModel):
     """diffusers' FluxTransformer2DModel with quantized linears; arguments, and what it does: QuantizedTransformer."""
 
@@ -57,6 +64,17 @@ class FluxTransformer2DModel(QuantizedTransformer, diffusers.FluxTransformer2DMo
             ("ff.net.0.proj", "ff_context.net.0.proj"),
             ("ff.net.2", "ff_context.net.2"),
         ),
-        fast={nn.GELU: FastGELU, GELU: FastProjectedGELU, FluxAttnProcessor: FusedFluxAttnProcessor},
+        around=("pos_embed", "time_text_embed", "norm_out"),
+        fused={nn.GELU: FastGELU, GELU: FastProjectedGELU, FluxAttnProcessor: FusedFluxAttnProcessor},
     )  # fmt: skip
     __init__ = init_like(diffusers.FluxTransformer2DModel)
+
+    def compile_repeated_blocks(self, *args, **kwargs) -> None:
+        """As for every family, but a graph that does for all single blocks.
+
+        They return views of one tensor. The first of them gets such views, too: other strides are another graph.
+        """
+        for block in self.transformer_blocks[-1:]:
+            if as_views_of_one not in block._forward_hooks.values():
+                block.register_forward_hook(as_views_of_one)
+        super().compile_repeated_blocks(*args, **kwargs)

@@ -34,6 +34,7 @@ from diffusers.configuration_utils import register_to_config
 from huggingface_hub import snapshot_download
 from torch import nn
 
+from models.attention import FusedProcessor
 from models.kernels import MODES
 from models.packing import (
     DERIVED,
@@ -101,15 +102,17 @@ class Family:
     modulation: linears that make AdaLN's shifts, scales and gates; how their names end, as modules of the model.
     order: linears inside a block by their names there, in the order in which they compute. The inputs of those of one
         group are made before any of the group is called; q, k and v of one stream get the same tensor.
-    fast: classes of modules and attention processors, each with the one that takes its place in fast mode. A module
-        only changes its class; a processor's is called without arguments.
+    around: modules outside of the blocks that are many small operations each: embeddings, modulation, the last norm.
+    fused: classes of modules and attention processors, each with the one that takes its place in fast mode and in
+        compiled blocks of a packed model. A module only changes its class; a processor's is called without arguments.
     """
 
     name: str
     blocks: Mapping[str, Blocks]
     modulation: tuple[str, ...]
     order: tuple[tuple[str, ...], ...]
-    fast: Mapping[type, type] = field(default_factory=dict)
+    around: tuple[str, ...] = ()
+    fused: Mapping[type, type] = field(default_factory=dict)
 
     def block_names(self, model: nn.Module) -> list[str]:
         """The names of the model's blocks, in the order in which they compute; diffusers' own class will do."""
@@ -187,6 +190,7 @@ class QuantizedTransformer:
     # Read by from_pretrained (which is told a torch_dtype) and by `dtype`; QuantizeLinear sees to `.to(dtype)`.
     _keep_in_fp32_modules = list(LoRAQuantizeLinear._fp32_parameters)
     inference_mode = "exact"
+    _blocks_are_compiled = False
 
     def quantize_as(self, config: Mapping) -> None:
         """Make this full-precision model one of the settings in `config`, whose step sizes are yet to be loaded."""
@@ -268,31 +272,49 @@ class QuantizedTransformer:
         for module in self.modules():
             if isinstance(module, PackedLinear):
                 module.mode = mode
-        self._set_fast()
+        self._set_fused()
         return self
 
-    def _set_fast(self) -> None:
-        """In fast mode let modules and attention processors of diffusers' own give way to the family's, else come back.
+    def _set_fused(self) -> None:
+        """Let modules and attention processors of diffusers' own give way to the family's, or those to diffusers'.
 
-        Other classes (an IP-Adapter's processors) stay. Hooks stay: a module's class is changed and not its forward,
-        which is where they are. What was chosen on a processor, such as the attention backend, goes along.
+        The family's are for fast mode and for compiled blocks of a packed model: in exact mode they do what diffusers'
+        do wherever torch.compile is not at work. Other classes (an IP-Adapter's processors) stay. Hooks stay: a
+        module's class is changed and not its forward, which is where they are. What was chosen on a processor, such as
+        the attention backend, goes along.
         """
-        swap = self.family.fast
-        if self.inference_mode != "fast":
-            swap = {fast: stock for stock, fast in swap.items()}
+        swap = self.family.fused
+        if not (self.inference_mode == "fast" or self._blocks_are_compiled and self.config.packed):
+            swap = {fused: stock for stock, fused in swap.items()}
         for module in self.modules():
             if type(module) in swap:
                 module.__class__ = swap[type(module)]
             processor = getattr(module, "processor", None)
             if type(processor) in swap:
                 new = swap[type(processor)]()
-                vars(new).update(vars(processor))
+                vars(new).update((name, value) for name, value in vars(processor).items() if name != "mode")
                 module.set_processor(new)
+            if isinstance(getattr(module, "processor", None), FusedProcessor):
+                module.processor.mode = self.inference_mode
 
     def set_attn_processor(self, processor) -> None:
-        """As in diffusers; in fast mode its own processor gives way to ours, as when an IP-Adapter is unloaded."""
+        """As in diffusers; its own processor gives way to ours, as when an IP-Adapter is unloaded (see _set_fused)."""
         super().set_attn_processor(processor)
-        self._set_fast()
+        self._set_fused()
+
+    def compile_repeated_blocks(self, *args, **kwargs) -> None:
+        """As in diffusers; of a packed model what is around the blocks, too, with fast mode's queries, keys and GELU.
+
+        Around the blocks some hundred small operations would keep a GPU waiting, nearly half of them for the rotary
+        embedding. Queries, keys and GELU are computed in fp32 and rounded once, as the compiler does it too, but in
+        fewer instructions.
+        """
+        self._blocks_are_compiled = True
+        self._set_fused()
+        super().compile_repeated_blocks(*args, **kwargs)
+        if self.config.packed:
+            for name in self.family.around:
+                self.get_submodule(name).compile(*args, **kwargs)
 
     def requires_grad_(self, requires_grad: bool = True) -> "QuantizedTransformer":
         """As in torch; ValueError on a packed model, whose codes and step sizes stay as they are."""

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-from tiny_models import CONFIGS, OURS, norm_rotate, output
+from tiny_models import CONFIGS, OURS, inputs, norm_rotate, output
 
-from models import attention, fp8_attention, modeling_flux2_quant
+from models import attention, fp8_attention, modeling_flux2_quant, modeling_flux_quant
 from models.kernels import FP8
 from utils.sampling import set_attention
 
@@ -152,18 +151,41 @@ def test_blocks_compile_whole(fast, hopper, monkeypatch):
     torch._dynamo.reset()
     fast.compile_repeated_blocks(fullgraph=True, backend=backend)
     torch.testing.assert_close(output(fast), expected)
-    assert len(graphs) >= 2  # of the two kinds of blocks
-    assert {graph.count(torch.ops.flux158.fp8_attention.default) for graph in graphs} == {1}
+    calls = [graph.count(torch.ops.flux158.fp8_attention.default) for graph in graphs]
+    assert sorted(filter(None, calls)) == [1, 1]  # of the two kinds of blocks
 
 
-def test_what_it_does_not_compute_is_left_to_diffusers():
-    processor, tokens = FluxAttnProcessor(), torch.zeros(1)
-    assert fp8_attention.query_dtype(processor, tokens, None) == torch.float32
-    processor.attention_in_fp8 = True
-    assert fp8_attention.query_dtype(processor, tokens, None) == FP8
-    assert fp8_attention.query_dtype(processor, tokens, tokens) == torch.float32  # a mask
+@pytest.fixture
+def processor():
+    found = modeling_flux_quant.FusedFluxAttnProcessor()
+    found.attention_in_fp8 = True
+    return found
+
+
+def test_queries_are_rounded_in_fast_mode_alone_and_by_none_of_diffusers_backends(processor):
+    tokens = torch.zeros(1)
+    assert processor.query_dtype(tokens, None) == FP8
+    processor.mode = "exact"
+    assert processor.query_dtype(tokens, None) == torch.float32
+    processor.mode, processor._attention_backend = "fast", "native"
+    assert processor.query_dtype(tokens, None) == torch.float32
+    assert modeling_flux_quant.FusedFluxAttnProcessor().query_dtype(tokens, None) == torch.float32
+
+
+def test_what_it_cannot_compute_is_an_error_and_not_another_attention(processor, fast, hopper):
+    tokens = torch.zeros(1)
+    with pytest.raises(ValueError, match="knows neither masks"):
+        processor.query_dtype(tokens, tokens)
     processor._parallel_config = object()
-    assert fp8_attention.query_dtype(processor, tokens, None) == torch.float32
+    with pytest.raises(ValueError, match="nor context parallelism"):
+        processor.query_dtype(tokens, None)
+    set_attention("fp8", fast)
+    output(fast)
+    with pytest.raises(ValueError, match="and no gradient"):
+        fast(**inputs(fast.config))
+    fast.single_transformer_blocks[0].attn.norm_k.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="whose norms nothing hooks"):
+        output(fast)
 
 
 @pytest.mark.gpu

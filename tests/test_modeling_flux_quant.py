@@ -3,7 +3,7 @@
 import diffusers
 import pytest
 import torch
-from tiny_models import output, stock
+from tiny_models import inputs, output, stock
 
 from models.modeling_flux_quant import FluxTransformer2DModel
 
@@ -38,3 +38,34 @@ def test_pipelines_take_and_save_it(plain, tmp_path):
     again = diffusers.FluxPipeline.from_pretrained(tmp_path / "pipe", **parts).transformer
     assert isinstance(again, FluxTransformer2DModel)
     assert torch.equal(output(again), output(model))
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.parametrize("trained", [False, True])
+def test_compiled_blocks_of_a_kind_are_one_graph_and_change_nothing(plain, pictures, trained):
+    model = FluxTransformer2DModel.from_pretrained(plain[1]).train(trained)
+    given = inputs(model.config)
+    for name, part in given.items():
+        if torch.is_tensor(part) and not name.endswith("_ids"):
+            given[name] = part[:pictures]
+
+    def found():
+        model.zero_grad()
+        with torch.set_grad_enabled(trained):
+            velocity = model(**given)[0]
+        if trained:
+            velocity.square().mean().backward()
+        return [velocity, *(parameter.grad for parameter in model.parameters() if trained)]
+
+    expected, graphs = found(), torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+    try:
+        for _ in range(2):  # asking twice is asking once
+            model.compile_repeated_blocks(fullgraph=True, dynamic=False, backend="eager")
+        before = graphs["unique_graphs"]
+        for first, second in zip(found(), expected, strict=True):
+            assert torch.equal(first, second)
+        assert graphs["unique_graphs"] - before == 2
+        assert len(model.transformer_blocks[-1]._forward_hooks) == 1
+    finally:
+        torch._dynamo.reset()

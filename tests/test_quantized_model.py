@@ -506,3 +506,22 @@ def test_loading_needs_little_more_memory_than_the_model(tmp_path):
     peak, size = map(int, result.stdout.split())
     assert size > 0.3e9
     assert peak < 1.15 * size
+
+
+@pytest.mark.parametrize("family", OURS)
+def test_a_compiled_packed_model_leaves_few_operations_to_be_launched_one_by_one(family):
+    model = OURS[family](**CONFIGS[family], guidance_embeds=family == "FLUX.1", w_bits=0)
+    model = randomized(model).pack()
+    expected = output(model)
+    torch._dynamo.reset()
+    try:
+        model.compile_repeated_blocks(fullgraph=True, dynamic=False, backend="eager")
+        torch.testing.assert_close(output(model), expected)
+        given = inputs(model.config)
+        with torch.no_grad(), torch.profiler.profile() as profile:
+            model(**given)
+    finally:
+        torch._dynamo.reset()
+    alone = [event.name for event in profile.events() if event.cpu_parent is None and event.name.startswith("aten::")]
+    # Both embedders, the last projection, scaled times, positions or their embeddings joined, tokens joined.
+    assert 0 < len(alone) <= 10, alone

@@ -27,7 +27,7 @@ def captured(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 
 
 def compile_options(device: torch.device) -> dict[str, bool] | None:
-    """Options of torch.compile for the blocks on this device.
+    """Options of torch.compile for the blocks on this device, and for what a packed model compiles beside them.
 
     On a GPU a concatenation is computed by the kernels that read it, and a token stays in registers from LayerNorm or
     GELU to its largest value and its 8 bits. Else it is written, read and worked on again.
