@@ -1,5 +1,6 @@
 """What several test files share: a FLUX pipeline of random weights that draws in a second, and a way to run scripts."""
 
+import gc
 import os
 import shutil
 
@@ -31,6 +32,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_collection_finish() -> None:
+    """What the libraries hold stays: each gc.collect(), of which loading a model has several, searched it for 0.4 s."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:

@@ -28,13 +28,13 @@ names = sorted(name for name in globals() if name not in ("__cached__", "__annot
 print(sys.argv, sys.path, os.getcwd(), os.environ.get("ONLY"), os.environ.get("HF_HUB_OFFLINE"), __name__, names)
 print(multiprocessing.get_start_method(), sys.modules["__main__"].__dict__ is globals(), sys.flags.optimize)
 print([name for name in sys.modules if name.split(".")[0] in ("models", "utils", "pytest", "_pytest", "conftest")])
-print(__import__("torch").get_num_threads(), __import__("signal").getsignal(2), sys.stdin.read() == "")
+print(__import__("signal").getsignal(2), repr(sys.stdin.read()), sys.stdout.encoding, sys.stdout.line_buffering)
 """
 
 
 def test_it_is_told_the_same(tmp_path):
     (tmp_path / "script.py").write_text(TOLD)
-    found, expected = both(tmp_path / "script.py", "--flag", "two words", OMP_NUM_THREADS="1")
+    found, expected = both(tmp_path / "script.py", "--flag", "two words")
     assert found.stdout == expected.stdout and str(tmp_path) in found.stdout
     assert found.returncode == 0 and found.stderr == ""
 
@@ -64,9 +64,9 @@ def test_it_ends_the_same(text, tmp_path):
 
 
 def test_a_module_too():
-    for words in (["utils.plan", "nowhere", 1, 1], ["utils.nothing"]):
+    for words in (["json.tool", "nowhere"], ["utils.nothing"]):
         found, expected = both("-m", *words)
-        assert found.returncode == expected.returncode == 1 and found.stdout == expected.stdout == ""
+        assert found.returncode == expected.returncode != 0 and found.stdout == expected.stdout == ""
         assert found.stderr.splitlines()[-1].split(":")[-1] == expected.stderr.splitlines()[-1].split(":")[-1]
 
 
