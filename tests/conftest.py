@@ -7,6 +7,7 @@ import shutil
 # Before torch is imported, and inherited by the scripts: for tensors this small a second thread gains nothing, and on
 # a busy machine the threads wait for each other most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches out to the hub fails
 # Some processors get other last digits from MKL in one process than in another; files are compared byte for byte here.
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
@@ -65,13 +66,13 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 def run() -> Callable[..., subprocess.CompletedProcess]:
     """run("sanity.py", "--w_bits", 0, NAME="value") starts a script in the repository root, without the hub.
 
-    Keywords are environment variables. The result has returncode, stdout and stderr. ranks=2 starts it in two processes
-    of gloo. Where nothing forbids it the process is a forked one, see forked.py.
+    Keywords are environment variables. The result has returncode, stdout and stderr. ranks=2: two processes of gloo.
+    A process is forked (forked.py) unless it gets code (-c), whose subject is what is imported, or variables.
     """
 
     def call(*command, ranks: int = 1, **environment) -> subprocess.CompletedProcess:
         words = [str(word) for word in command]
-        if not (forked.REAL or environment or words[0] == "-c"):
+        if not (forked.switched_off() or environment or words[0] == "-c"):
             return forked.run(words, dict(os.environ), ranks)
         if ranks > 1:
             words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *words]
@@ -89,7 +90,7 @@ def begin() -> Iterator[Callable]:
 
     def call(*command):
         words = [str(word) for word in command]
-        if forked.REAL:
+        if forked.switched_off():
             null = subprocess.DEVNULL
             begun.append(subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=null, stderr=null))
         else:

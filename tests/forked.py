@@ -11,6 +11,7 @@ does not survive a fork either.
 """
 
 import atexit
+import functools
 import gc
 import multiprocessing
 import os
@@ -25,18 +26,24 @@ import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).parents[1]
 LIBRARIES = [
     "diffusers.pipelines.flux.pipeline_flux", "diffusers.pipelines.flux2.pipeline_flux2_klein", "transformers.trainer",
     "transformers.models.clip.modeling_clip", "transformers.models.t5.modeling_t5", "torchmetrics.functional.image",
     "torch.utils.tensorboard",
 ]  # fmt: skip
-REAL = bool(os.environ.get("FLUX158_TEST_REAL_PROCESSES")) or sys.platform != "linux" or torch.cuda.is_available()
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(LIBRARIES)
+
+
+@functools.cache
+def switched_off() -> bool:
+    """Whether processes are real ones here."""
+    import torch  # not in the process that only hands out the tests
+
+    asked = os.environ.get("FLUX158_TEST_REAL_PROCESSES")
+    return bool(asked) or sys.platform != "linux" or torch.cuda.is_available()
 
 
 class Script(_context.Process):

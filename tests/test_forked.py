@@ -11,7 +11,7 @@ import forked
 import pytest
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(forked.REAL, reason="every process is a real one here")
+pytestmark = pytest.mark.skipif(forked.switched_off(), reason="every process is a real one here")
 
 
 def both(*words, ranks: int = 1, **environment) -> list[subprocess.CompletedProcess]:
