@@ -1,19 +1,22 @@
 """What several test files share: a FLUX pipeline of random weights that draws in a second, and a way to run scripts."""
 
+import gc
 import os
 import shutil
 
 # Before torch is imported, and inherited by the scripts: for tensors this small a second thread gains nothing, and on
 # a busy machine the threads wait for each other most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches out to the hub fails
 # Some processors get other last digits from MKL in one process than in another; files are compared byte for byte here.
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
 import subprocess  # noqa: E402
 import sys  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import forked  # noqa: E402
 import pytest  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +33,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_collection_finish() -> None:
+    """What the libraries hold stays: each gc.collect(), of which loading a model has several, searched it for 0.4 s."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
@@ -57,20 +66,41 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 def run() -> Callable[..., subprocess.CompletedProcess]:
     """run("sanity.py", "--w_bits", 0, NAME="value") starts a script in the repository root, without the hub.
 
-    Keywords are environment variables. The result has returncode, stdout and stderr.
+    Keywords are environment variables. The result has returncode, stdout and stderr. ranks=2: two processes of gloo.
+    A process is forked (forked.py) unless it gets code (-c), whose subject is what is imported, or variables.
     """
 
-    def call(*command, **environment) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, *map(str, command)],
-            cwd=ROOT,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+    def call(*command, ranks: int = 1, **environment) -> subprocess.CompletedProcess:
+        words = [str(word) for word in command]
+        if not (forked.switched_off() or environment or words[0] == "-c"):
+            return forked.run(words, dict(os.environ), ranks)
+        if ranks > 1:
+            words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *words]
+        variables = os.environ | environment
+        words = [sys.executable, *words]
+        return subprocess.run(words, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
 
     return call
+
+
+@pytest.fixture
+def begin() -> Iterator[Callable]:
+    """begin("train.py", …) starts a script as run does, for a test to kill: it has pid, poll(), wait() and kill()."""
+    begun = []
+
+    def call(*command):
+        words = [str(word) for word in command]
+        if forked.switched_off():
+            null = subprocess.DEVNULL
+            begun.append(subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=null, stderr=null))
+        else:
+            begun.append(forked.Script(words, dict(os.environ), Path(os.devnull), Path(os.devnull)))
+        return begun[-1]
+
+    yield call
+    for process in begun:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="session")

@@ -331,16 +331,19 @@ def test_any_prompt_can_be_cached_and_none_shows_in_a_file_name(pipe, teacher, t
 
 
 # Fills a cache as train.py does. Each drawing takes `seconds` longer, for someone who wants to come in between, and
-# which rank made which prompts is written to LOG.RANK. With FREE in the environment, that is what the disk has left.
-SCRIPT = """
-import collections, json, os, shutil, sys, time
+# which rank made which prompts is written to LOG.RANK. The disk has as many bytes left as FREE says, if it says any.
+SCRIPT = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+""" + """
+import collections, json, os, shutil, time
 from pathlib import Path
 import torch
 from accelerate import PartialState
 from utils.datautils import TeacherCache, fill_cache
 from utils.teacher import Teacher, TeacherSettings
 
-model, folder, log, seconds, batch_size, prompts, seeds, settings = sys.argv[1:]
+model, folder, log, seconds, batch_size, prompts, seeds, settings, free = sys.argv[1:]
 state, settings, draw, store = PartialState(cpu=True), json.loads(settings), Teacher.draw, TeacherCache.store
 
 def drawn(teacher, text, noise, asked):
@@ -354,8 +357,8 @@ def stored(cache, i, tensors):
     with open(f"{log}.{state.process_index}", "a") as file:
         file.write(f"{cache.prompts[i]}\\n")
 
-if "FREE" in os.environ:
-    usage = collections.namedtuple("usage", "total used free")(10**12, 0, int(os.environ["FREE"]))
+if free:
+    usage = collections.namedtuple("usage", "total used free")(10**12, 0, int(free))
     shutil.disk_usage = lambda path: usage
 seconds_of = collections.defaultdict(float, {settings["num_inference_steps"]: seconds})
 Teacher.draw, TeacherCache.store = drawn, stored
@@ -369,26 +372,25 @@ state.destroy_process_group()
 
 @pytest.fixture
 def script(pipeline_folder, tmp_path):
-    """script(cache, seconds, batch_size) is the command that fills a cache with PROMPTS in a process of its own."""
+    """script(cache, seconds, batch_size, free) is the command that fills a cache with PROMPTS in its own process."""
     (tmp_path / "fill.py").write_text(SCRIPT)
 
-    def command(cache: Path, seconds: float, batch_size: int) -> list[str]:
+    def command(cache: Path, seconds: float, batch_size: int, free: str = "") -> list[str]:
         words = (tmp_path / "fill.py", pipeline_folder, cache, tmp_path / "log", seconds, batch_size)
         seeds = list(range(SEED, SEED + len(PROMPTS)))
-        return [*map(str, words), json.dumps(PROMPTS), json.dumps(seeds), json.dumps(SETTINGS)]
+        return [*map(str, words), json.dumps(PROMPTS), json.dumps(seeds), json.dumps(SETTINGS), free]
 
     return command
 
 
-def test_a_killed_run_goes_on_with_what_is_missing(script, teacher, tmp_path):
+def test_a_killed_run_goes_on_with_what_is_missing(script, begin, teacher, tmp_path):
     fill(tmp_path / "undisturbed", teacher)
     folder = tmp_path / "killed"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, *script(folder, 0.6, batch_size=1)], env=environment)
+    process = begin(*script(folder, 0.6, batch_size=1))
     deadline = time.monotonic() + 120
     while len(contents(folder)) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     assert process.wait() == -signal.SIGKILL
     done = {name: time for name, time in times(folder).items() if not name.endswith(".tmp")}
     assert "manifest.json" in done and 2 <= len(contents(folder)) < len(PROMPTS)
@@ -478,9 +480,8 @@ def test_what_another_run_draws_is_not_drawn_here_unless_it_dies(claim, teacher,
 def run_two_ranks(script, run):
     """run_two_ranks(cache, NAME="value") fills a cache with two processes of gloo, in pairs of prompts."""
 
-    def call(cache: Path, seconds: float = 1, **environment: str) -> subprocess.CompletedProcess:
-        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-        return run(*launcher, *script(cache, seconds, batch_size=2), PYTHONPATH=str(ROOT), **environment)
+    def call(cache: Path, seconds: float = 1, free: str = "", **environment: str) -> subprocess.CompletedProcess:
+        return run(*script(cache, seconds, 2, free), ranks=2, **environment)
 
     return call
 
@@ -495,7 +496,7 @@ def test_ranks_share_the_prompts_and_write_what_one_rank_would(run_two_ranks, pr
 
 
 def test_a_disk_that_is_too_small_stops_every_rank(run_two_ranks, tmp_path):
-    result = run_two_ranks(tmp_path / "shared", FREE="1000")
+    result = run_two_ranks(tmp_path / "shared", free="1000")
     assert result.returncode != 0 and "the teacher cache takes" in result.stderr
     assert list(times(tmp_path / "shared")) == ["manifest.json"]
     assert not list(tmp_path.glob("log.*"))  # nothing was drawn for nothing either

@@ -3,8 +3,6 @@
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -144,7 +142,7 @@ def make(run, tmp_path):
     return lambda *flags: run(*command, *flags)
 
 
-def test_a_few_steps_make_a_pipeline_that_stock_diffusers_loads(make, tmp_path):
+def test_a_few_steps_make_a_pipeline_that_stock_diffusers_loads(make, run, tmp_path):
     first = make("--until", "autoencoder")
     assert first.returncode == 0, first.stderr
     assert "text: done" in first.stdout and "autoencoder: done" in first.stdout
@@ -159,12 +157,14 @@ def test_a_few_steps_make_a_pipeline_that_stock_diffusers_loads(make, tmp_path):
     folder = tmp_path / "out" / "tiny"
     assert [p.name for p in folder.parent.iterdir()] == ["tiny"]
 
-    script = (
+    script = tmp_path / "draw.py"
+    script.write_text(
         "import sys; from diffusers import FluxPipeline; p = FluxPipeline.from_pretrained(sys.argv[1]);"
         "p('a star', height=128, width=128, num_inference_steps=1, max_sequence_length=24).images[0].save(sys.argv[2])"
     )
     picture = tmp_path / "star.png"
-    subprocess.run([sys.executable, "-c", script, str(folder), str(picture)], cwd=tmp_path, check=True)
+    drawn = run(script, folder, picture)
+    assert drawn.returncode == 0, drawn.stderr
     assert picture.stat().st_size > 0
     figures = json.loads((folder / "metrics.json").read_text())
     assert set(scenes.CATEGORIES) >= set(figures["scene_score"]["3.5"]) - {"mean", "stderr"}

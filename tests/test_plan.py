@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import diffusers
@@ -102,20 +100,18 @@ def test_all_weights_of_flux_2_klein_fit_one_card(tmp_path):
     assert needs(size, 1, 1)["weights"] < 62
 
 
-def test_another_transformer_is_one_line(tmp_path):
+def test_another_transformer_is_one_line(run, tmp_path):
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer/config.json").write_text('{"_class_name": "SD3Transformer2DModel"}')
-    command = [sys.executable, "-m", "utils.plan", tmp_path, "1", "1"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = run("-m", "utils.plan", tmp_path, 1, 1)
     last = result.stderr.strip().splitlines()[-1]
     assert result.returncode == 1 and "SD3Transformer2DModel is not supported, only FluxTransformer2DModel and" in last
 
 
-def test_the_program_prints_flags_and_reasons_apart(tmp_path):
+def test_the_program_prints_flags_and_reasons_apart(run, tmp_path):
     (tmp_path / "transformer").mkdir()
     config = {"_class_name": "FluxTransformer2DModel", "num_layers": 1, "num_single_layers": 1}
     (tmp_path / "transformer/config.json").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "utils.plan", tmp_path, "1", "1", "--w_bits", "2"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = run("-m", "utils.plan", tmp_path, 1, 1, "--w_bits", 2)
     assert result.returncode == 0 and result.stdout == "\n"
     assert re.search(r"^\[plan\] all weights: the model is small$", result.stderr, re.MULTILINE)

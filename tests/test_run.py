@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from models.utils_quant import init_clip_val, quantize
 from utils import walk
 from utils.folders import locked
 
+ROOT = Path(__file__).parents[1]
 FAST = ("--steps", 2, "--device", "cpu", "--calibration_prompts", 2, "--calibration_stride", 1)
 
 
@@ -198,8 +200,10 @@ def test_a_calibration_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(ru
     """kill -9 while the second block is at work; the teacher is not drawn again."""
     flags = ("--w_bits", 2, "--num_images", 0)
     whole = call(*flags, folder=tmp_path / "whole").folder
-    script_text = (
+    killed = tmp_path / "killed.py"
+    killed.write_text(
         "import os, signal, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
         "from utils import oneshot, walk\n"
         "treat = oneshot.calibrate_block\n"
         "def killed(block, *rest):\n"
@@ -211,7 +215,7 @@ def test_a_calibration_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(ru
         "run.main()\n"
     )
     words = ("--model_id", pipeline_folder, "--output_path", tmp_path / "out", *FAST, *flags)
-    assert run("-c", script_text, *words).returncode == -9
+    assert run(killed, *words).returncode == -signal.SIGKILL
     kept = tmp_path / "out" / ".flux158-work"
     names = {"manifest.json", "calls.safetensors", "transformer_blocks.0.safetensors"}
     assert {file.name for file in kept.iterdir()} == names

@@ -455,17 +455,14 @@ def test_published_command_line(command, monkeypatch, tmp_path):
 # ------------------------------------------------------------------------------------------------- interruptions
 
 
-def test_a_killed_run_goes_on_from_its_checkpoint_and_ends_as_an_undisturbed_one(call, command, tmp_path):
+def test_a_killed_run_goes_on_from_its_checkpoint_and_ends_as_an_undisturbed_one(call, command, begin, tmp_path):
     """Three epochs of four steps, a checkpoint every three; killed once the first is there."""
     flags = ["--ema_decay", 0.9, "--max_steps", 12, "--save_steps", 3, "--eval_steps", 5]
     whole = call(*flags, folder=tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
 
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, *command(killed, *flags)], cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = begin(*command(killed, *flags))
     deadline = time.monotonic() + 120
     while not (killed / "out/checkpoint-3").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -522,10 +519,7 @@ def test_two_ranks_do_what_one_does_with_the_double_batch(flags, call, command, 
     one = call(*flags, "--per_device_train_batch_size", 4)
     assert one.returncode == 0, one.stderr
     folder, two_cache = tmp_path / "two", tmp_path / "cache"
-    two = run(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-        *command(folder, *flags, "--teacher_cache", two_cache),
-    )  # fmt: skip
+    two = run(*command(folder, *flags, "--teacher_cache", two_cache), ranks=2)
     assert two.returncode == 0, two.stderr
 
     assert losses(folder) == pytest.approx(losses(tmp_path), rel=1e-5)
@@ -563,8 +557,7 @@ def test_weights_spread_over_two_ranks_are_trained_as_on_one(
     whole = [*flags, "--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation]
 
     def two(folder: Path):
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tests/spread_on_cpu.py"]
-        result = run(*launch, *command(folder, *flags, "--fsdp", "full_shard"))
+        result = run("tests/spread_on_cpu.py", *command(folder, *flags, "--fsdp", "full_shard"), ranks=2)
         assert result.returncode == 0, result.stderr
         assert "FSDP2 spreads a FluxSingleTransformerBlock" in result.stdout
 
