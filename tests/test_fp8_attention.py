@@ -198,7 +198,9 @@ def test_the_kernel_computes_what_stands_here_in_plain_torch(tokens, width):
     query, key = query.to(FP8), key.to(FP8)
     expected = fp8_attention.fp8_attention(query, key, value)
     found = fp8_attention.fp8_attention(*(x.to(DEVICE) for x in (query, key, value))).cpu()
-    assert off(found, expected.double()) < 0.02
-    assert off(found, reference(query, key, value)) < 0.06
+    if tokens < 100:  # one block of keys; of several, the largest score so far divides, so that others are rounded
+        assert off(found, expected.double()) < 0.02
+    right = reference(query, key, value)
+    assert off(found, right) < 1.1 * off(expected, right) < 0.06
     wide = torch.cat([value] * 3, 2).to(DEVICE)[:, :, 4:8]  # as it comes out of a product of several layers
     assert torch.equal(fp8_attention.fp8_attention(query.to(DEVICE), key.to(DEVICE), wide).cpu(), found)

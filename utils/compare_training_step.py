@@ -5,8 +5,9 @@
 
 Random weights, blocks checkpointed and compiled, bfloat16 autocast, fused AdamW on what is trained: `quantized` is what
 `train.py --lora_r 32 --lora_alpha 32` does, `plain` is diffusers' transformer with a LoRA by PEFT on the same linears.
-Both get the same batches. The median of the timed steps and the most memory that was allocated during them are written
-to OUTPUT/training_step.json.
+Both get the same batches. The median of the timed steps, the most memory that was allocated during them and how long
+the GPU computed in one more step are written to OUTPUT/training_step.json. Where that is well below the step, the GPU
+waits for the CPU, and another machine gives another figure.
 """
 
 import utils.interrupt  # noqa: F401 (Ctrl-C is a line from here on)
@@ -97,7 +98,7 @@ def random_batch(config: dict, size: int, args: argparse.Namespace) -> tuple[dic
 
 
 def measure(model: nn.Module, config: dict, size: int, args: argparse.Namespace) -> dict:
-    """Median seconds of a step and GiB at its peak (None without CUDA)."""
+    """Median seconds of a step, GiB at its peak and seconds of a GPU's kernels in it (None without CUDA)."""
     on_cuda = args.device.type == "cuda"
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     inputs, target = random_batch(config, size, args)
@@ -120,8 +121,15 @@ def measure(model: nn.Module, config: dict, size: int, args: argparse.Namespace)
         if on_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None
-    return {"seconds": statistics.median(times[args.warmup :]), "all_seconds": times, "peak_gib": peak}
+    peak = busy = None
+    if on_cuda:
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step()
+            torch.cuda.synchronize()
+        busy = sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+    seconds = statistics.median(times[args.warmup :])
+    return {"seconds": seconds, "all_seconds": times, "gpu_busy_seconds": busy, "peak_gib": peak}
 
 
 def parse_args() -> argparse.Namespace:
@@ -169,8 +177,10 @@ def main() -> None:
             anchor = next(r for r in report["rows"] + [row] if r["batch_size"] == size)
             row["ratio"] = row["seconds"] / anchor["seconds"]
             report["rows"].append(row)
-            memory = "" if row["peak_gib"] is None else f", {row['peak_gib']:.1f} GiB"
-            log.info("%s, batch %d: %.3f s a step (%.3f)%s", name, size, row["seconds"], row["ratio"], memory)
+            line = f"{name}, batch {size}: {row['seconds']:.3f} s a step ({row['ratio']:.3f})"
+            if row["peak_gib"] is not None:
+                line += f", the GPU busy for {row['gpu_busy_seconds']:.3f}, {row['peak_gib']:.1f} GiB"
+            log.info(line)
             write_json(args.output / "training_step.json", report)
         del model
         gc.collect()
