@@ -135,18 +135,30 @@ def test_pictures_are_those_of_the_cpu():
 
 
 def test_a_sanity_check_measures_what_it_measures_on_the_cpu(script, tmp_path):
-    """In float32: in bfloat16 a picture of four steps is another one on every kind of processor."""
-    rows = []
-    for device in ("cpu", DEVICE):
+    """In float32: in bfloat16 a picture of four steps is another one on every kind of processor.
+
+    The search for step sizes has nearly equal minima: weights that differ by 1e-7 move the error of 4 bits by up to
+    1.1 % and 0.17 dB. So what the GPU quantized is measured on the CPU, too.
+    """
+
+    def measured(device, *flags) -> tuple[Path, dict]:
         folder = tmp_path / str(device)
-        flags = "--bf16 False --w_bits 4 0 --num_images 2 --num_inference_steps 4 --pack True".split()
+        flags = "--bf16 False --w_bits 4 0 --num_images 2 --num_inference_steps 4 --pack True".split() + [*flags]
         script("sanity.py", "--device", device, "--output_dir", folder, "--local_dir", folder, *flags)
-        rows.append(json.loads((folder / "samples" / "metrics.json").read_text())["rows"])
-    for here, there in zip(*rows, strict=True):
-        assert here["name"] == there["name"] and here["packed_bytes"] == there["packed_bytes"]
-        if "nmse" in here:
-            assert there["nmse"] == pytest.approx(here["nmse"], rel=1e-3)
-            assert there["psnr"] == pytest.approx(here["psnr"], abs=0.05)
+        rows = json.loads((folder / "samples" / "metrics.json").read_text())["rows"]
+        return folder / "cache" / "bits_4", {row["name"]: row for row in rows}
+
+    student, there = measured(DEVICE)
+    _, here = measured("cpu", "--trained", student)
+    assert list(here) == [*there, "4 bit, trained"]
+    for name, row in there.items():
+        assert row["packed_bytes"] == here[name]["packed_bytes"]
+        if "nmse" in row:
+            assert row["nmse"] == pytest.approx(here[name]["nmse"], rel=0.03)
+            assert row["psnr"] == pytest.approx(here[name]["psnr"], abs=0.4)
+    same = here["4 bit, trained"]
+    assert there["4 bit"]["nmse"] == pytest.approx(same["nmse"], rel=1e-3)
+    assert there["4 bit"]["psnr"] == pytest.approx(same["psnr"], abs=0.05)
 
 
 @pytest.fixture(scope="module")
