@@ -337,10 +337,6 @@ def test_the_rule_that_holds_is_found(power, winners):
         assert verdict["rules"]["constant"]["loss"] > verdict["rules"]["sqrt"]["loss"] > 0
 
 
-def test_an_optimum_at_the_last_rate_is_a_bound():
-    assert compare_widths.optimum({1e-4: 0.3, 2e-4: 0.2, 4e-4: 0.1}) == (4e-4, 0.1, True)
-
-
 def test_between_two_rates_the_error_is_interpolated():
     points = {1e-4: 0.4, 4e-4: 0.1}
     assert compare_widths.between(points, 2e-4) == pytest.approx(0.2)

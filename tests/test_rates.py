@@ -1,5 +1,6 @@
 """utils/rates.py: the default learning rate of a width, as a formula written out here."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -65,3 +66,9 @@ def test_a_share_that_cannot_be_is_named(flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
         process_args(flags)
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_an_optimum_is_the_vertex_and_at_the_last_rate_a_bound():
+    points = {rate: math.exp(0.3 * math.log(rate / 3e-4) ** 2) for rate in (1e-4, 2e-4, 4e-4, 8e-4)}
+    assert rates.optimum(points) == (pytest.approx(3e-4), pytest.approx(1.0), False)
+    assert rates.optimum({1e-4: 0.3, 2e-4: 0.2, 4e-4: 0.1}) == (4e-4, 0.1, True)

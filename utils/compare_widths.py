@@ -40,7 +40,7 @@ import torch
 from models.modeling_flux_quant import FluxTransformer2DModel, QuantizeLinear
 from utils.folders import read_json, write_json, write_text
 from utils.processes import quantize_and_judge, run_logged, spread
-from utils.rates import EXPONENTS, REFERENCE_RATE, scaled
+from utils.rates import EXPONENTS, REFERENCE_RATE, optimum, scaled
 from utils.utils import ArgumentParser, device_name, from_root, get_logger, pick_device, run_script
 from utils.widen import width_of
 
@@ -187,26 +187,6 @@ def fill(models: dict[int, str], results: Results, args: argparse.Namespace) -> 
 
 
 # ------------------------------------------------------------------------------------------------------- the verdict
-
-
-def optimum(points: dict[float, float]) -> tuple[float, float, bool]:
-    """The rate of the least NMSE, that NMSE, and whether it is a bound only, at the end of the rates {rate: NMSE}.
-
-    The vertex of the parabola through the best point and its neighbours, of log NMSE over log rate.
-    """
-    rates = sorted(points)
-    best = min(range(len(rates)), key=lambda i: points[rates[i]])
-    if best in (0, len(rates) - 1):
-        return rates[best], points[rates[best]], True
-    x = [math.log(rates[best + i]) for i in (-1, 0, 1)]
-    y = [math.log(points[rates[best + i]]) for i in (-1, 0, 1)]
-    left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
-    bend = (right - left) / (x[2] - x[0])
-    if bend <= 0:  # three equal values
-        return rates[best], points[rates[best]], False
-    vertex = (x[0] + x[1]) / 2 - left / (2 * bend)
-    value = y[0] + left * (vertex - x[0]) + bend * (vertex - x[0]) * (vertex - x[1])
-    return math.exp(vertex), math.exp(value), False
 
 
 def between(points: dict[float, float], rate: float) -> float:
