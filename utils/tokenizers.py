@@ -1,11 +1,13 @@
 """Tokenizers of a FLUX pipeline, made from prompts: nothing has to be downloaded."""
 
+import json
 import math
 from collections.abc import Sequence
 
 import transformers
 
 TEXT_LENGTH = 24  # tokens of tiny-flux; the longest prompt of utils/scenes.py has 22
+END = "</w>"
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -20,7 +22,7 @@ def make_tokenizers(
     blank = transformers.CLIPTokenizer(
         vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[], model_max_length=clip_length
     )
-    clip = blank.train_new_from_iterator(prompts, vocab_size=512, show_progress=False)
+    clip = sorted_ends(blank.train_new_from_iterator(prompts, vocab_size=512, show_progress=False))
 
     counts: dict[str, int] = {}
     for prompt in prompts:
@@ -31,6 +33,22 @@ def make_tokenizers(
     pieces += [(f"\u2581{word}", math.log(count / total)) for word, count in sorted(counts.items())]
     pieces += [(piece, -20.0) for piece in ["\u2581", *map(chr, range(33, 127))]]
     return clip, transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=t5_length)
+
+
+def sorted_ends(learnt: transformers.CLIPTokenizer) -> transformers.CLIPTokenizer:
+    """The tokenizer with the characters that end a word in order. Training numbers them anew each time, which gives the
+    same prompt other tokens."""
+    model = json.loads(learnt.backend_tokenizer.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    ends = iter(sorted(token for token in tokens if is_end(token)))
+    vocab = {next(ends) if is_end(token) else token: number for number, token in enumerate(tokens)}
+    merges = [tuple(pair) for pair in model["merges"]]
+    return transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=learnt.model_max_length)
+
+
+def is_end(token: str) -> bool:
+    """Whether it is a single character at the end of a word."""
+    return len(token) == 1 + len(END) and token.endswith(END)
 
 
 def make_qwen_tokenizer(prompts: Sequence[str], vocabulary: int, length: int) -> transformers.Qwen2Tokenizer:
