@@ -1,7 +1,7 @@
 """Which learning rate a width wants, found on random weights: at any width, without a teacher to train.
 
-    python -m utils.compare_rates --output output/rates                                  # half an hour on two cores
-    python -m utils.compare_rates --output output/rates --widths 256 512 1024 2048 3072  # FLUX.1-dev's width; one GPU
+    python -m utils.compare_rates --output output/rates                                  # 45 minutes on two cores
+    python -m utils.compare_rates --output output/rates --widths 256 512 1024 2048 3072  # FLUX.1-dev's width: a GPU's
 
 A few blocks with the heavy-tailed weights of utils/random_flux.py are the teacher; the same at 1.58 bits learn its
 velocities of random inputs for a few steps, at rates a factor of two apart: their weights, biases and norms, or a LoRA
@@ -111,10 +111,12 @@ def train(student: nn.Module, inputs: list[dict], velocities: list[Tensor], rate
 
 
 def rates_of(what: str, width: int) -> list[float]:
+    """The learning rates to try: FACTORS of one that falls with 1/width, so that the best lies among them."""
     return [float(f"{MIDDLE[what] * 256 / width * factor:.4g}") for factor in FACTORS]
 
 
 def key_of(width: int, what: str, seed: int) -> str:
+    """A cell's name in rates.json."""
     return f"{width}, {what}, seed {seed}"
 
 
