@@ -64,14 +64,16 @@ def row_chunks(rows: int, in_features: int, device: torch.device | None = None) 
 
 # ---------------------------------------------------------------------------------------------------------- in Triton
 
+# Fractions are constants of a kernel: torch.compile passes a float as fp64, and all that it meets is computed so.
+
 if triton is not None:
 
     @triton.jit
     def _unpack(
-        codes, alpha, out, count, columns, in_features, alpha_stride, shift, factor,
+        codes, alpha, out, count, columns, in_features, alpha_stride, SHIFT: tl.constexpr, FACTOR: tl.constexpr,
         WIDTH: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """out[n, k] = (c + shift)·factor, times α[n] if SCALED, in out's dtype; `count` bytes, `columns` a row."""
+        """out[n, k] = (c + SHIFT)·FACTOR, times α[n] if SCALED, in out's dtype; `count` bytes, `columns` a row."""
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         row, column = at // columns, at % columns
         byte = tl.load(codes + at, mask=at < count, other=0).to(tl.int32)
@@ -79,7 +81,7 @@ if triton is not None:
             step = tl.load(alpha + row * alpha_stride, mask=at < count, other=0)
         for i in tl.static_range(8 // WIDTH):
             field = (byte >> (i * WIDTH)) & ((1 << WIDTH) - 1)
-            value = ((field ^ (1 << (WIDTH - 1))) - (1 << (WIDTH - 1)) + shift) * factor
+            value = ((field ^ (1 << (WIDTH - 1))) - (1 << (WIDTH - 1)) + SHIFT) * FACTOR
             if SCALED:
                 value *= step
             k = i * columns + column
@@ -162,8 +164,8 @@ if triton is not None:
 
     @triton.jit
     def _few_tokens(
-        codes, x, alpha, bias, out, rows, columns, in_features, alpha_stride, shift, factor,
-        WIDTH: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+        codes, x, alpha, bias, out, rows, columns, in_features, alpha_stride, SHIFT: tl.constexpr,
+        FACTOR: tl.constexpr, WIDTH: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
         """out[m, n] = Σ_k x[m, k]·W[n, k] + bias[n] in fp32, W rounded to x's dtype; one m and ROWS rows a program."""
         n, m = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
@@ -179,7 +181,7 @@ if triton is not None:
                 k = i * columns + column
                 x_i = tl.load(x + m * in_features + k, mask=(column < columns) & (k < in_features), other=0)
                 field = (byte >> (i * WIDTH)) & ((1 << WIDTH) - 1)
-                level = ((field ^ (1 << (WIDTH - 1))) - (1 << (WIDTH - 1)) + shift) * factor
+                level = ((field ^ (1 << (WIDTH - 1))) - (1 << (WIDTH - 1)) + SHIFT) * FACTOR
                 total += (level * step[:, None]).to(dtype).to(tl.float32) * x_i.to(tl.float32)[None, :]
         y = tl.sum(total, 1)
         if BIASED:
@@ -188,7 +190,7 @@ if triton is not None:
 
     @triton.jit
     def _few_tokens_ternary(
-        codes, x, alpha, bias, out, rows, factor, ALPHA_STRIDE: tl.constexpr, COLUMNS: tl.constexpr,
+        codes, x, alpha, bias, out, rows, FACTOR: tl.constexpr, ALPHA_STRIDE: tl.constexpr, COLUMNS: tl.constexpr,
         BIASED: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
         """The same for ternary codes, x of 16 bits, COLUMNS a multiple of 4·WORDS, WIDTH a power of 2 not below it.
@@ -232,7 +234,7 @@ if triton is not None:
                     lifted = mantissa & (0x3F800000 | 0x18000 << 2 * i)
                     lifted_sum += lifted.to(tl.float32, bitcast=True) * x_j
                 total += lifted_sum * (256 >> 2 * i)
-        y = (tl.sum(total, 1) - tl.sum(offset, 0)) * (step * factor).to(dtype).to(tl.float32)
+        y = (tl.sum(total, 1) - tl.sum(offset, 0)) * (step * FACTOR).to(dtype).to(tl.float32)
         if BIASED:
             y += b
         tl.store(out + m * rows + n, y.to(dtype), mask=n < rows)
@@ -240,7 +242,7 @@ if triton is not None:
     @triton.jit
     def _norm_rotate(
         text_query, text_key, query, key, text_query_weight, text_key_weight, query_weight, key_weight, cos, sin, out,
-        text_tokens, tokens, heads, eps, text_batch, text_row, image_batch, image_row,
+        text_tokens, tokens, heads, EPS: tl.constexpr, text_batch, text_row, image_batch, image_row,
         HEADS: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
         """The query or the key of one token a program: all heads normalized and rotated, in fp32.
@@ -259,7 +261,7 @@ if triton is not None:
         row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
         head, place = tl.arange(0, HEADS)[:, None], tl.arange(0, WIDTH)
         x = tl.load(source + head * WIDTH + place[None, :], mask=head < heads, other=0).to(tl.float32)
-        x *= tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)[:, None] * tl.load(weight + place).to(tl.float32)[None, :]
+        x *= tl.rsqrt(tl.sum(x * x, 1) / WIDTH + EPS)[:, None] * tl.load(weight + place).to(tl.float32)[None, :]
         even, odd = tl.split(tl.reshape(x, (HEADS, WIDTH // 2, 2)))
         even_cos, odd_cos = tl.split(tl.reshape(tl.load(cos + at * WIDTH + place), (WIDTH // 2, 2)))
         even_sin, odd_sin = tl.split(tl.reshape(tl.load(sin + at * WIDTH + place), (WIDTH // 2, 2)))

@@ -477,14 +477,26 @@ def test_a_layer_is_compiled_down_to_its_steps(w_bits, mode):
     assert ops and not any("flux158" in op for op in ops)
 
 
+@pytest.fixture
+def launched(monkeypatch):
+    """The kernels that were to be launched. Their fractions are constants: a compiled graph would pass them as fp64."""
+    pytest.importorskip("triton", reason="Triton is made for Linux only")
+    found = []
+
+    def launch(kernel, _grid, *arguments, **_options):
+        for name, argument in zip(kernel.arg_names, arguments, strict=True):
+            assert name.isupper() or not isinstance(argument, float), name
+        found.append(kernel)
+
+    monkeypatch.setattr(kernels, "_launch", launch)
+    return found
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("blocks", ["transformer_blocks", "single_transformer_blocks"])
-def test_what_leads_to_a_kernel_can_be_traced(small, blocks, dtype, monkeypatch):
+def test_what_leads_to_a_kernel_can_be_traced(small, blocks, dtype, launched, monkeypatch):
     """As on a GPU, where the kernels become part of the graph; here they are only counted."""
-    pytest.importorskip("triton", reason="Triton is made for Linux only")
-    launched = []
     monkeypatch.setattr(kernels, "in_triton", lambda codes, w_bits: True)
-    monkeypatch.setattr(kernels, "_launch", lambda kernel, *arguments, **options: launched.append(kernel))
     block = copy.deepcopy(getattr(small, blocks)[0]).to(dtype)
     inputs = {name: part if name == "image_rotary_emb" else part.to(dtype) for name, part in block_inputs(0).items()}
     torch._dynamo.reset()
@@ -498,11 +510,8 @@ def test_what_leads_to_a_kernel_can_be_traced(small, blocks, dtype, monkeypatch)
 
 
 @pytest.mark.parametrize(("blocks", "groups"), [("transformer_blocks", 2), ("single_transformer_blocks", 1)])
-def test_fast_mode_launches_one_kernel_for_the_projections_of_one_input(small, blocks, groups, monkeypatch):
-    pytest.importorskip("triton", reason="Triton is made for Linux only")
-    launched = []
+def test_fast_mode_launches_one_kernel_for_the_projections_of_one_input(small, blocks, groups, launched, monkeypatch):
     monkeypatch.setattr(kernels, "_triton_works_on", lambda tensor: True)
-    monkeypatch.setattr(kernels, "_launch", lambda kernel, *arguments, **options: launched.append(kernel))
     block = getattr(copy.deepcopy(small).set_inference_mode("fast"), blocks)[0]
     packed = [name for name, layer in block.named_modules() if isinstance(layer, PackedLinear)]
     joined = sum(name.endswith(("_q", "_k", "_v", "_q_proj", "_k_proj", "_v_proj")) for name in packed)
@@ -994,7 +1003,8 @@ def test_every_kernel_in_the_interpreter_of_triton():
 
 
 CODES = {"codes": "*u8", "alpha": "*fp32", "columns": "i32", "alpha_stride": "i32"}
-LEVELS = {"in_features": "i32", "shift": "fp32", "factor": "fp32"}
+LEVELS = {"in_features": "i32"}
+FRACTIONS = {"SHIFT": 0.5, "FACTOR": 2 / 3}
 WORDS = {"out": "*fp8e4nv", "count": "i32"}
 FOUR = {f"{name}_{place}": kind for name, kind in (("codes", "*u8"), ("alpha", "*fp32")) for place in (1, 2, 3)}
 FOUR |= dict.fromkeys(("rows", "rows_1", "rows_2", "rows_3"), "i32") | {"all_alpha": "*fp32"}
@@ -1003,10 +1013,12 @@ UNBIASED = FOUR | dict.fromkeys(BIASES, "*fp32")  # step sizes in their place
 FOUR |= dict.fromkeys(BIASES, "*bf16")
 ROTATION = {f"{part}query{kind}": "*bf16" for part in ("text_", "") for kind in ("", "_weight")}
 ROTATION |= {f"{part}key{kind}": "*bf16" for part in ("text_", "") for kind in ("", "_weight")}
-ROTATION |= {"cos": "*fp32", "sin": "*fp32", "heads": "i32", "eps": "fp32"}
+ROTATION |= {"cos": "*fp32", "sin": "*fp32", "heads": "i32"}
 ROTATION |= dict.fromkeys(("text_tokens", "text_batch", "text_row", "image_batch", "image_row"), "i32")
 OUTPUT = {"scale": "*fp32", "bias": "*bf16", "out": "*bf16", "tokens": "i32", "rows": "i32"}
-TILE = {"BIASED": True, "ROWS": 16, "COLUMNS": 64}
+ALL = FRACTIONS | {"BLOCK": 1024}
+ROTATED = {"HEADS": 32, "WIDTH": 128, "EPS": 1e-6}
+TILE = FRACTIONS | {"BIASED": True, "ROWS": 16, "COLUMNS": 64}
 TERNARY = TILE | {"COLUMNS": 768, "WORDS": 64, "WIDTH": 1024, "ALPHA_STRIDE": 1}
 
 
@@ -1014,8 +1026,8 @@ TERNARY = TILE | {"COLUMNS": 768, "WORDS": 64, "WIDTH": 1024, "ALPHA_STRIDE": 1}
 @pytest.mark.parametrize(
     ("kernel", "types", "constants"),
     [
-        ("_unpack", LEVELS | {"out": "*bf16", "count": "i32"}, {"WIDTH": 2, "SCALED": True, "BLOCK": 1024}),
-        ("_unpack", LEVELS | {"out": "*fp8e4nv", "count": "i32"}, {"WIDTH": 4, "SCALED": False, "BLOCK": 1024}),
+        ("_unpack", LEVELS | {"out": "*bf16", "count": "i32"}, ALL | {"WIDTH": 2, "SCALED": True}),
+        ("_unpack", LEVELS | {"out": "*fp8e4nv", "count": "i32"}, ALL | {"WIDTH": 4, "SCALED": False}),
         ("_unpack_words", WORDS, {"BITS": 0, "IS_FP8": True, "BLOCK": 1024}),
         ("_unpack_words", WORDS, {"BITS": 2, "IS_FP8": False, "BLOCK": 1024}),
         ("_unpack_siblings", WORDS | FOUR, {"BITS": 0, "IS_FP8": True, "BIASED": True, "BLOCK": 1024}),
@@ -1024,8 +1036,8 @@ TERNARY = TILE | {"COLUMNS": 768, "WORDS": 64, "WIDTH": 1024, "ALPHA_STRIDE": 1}
         ("_few_tokens_ternary", LEVELS | OUTPUT | {"x": "*bf16"}, TERNARY),
         ("_few_tokens_ternary", LEVELS | OUTPUT | {"x": "*bf16"}, TERNARY | {"BIASED": False}),
         ("_few_tokens_ternary", LEVELS | OUTPUT | {"x": "*fp16", "out": "*fp16"}, TERNARY),
-        ("_norm_rotate", OUTPUT | ROTATION, {"HEADS": 32, "WIDTH": 128}),
-        ("_norm_rotate", OUTPUT | ROTATION | {"out": "*fp8e4nv"}, {"HEADS": 32, "WIDTH": 128}),
+        ("_norm_rotate", OUTPUT | ROTATION, ROTATED),
+        ("_norm_rotate", OUTPUT | ROTATION | {"out": "*fp8e4nv"}, ROTATED),
     ],
 )
 def test_the_kernels_compile_for_a_gpu_that_is_not_there(kernel, types, constants):
