@@ -375,6 +375,20 @@ def test_a_config_that_is_none(text, message, tmp_path, capsys):
     assert "--config " in problem and message in problem and problem.strip().count("\n") == 0
 
 
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("out of\n luck", "RuntimeError: out of luck"),
+        ("a job\n\nName=k\nTraceback (most recent call last):\n  File x\nfp64\n", "RuntimeError: a job Name=k fp64"),
+        ("no\n\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace", "RuntimeError: no"),
+        ("x" * 1000, "RuntimeError: " + "x" * 226),
+        ("", "RuntimeError: "),
+    ],
+)
+def test_what_went_wrong_is_told_by_its_cause(message, expected):
+    assert rivals.one_line(RuntimeError(message)) == expected
+
+
 def test_the_script_ends_in_one_line(run, tmp_path):
     result = run("bench.py", "--config", "nowhere", "--output", tmp_path / "out")
     assert result.returncode == 2 and result.stderr.strip().splitlines()[-1].startswith("bench.py: error: --config")

@@ -196,9 +196,12 @@ class Rival:
 
 
 def one_line(error: Exception) -> str:
+    """What went wrong: of a traceback within the message its last line, and nothing of how to debug a compiler."""
     if lacks_memory(error):
         return NO_MEMORY
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
+    before, *traceback = str(error).split("\nSet TORCHDYNAMO_VERBOSE")[0].split("Traceback (most recent call last):")
+    reason = before + traceback[-1].strip().splitlines()[-1] if traceback else before
+    return f"{type(error).__name__}: {' '.join(reason.split())}"[:240]
 
 
 def synchronize(device: torch.device) -> None:
