@@ -27,6 +27,12 @@ try:
 except ImportError:
     triton, INTERPRETED = None, False
 
+# The kernels of a triton_op become part of a compiled graph, which launches them itself: calling 1,482 operators of
+# Python took an H100's CPU 0.26 s of FLUX.1-dev's step (0.93 in all, profiled; the GPU 0.70). A graph would pass a
+# float as fp64, so fractions are constants. The interpreter cannot be traced.
+TRACEABLE = triton is not None and not INTERPRETED
+_op = torch.library.triton_op if TRACEABLE else torch.library.custom_op
+
 # Small, so that several programs share a multiprocessor: one loads while another multiplies. At 3072 × 12288 and rank
 # 32 on an H200 (torch 2.11, Triton 3.6), milliseconds forward and backward: 64 × 64 by 4 warps 0.067, 0.104; 128 × 64
 # by 8 0.083, 0.112; 64 × 128 by 8 0.094, 0.191. With the products for A and B in it, backward takes as long as both.
@@ -54,14 +60,14 @@ if triton is not None:
         tl.store(matrix + at, value.to(matrix.dtype.element_ty), mask=(i < rows) & (j < columns))
 
     @triton.jit
-    def _scale(alpha, row, rows, floor, stride):
+    def _scale(alpha, row, rows, FLOOR: tl.constexpr, stride):
         scale = tl.load(alpha + row * stride, mask=row < rows, other=1.0)
-        return tl.maximum(scale, floor, propagate_nan=tl.PropagateNan.ALL)
+        return tl.maximum(scale, FLOOR, propagate_nan=tl.PropagateNan.ALL)
 
     @triton.jit
     def _tile(weight, left, b, step, row, column, numbers, SIGN: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr):
         """x = (W + scaling·A@B)/step, clipped; whether it was inside; its level; B's columns. NaN stays NaN."""
-        rows, columns, rank, scaling, low, high, n, s = numbers
+        rows, columns, rank, SCALING, LOW, HIGH, N, S = numbers
         right = _get(b, tl.arange(0, RANK)[:, None], column, rank, columns)
         if SPLIT:
             left_high, right_high = left.to(tl.bfloat16), right.to(tl.bfloat16)
@@ -72,14 +78,14 @@ if triton is not None:
             update = tl.dot(left_high, right_high, update)
         else:
             update = tl.dot(left, right, input_precision="ieee")
-        w = _get(weight, row, column, rows, columns).to(tl.float32) + scaling * update
+        w = _get(weight, row, column, rows, columns).to(tl.float32) + SCALING * update
         x = w * (1 / step)[:, None]  # one division a row
-        clipped = tl.clamp(x, low, high, propagate_nan=tl.PropagateNan.ALL)
+        clipped = tl.clamp(x, LOW, HIGH, propagate_nan=tl.PropagateNan.ALL)
         if SIGN:
             level = tl.where(x >= 0, 1.0, tl.where(x == x, -1.0, x))
         else:
             # Adding 1.5·2²³ leaves no room for a fraction: rounds to even, as torch does.
-            level = (((clipped * n - s) + 12582912.0) - 12582912.0 + s) * (1 / n)
+            level = (((clipped * N - S) + 12582912.0) - 12582912.0 + S) * (1 / N)
         return clipped, clipped == x, level, right
 
     @triton.jit
@@ -102,30 +108,31 @@ if triton is not None:
 
     @triton.jit
     def _compose(
-        weight, a, b, alpha, step, out, rows, columns, rank, scaling, low, high, n, s, floor, stride,
-        SIGN: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+        weight, a, b, alpha, step, out, rows, columns, rank, SCALING: tl.constexpr, LOW: tl.constexpr,
+        HIGH: tl.constexpr, N: tl.constexpr, S: tl.constexpr, FLOOR: tl.constexpr, stride, SIGN: tl.constexpr,
+        RANK: tl.constexpr, SPLIT: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
         """out = α·level of a tile."""
         across = tl.cdiv(columns, WIDTH)
         r = tl.program_id(0) // across * HEIGHT + tl.arange(0, HEIGHT)
         row, column = r[:, None], (tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH))[None, :]
-        left, step = _get(a, row, tl.arange(0, RANK)[None, :], rows, rank), _scale(step, r, rows, floor, stride)
-        numbers = (rows, columns, rank, scaling, low, high, n, s)
+        left, step = _get(a, row, tl.arange(0, RANK)[None, :], rows, rank), _scale(step, r, rows, FLOOR, stride)
+        numbers = (rows, columns, rank, SCALING, LOW, HIGH, N, S)
         _, _, level, _ = _tile(weight, left, b, step, row, column, numbers, SIGN, RANK, SPLIT)
-        _put(out, row, column, rows, columns, level * _scale(alpha, r, rows, floor, stride)[:, None])
+        _put(out, row, column, rows, columns, level * _scale(alpha, r, rows, FLOOR, stride)[:, None])
 
     @triton.jit
     def _compose_backward(
-        grad, weight, a, b, step, inner, sums, rows, columns, rank, scaling, low, high, n, s, floor, stride,
-        SIGN: tl.constexpr, FROZEN: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr, HEIGHT: tl.constexpr,
-        WIDTH: tl.constexpr,
+        grad, weight, a, b, step, inner, sums, rows, columns, rank, SCALING: tl.constexpr, LOW: tl.constexpr,
+        HIGH: tl.constexpr, N: tl.constexpr, S: tl.constexpr, FLOOR: tl.constexpr, stride, SIGN: tl.constexpr,
+        FROZEN: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
         """inner = g inside the clip range; sums[row, tile] = Σ g·slope over the columns of a tile."""
         across = tl.cdiv(columns, WIDTH)
         r = tl.program_id(0) // across * HEIGHT + tl.arange(0, HEIGHT)
         row, column = r[:, None], (tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH))[None, :]
-        left, step = _get(a, row, tl.arange(0, RANK)[None, :], rows, rank), _scale(step, r, rows, floor, stride)
-        numbers = (rows, columns, rank, scaling, low, high, n, s)
+        left, step = _get(a, row, tl.arange(0, RANK)[None, :], rows, rank), _scale(step, r, rows, FLOOR, stride)
+        numbers = (rows, columns, rank, SCALING, LOW, HIGH, N, S)
         x, inside, level, _ = _tile(weight, left, b, step, row, column, numbers, SIGN, RANK, SPLIT)
         g = _get(grad, row, column, rows, columns).to(tl.float32)
         through, slopes = _through(g, x, inside, level, SIGN, FROZEN)
@@ -135,17 +142,18 @@ if triton is not None:
 
     @triton.jit
     def _few(
-        x, weight, a, b, alpha, step, out, rows, columns, rank, scaling, low, high, n, s, floor, stride, few,
-        SIGN: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-        SPAN: tl.constexpr, FEW: tl.constexpr,
+        x, weight, a, b, alpha, step, out, rows, columns, rank, SCALING: tl.constexpr, LOW: tl.constexpr,
+        HIGH: tl.constexpr, N: tl.constexpr, S: tl.constexpr, FLOOR: tl.constexpr, stride, few, SIGN: tl.constexpr,
+        RANK: tl.constexpr, SPLIT: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr,
+        FEW: tl.constexpr,
     ):  # fmt: skip
         """out[span, token, row] = Σ x·α·level over the columns of a span of tiles."""
         spans = tl.cdiv(columns, WIDTH * SPAN)
         span, block = tl.program_id(0) % spans, tl.program_id(0) // spans
         r, m = block * HEIGHT + tl.arange(0, HEIGHT), tl.arange(0, FEW)[None, :]
-        row, numbers = r[:, None], (rows, columns, rank, scaling, low, high, n, s)
+        row, numbers = r[:, None], (rows, columns, rank, SCALING, LOW, HIGH, N, S)
         left = _get(a, row, tl.arange(0, RANK)[None, :], rows, rank)
-        step, alpha = _scale(step, r, rows, floor, stride), _scale(alpha, r, rows, floor, stride)
+        step, alpha = _scale(step, r, rows, FLOOR, stride), _scale(alpha, r, rows, FLOOR, stride)
         total = tl.zeros([HEIGHT, FEW], tl.float32)
         for i in range(SPAN):
             c = (span * SPAN + i) * WIDTH + tl.arange(0, WIDTH)
@@ -157,9 +165,10 @@ if triton is not None:
 
     @triton.jit
     def _few_backward(
-        grad, x, weight, a, b, alpha, step, of_x, of_a, of_b, of_alpha, rows, columns, rank, scaling, low, high, n, s,
-        floor, stride, few, SIGN: tl.constexpr, FROZEN: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr,
-        HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr, FEW: tl.constexpr,
+        grad, x, weight, a, b, alpha, step, of_x, of_a, of_b, of_alpha, rows, columns, rank, SCALING: tl.constexpr,
+        LOW: tl.constexpr, HIGH: tl.constexpr, N: tl.constexpr, S: tl.constexpr, FLOOR: tl.constexpr, stride, few,
+        SIGN: tl.constexpr, FROZEN: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr, HEIGHT: tl.constexpr,
+        WIDTH: tl.constexpr, SPAN: tl.constexpr, FEW: tl.constexpr,
     ):  # fmt: skip
         """With g = gradᵀ·x, sums over the columns of a span of tiles: of_a[span, row, k], of_alpha[span, row]; and over
         the rows of a block: of_b[block, k, column], of_x[block, token, column].
@@ -167,9 +176,9 @@ if triton is not None:
         spans = tl.cdiv(columns, WIDTH * SPAN)
         span, block = tl.program_id(0) % spans, tl.program_id(0) // spans
         r, m, k = block * HEIGHT + tl.arange(0, HEIGHT), tl.arange(0, FEW), tl.arange(0, RANK)[None, :]
-        row, numbers = r[:, None], (rows, columns, rank, scaling, low, high, n, s)
+        row, numbers = r[:, None], (rows, columns, rank, SCALING, LOW, HIGH, N, S)
         left = _get(a, row, k, rows, rank)
-        step, alpha = _scale(step, r, rows, floor, stride), _scale(alpha, r, rows, floor, stride)
+        step, alpha = _scale(step, r, rows, FLOOR, stride), _scale(alpha, r, rows, FLOOR, stride)
         grads = _get(grad, m[None, :], row, few, rows)
         sum_a, sum_alpha = tl.zeros([HEIGHT, RANK], tl.float32), tl.zeros([HEIGHT], tl.float32)
         for i in range(SPAN):
@@ -214,6 +223,10 @@ def _programs(weight: Tensor, tile: dict) -> tuple[int, int]:
     return -(-rows // tile["HEIGHT"]), -(-columns // (tile["WIDTH"] * tile.get("SPAN", 1)))
 
 
+def _traceable(kernel):
+    return torch.library.wrap_triton(kernel) if TRACEABLE else kernel
+
+
 def _launch(kernel, tile: dict, tensors: tuple, weight, a, step, scaling, grid, floor, **options) -> None:
     rank = max(16, 1 << (a.shape[1] - 1).bit_length())
     device = torch.cuda.device(weight.device) if weight.is_cuda else torch.device("cpu")
@@ -225,7 +238,7 @@ def _launch(kernel, tile: dict, tensors: tuple, weight, a, step, scaling, grid, 
         )  # fmt: skip
 
 
-@torch.library.custom_op("flux158::compose", mutates_args=())
+@_op("flux158::compose", mutates_args=())
 def compose(
     weight: Tensor, a: Tensor, b: Tensor, alpha: Tensor, frozen: Tensor | None, scaling: float, grid: list[float],
     sign: bool, floor: float, numel_qp: int, dtype: torch.dtype,
@@ -238,7 +251,8 @@ def compose(
     """
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     step = alpha if frozen is None else frozen
-    _launch(_compose, TILE, (weight, a, b, alpha, step, out), weight, a, step, scaling, grid, floor, SIGN=sign)
+    tensors = (weight, a, b, alpha, step, out)
+    _launch(_traceable(_compose), TILE, tensors, weight, a, step, scaling, grid, floor, SIGN=sign)
     return out
 
 
@@ -247,7 +261,7 @@ def _(weight, a, b, alpha, frozen, scaling, grid, sign, floor, numel_qp, dtype):
     return torch.empty(weight.shape, dtype=dtype, device=weight.device)
 
 
-@torch.library.custom_op("flux158::compose_backward", mutates_args=())
+@_op("flux158::compose_backward", mutates_args=())
 def compose_backward(
     grad: Tensor, weight: Tensor, a: Tensor, b: Tensor, step: Tensor, scaling: float, grid: list[float], sign: bool,
     floor: float, frozen: bool,
@@ -256,7 +270,8 @@ def compose_backward(
     inner = torch.empty((0,) if frozen else weight.shape, dtype=grad.dtype, device=grad.device)
     sums = torch.empty(len(weight), _programs(weight, TILE)[1], dtype=torch.float32, device=grad.device)
     tensors = (grad, weight, a, b, step, inner, sums)
-    _launch(_compose_backward, TILE, tensors, weight, a, step, scaling, grid, floor, SIGN=sign, FROZEN=frozen)
+    options = {"SIGN": sign, "FROZEN": frozen}
+    _launch(_traceable(_compose_backward), TILE, tensors, weight, a, step, scaling, grid, floor, **options)
     return inner, sums.sum(1, keepdim=True)
 
 
@@ -266,7 +281,7 @@ def _(grad, weight, a, b, step, scaling, grid, sign, floor, frozen):
     return inner, torch.empty(len(weight), 1, dtype=torch.float32, device=grad.device)
 
 
-@torch.library.custom_op("flux158::few", mutates_args=())
+@_op("flux158::few", mutates_args=())
 def few(
     x: Tensor, weight: Tensor, a: Tensor, b: Tensor, alpha: Tensor, frozen: Tensor | None, scaling: float,
     grid: list[float], sign: bool, floor: float, numel_qp: int,
@@ -278,7 +293,7 @@ def few(
     spans, step = _programs(weight, FEW_TILE)[1], alpha if frozen is None else frozen
     out = torch.empty(spans, x.shape[0], len(weight), dtype=torch.float32, device=x.device)
     tensors, options = (x, weight, a, b, alpha, step, out), {"few": x.shape[0], "FEW": FEW}
-    _launch(_few, FEW_TILE, tensors, weight, a, step, scaling, grid, floor, SIGN=sign, **options)
+    _launch(_traceable(_few), FEW_TILE, tensors, weight, a, step, scaling, grid, floor, SIGN=sign, **options)
     return out.sum(0)
 
 
@@ -295,7 +310,7 @@ def _room(x: Tensor, weight: Tensor, a: Tensor) -> list[Tensor]:
     return [torch.empty(s, dtype=dtype, device=x.device) for s, dtype in zip(shapes, dtypes, strict=True)]
 
 
-@torch.library.custom_op("flux158::few_backward", mutates_args=())
+@torch.library.custom_op("flux158::few_backward", mutates_args=())  # torch.compile knows no maxnreg
 def few_backward(
     grad: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, alpha: Tensor, frozen: Tensor | None,
     scaling: float, grid: list[float], sign: bool, floor: float,

@@ -9,6 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._higher_order_ops import triton_kernel_wrap
 from torch.utils.checkpoint import checkpoint
 
 from models import lora_kernel, utils_quant
@@ -281,10 +285,10 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(kernel):
     tile = tiles.get(kernel, lora_kernel.TILE)
     options = {name: value for name, value in tile.items() if name.islower()}
     constants = {"SIGN": False, "FROZEN": False, "RANK": 32, "SPLIT": True, "FEW": lora_kernel.FEW} | tile
+    constants |= {"SCALING": 0.5, "LOW": -0.99, "HIGH": 0.99, "N": 1.5, "S": 0.0, "FLOOR": 1e-5}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     types = dict.fromkeys(("weight", "out", "grad", "inner", "x", "of_b"), "*bf16")
     types |= dict.fromkeys(("a", "b", "alpha", "step", "sums", "of_x", "of_a", "of_alpha"), "*fp32")
-    types |= dict.fromkeys(("scaling", "low", "high", "n", "s", "floor"), "fp32")
     source = triton.compiler.ASTSource(
         function,
         {name: "constexpr" if name in constants else types.get(name, "i32") for name in function.arg_names},
@@ -292,6 +296,48 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(kernel):
     )
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
     assert "ptx" in triton.compile(source, target=target, options=options).asm
+
+
+class Target:
+    """A driver of Triton for a GPU that is not there: kernels are compiled, not launched."""
+
+    def get_current_target(self):
+        return lora_kernel.triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+@pytest.mark.skipif(GPU or INTERPRETED or lora_kernel.triton is None, reason="the tests above ran the kernels")
+@pytest.mark.parametrize(("tokens", "forward", "backward"), [(64, "_compose", "_compose_backward"), (4, "_few", None)])
+def test_compiled_graphs_hold_the_kernels_themselves_and_each_once(tokens, forward, backward, monkeypatch):
+    """As torch.compile hands them on; the fractions are among the constants of a kernel."""
+    monkeypatch.setattr(lora_kernel.triton.runtime.driver, "_active", Target())
+    for module in (lora_kernel, utils_quant):
+        monkeypatch.setattr(module, "works_on", lambda *_: True)
+    kernels, fractions = [], []
+
+    def keep(module, _):
+        table, calls = triton_kernel_wrap.kernel_side_table, [n for n in module.graph.nodes if n.op == "call_function"]
+        launches = [node.kwargs for node in calls if "triton_kernel_wrapper" in str(node.target)]
+        given = [table.get_constant_args(launch["constant_args_idx"]) | launch["kwargs"] for launch in launches]
+        fractions.extend(name for call in given for name, value in call.items() if isinstance(value, float))
+        kernels.append([table.get_kernel(launch["kernel_idx"]).fn.__name__ for launch in launches])
+        kernels[-1] += [str(node.target) for node in calls if "flux158" in str(node.target)]
+        made = [node and node.meta["val"] for node in module.graph.output_node().args[0]]
+        return make_boxed_func(lambda *_: [None if x is None else torch.zeros(x.shape, dtype=x.dtype) for x in made])
+
+    layer = layer_of(64, 128, 0, torch.bfloat16, rank=8)
+    layer.weight.requires_grad_(False)
+    torch.compiler.reset()
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.compile(layer, fullgraph=True, backend=backend)(torch.randn(tokens, 128)).float().sum().backward()
+    assert kernels == [[forward], [backward or "flux158.few_backward.default"]]
+    assert len(fractions) == 6 * (1 + bool(backward)) and all(name.isupper() for name in fractions)
 
 
 @pytest.mark.skipif(GPU or INTERPRETED or lora_kernel.triton is None, reason="the tests above ran the kernels")
