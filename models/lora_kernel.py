@@ -30,8 +30,11 @@ except ImportError:
 # The kernels of a triton_op become part of a compiled graph, which launches them itself: calling 1,482 operators of
 # Python took an H100's CPU 0.26 s of FLUX.1-dev's step (0.93 in all, profiled; the GPU 0.70). A graph would pass a
 # float as fp64, so fractions are constants. The interpreter cannot be traced.
-TRACEABLE = triton is not None and not INTERPRETED
-_op = torch.library.triton_op if TRACEABLE else torch.library.custom_op
+# By the name wrap_triton torch finds an op's kernels, of which it makes the key of its caches.
+if triton is None or INTERPRETED:
+    _op, wrap_triton = torch.library.custom_op, lambda kernel: kernel
+else:
+    _op, wrap_triton = torch.library.triton_op, torch.library.wrap_triton
 
 # Small, so that several programs share a multiprocessor: one loads while another multiplies. At 3072 × 12288 and rank
 # 32 on an H200 (torch 2.11, Triton 3.6), milliseconds forward and backward: 64 × 64 by 4 warps 0.067, 0.104; 128 × 64
@@ -223,10 +226,6 @@ def _programs(weight: Tensor, tile: dict) -> tuple[int, int]:
     return -(-rows // tile["HEIGHT"]), -(-columns // (tile["WIDTH"] * tile.get("SPAN", 1)))
 
 
-def _traceable(kernel):
-    return torch.library.wrap_triton(kernel) if TRACEABLE else kernel
-
-
 def _launch(kernel, tile: dict, tensors: tuple, weight, a, step, scaling, grid, floor, **options) -> None:
     rank = max(16, 1 << (a.shape[1] - 1).bit_length())
     device = torch.cuda.device(weight.device) if weight.is_cuda else torch.device("cpu")
@@ -252,7 +251,7 @@ def compose(
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     step = alpha if frozen is None else frozen
     tensors = (weight, a, b, alpha, step, out)
-    _launch(_traceable(_compose), TILE, tensors, weight, a, step, scaling, grid, floor, SIGN=sign)
+    _launch(wrap_triton(_compose), TILE, tensors, weight, a, step, scaling, grid, floor, SIGN=sign)
     return out
 
 
@@ -271,7 +270,7 @@ def compose_backward(
     sums = torch.empty(len(weight), _programs(weight, TILE)[1], dtype=torch.float32, device=grad.device)
     tensors = (grad, weight, a, b, step, inner, sums)
     options = {"SIGN": sign, "FROZEN": frozen}
-    _launch(_traceable(_compose_backward), TILE, tensors, weight, a, step, scaling, grid, floor, **options)
+    _launch(wrap_triton(_compose_backward), TILE, tensors, weight, a, step, scaling, grid, floor, **options)
     return inner, sums.sum(1, keepdim=True)
 
 
@@ -293,7 +292,7 @@ def few(
     spans, step = _programs(weight, FEW_TILE)[1], alpha if frozen is None else frozen
     out = torch.empty(spans, x.shape[0], len(weight), dtype=torch.float32, device=x.device)
     tensors, options = (x, weight, a, b, alpha, step, out), {"few": x.shape[0], "FEW": FEW}
-    _launch(_traceable(_few), FEW_TILE, tensors, weight, a, step, scaling, grid, floor, SIGN=sign, **options)
+    _launch(wrap_triton(_few), FEW_TILE, tensors, weight, a, step, scaling, grid, floor, SIGN=sign, **options)
     return out.sum(0)
 
 

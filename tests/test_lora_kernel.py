@@ -13,6 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._higher_order_ops import triton_kernel_wrap
+from torch._library.triton import get_triton_kernels_for_op
 from torch.utils.checkpoint import checkpoint
 
 from models import lora_kernel, utils_quant
@@ -338,6 +339,8 @@ def test_compiled_graphs_hold_the_kernels_themselves_and_each_once(tokens, forwa
         torch.compile(layer, fullgraph=True, backend=backend)(torch.randn(tokens, 128)).float().sum().backward()
     assert kernels == [[forward], [backward or "flux158.few_backward.default"]]
     assert len(fractions) == 6 * (1 + bool(backward)) and all(name.isupper() for name in fractions)
+    known = get_triton_kernels_for_op(f"flux158::{forward[1:]}")
+    assert known == [getattr(lora_kernel, forward)]  # of which the key of a compiler's cache is made
 
 
 @pytest.mark.skipif(GPU or INTERPRETED or lora_kernel.triton is None, reason="the tests above ran the kernels")
