@@ -169,17 +169,22 @@ def layer_shapes(model: QuantizedTransformer) -> dict[tuple[bool, int, int], lis
 # ------------------------------------------------------------------------------------------------------------ tables
 
 
+def possible_ways(args: argparse.Namespace) -> list[str]:
+    return ["eager"] + ["compiled"] * args.compile + ["graph"] * (args.compile and args.device.type == "cuda")
+
+
 def step_rivals(args: argparse.Namespace) -> list[Rival]:
     """In the order of the table: full precision, the others, ours."""
-    ways = ["eager"] + ["compiled"] * args.compile + ["graph"] * (args.compile and args.device.type == "cuda")
+    ways = possible_ways(args)
     rivals = [Rival(f"{args.dtype_name}, {way}", args.dtype_name, way) for way in ways]
     for kind in ("fp8 row-wise, torchao", "fp8 row-wise, torch._scaled_mm"):
         rivals += [Rival(f"{kind}, {way}", kind, way) for way in ways[1:] or ways]
     rivals += [Rival(f"int8 codes, cast, {way}", "int8 codes, cast", way) for way in ways[:2]]
     for mode in args.mode:
         rivals += [Rival(f"ours {mode}, {way}", "ours", way, mode) for way in ways]
-    asked = args.rivals or [""]
-    return [rival for rival in rivals if rival.kind == args.dtype_name or any(word in rival.name for word in asked)]
+    words = args.rivals or [""]
+    asked = [rival for rival in rivals if rival.kind == args.dtype_name or any(word in rival.name for word in words)]
+    return [rival for rival in asked if rival.way in (args.ways or ways)]
 
 
 def compile_settings(args: argparse.Namespace, ours: bool) -> dict:
@@ -506,6 +511,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help="of ours; default: both")
     parser.add_argument("--rivals", nargs="+", metavar="WORD", help="beside full precision only those that have one of "
                         "these words in their names, such as fp8 or \"ours fast\"; default: all")  # fmt: skip
+    parser.add_argument("--ways", nargs="+", choices=("eager", "compiled", "graph"), help="to run them; default: all")
     parser.add_argument("--batch_size", type=int, default=1, help="pictures of a step; default: 1")
     parser.add_argument("--attention", metavar="NAME", help="of ours: fp8, which is fast mode's alone and wants an "
                         "H100 and fa3-fwd, or one of diffusers'; default: torch's own, as all rivals have")  # fmt: skip
@@ -539,6 +545,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.compile = gpu if args.compile is None else args.compile
         if args.cpp_wrapper and not args.compile:
             raise ValueError("--cpp_wrapper is a way to compile: add --compile")
+        for way in set(args.ways or ()).difference(possible_ways(args)):
+            raise ValueError(f"--ways {way} needs {'a GPU and ' * (way == 'graph')}--compile")
     except ValueError as error:
         parser.error(str(error))
     args.dtype_name = args.dtype_name or ("bfloat16" if gpu else "float32")

@@ -264,6 +264,12 @@ def test_graphs_are_compared_with_graphs():
         assert bench.anchor_of(rivals[name], list(rivals.values())).name == anchor
 
 
+def test_only_the_ways_that_are_asked_for():
+    flags = ["--device", "cpu", "--compile", "--ways", "compiled", "--rivals", "ours fast"]
+    found = bench.step_rivals(bench.parse_args(flags))
+    assert [rival.name for rival in found] == ["float32, compiled", "ours fast, compiled"]
+
+
 def test_rivals_share_the_memory_of_a_gpu_if_they_fit(monkeypatch):
     packed = small_model(torch.bfloat16)
     args = bench.parse_args(["--device", "cpu", "--dtype", "bfloat16"])
@@ -338,6 +344,8 @@ def test_architectures_have_the_published_size(name, parameters, tokens):
         (["--mode", "brisk"], "argument --mode: invalid choice: 'brisk'"),
         (["--no_steps"], "--no_steps leaves nothing to measure"),
         (["--device", "cpu", "--cpp_wrapper"], "--cpp_wrapper is a way to compile: add --compile"),
+        (["--device", "cpu", "--ways", "compiled"], "--ways compiled needs --compile"),
+        (["--device", "cpu", "--compile", "--ways", "graph"], "--ways graph needs a GPU and --compile"),
     ],
 )
 def test_usage_errors_are_one_line(flags, message, monkeypatch, capsys):
