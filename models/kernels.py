@@ -323,7 +323,7 @@ def _dequantize(codes: Tensor, alpha: Tensor, w_bits: int, in_features: int, dty
         _launch_unpack(codes, alpha, weight, w_bits, s, 1 / n, scaled=True)
         return weight
     steps = alpha.expand(len(codes), 1)
-    for rows in row_chunks(*weight.shape):
+    for rows in row_chunks(*weight.shape, codes.device):
         levels = unpack_codes(codes[rows], w_bits, in_features).float().add_(s).div_(n)
         weight[rows] = levels.mul_(steps[rows])
     return weight

@@ -139,6 +139,16 @@ def test_a_changed_transformer_is_not_replayed_as_it_was(captures):
         assert torch.equal(sample, before) == (name in ("removed", "other weights")), name
 
 
+def test_pictures_are_drawn_in_inference_mode_and_out_of_it(transformer, captures):
+    replayed = cuda_graph.replayed(transformer.forward, DEVICE, {})
+    with torch.no_grad():
+        expected = transformer(**inputs(2)).sample
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            replayed(**inputs(1))
+            torch.testing.assert_close(replayed(**inputs(2)).sample, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_what_lies_elsewhere_is_not_replayed(transformer, captures):
     """A graph records the work of one device: on another all its replays would leave the first step's output."""
     replayed = cuda_graph.replayed(transformer.forward, torch.device("meta"), {})

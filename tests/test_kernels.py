@@ -28,8 +28,8 @@ from diffusers.models.transformers.transformer_flux2 import Flux2Attention, Flux
 from tiny_models import norm_rotate
 from torch.nn import functional as F
 
-from models import attention, kernels
-from models.kernels import FP8
+from models import attention, kernels, packing
+from models.kernels import FP8, row_chunks
 from models.modeling_flux2_quant import FusedFlux2AttnProcessor, FusedFlux2ParallelAttnProcessor
 from models.modeling_flux_quant import FastGELU, FastProjectedGELU, FluxTransformer2DModel, FusedFluxAttnProcessor
 from models.packing import PackedLinear
@@ -93,6 +93,18 @@ def test_dequantized_weights(w_bits):
                 torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
             else:
                 assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("device", "parts"), [("cpu", 10), ("meta", 1)])
+def test_where_there_is_no_kernel_a_gpu_unpacks_a_matrix_in_few_launches(device, parts, monkeypatch):
+    """As with 3 bits; FLUX.1-dev's 504 matrices in a CPU's portions took a hundred thousand."""
+    calls = []
+    monkeypatch.setattr(kernels, "unpack_codes", lambda codes, *_: torch.zeros(len(codes), 3072).to(codes.device))
+    monkeypatch.setattr(kernels, "row_chunks", lambda *sizes: calls.extend(row_chunks(*sizes)) or iter(calls))
+    row_bytes = packing.row_bytes(3072, 3)
+    codes, alpha = torch.zeros(3072, row_bytes, dtype=torch.uint8, device=device), torch.ones(3072, 1, device=device)
+    assert kernels._dequantize(codes, alpha, 3, 3072, torch.bfloat16).shape == (3072, 3072)
+    assert len(calls) == parts
 
 
 @pytest.mark.kernels

@@ -11,7 +11,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-# By names, shapes and dtypes of the inputs: where they are read from, the replay, and what it writes.
+# By mode, and names, shapes and dtypes of the inputs: where they are read from, the replay, and what it writes.
 Graphs = dict[tuple, tuple[dict[str, Tensor], Callable[[], None], Tensor]]
 SHAPES = 64  # of inputs that blocks may be compiled for; torch would refuse the ninth
 # Methods of a transformer after which it computes something else, or its weights lie elsewhere.
@@ -91,15 +91,16 @@ def replay_steps(transformer: nn.Module) -> None:
 
 
 def replayed(forward: Callable, device: torch.device, graphs: Graphs) -> Callable:
-    """forward(**tensors) of a FLUX transformer on `device`, as a CUDA graph for each set of shapes and dtypes it is called
-    with; they are kept in `graphs`."""
+    """forward(**tensors) of a FLUX transformer on `device`, as a CUDA graph for each set of shapes and dtypes that it
+    is called with; `graphs` keeps them."""
 
     def replay(*args, return_dict: bool = True, **kwargs):
         given = {name: value for name, value in kwargs.items() if value is not None and value != {}}
         known = all(isinstance(value, Tensor) and value.device == device for value in given.values())
         if args or torch.is_grad_enabled() or not known:
             return forward(*args, return_dict=return_dict, **kwargs)
-        key = tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(given.items()))
+        shapes = ((name, tensor.shape, tensor.dtype) for name, tensor in sorted(given.items()))
+        key = (torch.is_inference_mode_enabled(), *shapes)  # tensors made in that mode are not to be written to later
         if key not in graphs:
             inputs = {name: tensor.clone() for name, tensor in given.items()}
             with torch.cuda.device_of(inputs["hidden_states"]):  # streams and graphs are the current device's
