@@ -101,6 +101,10 @@ def test_pick_device(gpus, mps, default, monkeypatch):
             with pytest.raises(ValueError, match=f"^--device {name} is not available here: use one of .*cpu$"):
                 pick_device(name)
     assert current == [torch.device("cuda", i) for i in range(gpus)]
+    monkeypatch.setenv("LOCAL_RANK", "1")  # whose GPU accelerate chooses
+    if gpus:
+        pick_device("cuda:0")
+    assert len(current) == gpus
 
 
 @pytest.mark.parametrize(
