@@ -349,8 +349,9 @@ def judge(args: argparse.Namespace) -> None:
         "compile": args.compile,
         "batch_size": args.batch_size, "device": device_name(device), "torch": torch.__version__,
     }  # fmt: skip
-    if args.compile:  # what is timed next finds the compiled code
-        draw(prompts[: args.batch_size], args.seed, "compiling", steps=1)
+    if args.compile:  # what is timed next finds the compiled code, of a last batch of fewer pictures too
+        for count in {min(args.batch_size, len(prompts)), len(prompts) % args.batch_size} - {0}:
+            draw(prompts[:count], args.seed, "compiling", steps=1)
     started = time.time()
     images = draw(prompts, args.seed, name)
     metrics["seconds_per_image"] = (time.time() - started) / len(prompts)

@@ -323,7 +323,7 @@ def _dequantize(codes: Tensor, alpha: Tensor, w_bits: int, in_features: int, dty
         _launch_unpack(codes, alpha, weight, w_bits, s, 1 / n, scaled=True)
         return weight
     steps = alpha.expand(len(codes), 1)
-    for rows in row_chunks(*weight.shape):
+    for rows in row_chunks(*weight.shape, codes.device):
         levels = unpack_codes(codes[rows], w_bits, in_features).float().add_(s).div_(n)
         weight[rows] = levels.mul_(steps[rows])
     return weight
@@ -334,7 +334,8 @@ def integers(codes: Tensor, w_bits: int, in_features: int, dtype: torch.dtype) -
     odd = code_grid(w_bits)[1] != 0
     if not in_triton(codes, w_bits):
         values = unpack_codes(codes, w_bits, in_features)
-        return (values.mul_(2).add_(1) if odd else values).to(dtype)
+        values = values.mul_(2).add_(1) if odd else values
+        return values if dtype == torch.int8 else values.bfloat16().to(dtype)  # Triton casts no int8 to e4m3
     if w_bits == 8:
         return codes.view(torch.int8)
     out = torch.empty(len(codes), in_features, dtype=dtype, device=codes.device)

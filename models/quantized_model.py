@@ -514,7 +514,10 @@ class QuantizedTransformer:
         dtype = None if dtype == "auto" else dtype  # as they are stored
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype={dtype!r} is not supported: name a torch dtype, such as torch.bfloat16, or 'auto'")
-        load_packed(model, folder, index, dtype, torch.device("cpu" if device is None else device))
+        device = torch.device("cpu" if device is None else device)
+        if device.type == "cuda" and device.index is None:  # threads that load have a current device of their own: 0
+            device = torch.device("cuda", torch.cuda.current_device())
+        load_packed(model, folder, index, dtype, device)
         for module in model.modules():
             if isinstance(module, PackedLinear):
                 module.weight_dtype = model.dtype

@@ -4,14 +4,16 @@ graph: what is tested is what goes in and what comes out."""
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from peft import LoraConfig
 from torch.nn import functional as F
 
+from models.modeling_flux_quant import FluxTransformer2DModel as QuantizedFlux
 from utils import cuda_graph
 
 pytestmark = pytest.mark.on_gpu
 
 GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
+DEVICE = torch.device("cuda:0" if GPU else "cpu")
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def inputs(seed, count=1):
 
 @torch.no_grad()
 def test_replays_give_what_the_transformer_gives(transformer, captures):
-    replayed = cuda_graph.replayed(transformer.forward)
+    replayed = cuda_graph.replayed(transformer.forward, DEVICE, {})
     calls = [(1, 1), (2, 1), (3, 2), (4, 1), (5, 2)]  # seed, pictures
     found = [replayed(**inputs(*call), joint_attention_kwargs={}, return_dict=False)[0] for call in calls]
     assert len(captures) == 2  # one for each number of pictures
@@ -68,7 +70,7 @@ def test_replays_give_what_the_transformer_gives(transformer, captures):
 
 
 def test_what_cannot_be_replayed_runs_as_before(transformer, captures):
-    replayed, given = cuda_graph.replayed(transformer.forward), inputs(1)
+    replayed, given = cuda_graph.replayed(transformer.forward, DEVICE, {}), inputs(1)
     residuals = [torch.ones(1, 4, 32, device=DEVICE)]
     with torch.no_grad():
         found = replayed(**given, controlnet_block_samples=residuals).sample
@@ -89,6 +91,85 @@ def test_steps_compile(transformer, captures, monkeypatch):
     assert asked == [{"fullgraph": True, "dynamic": False, "options": cuda_graph.compile_options(DEVICE)}]
     torch.testing.assert_close(transformer(**inputs(1)).sample, expected)
     assert len(captures) == GPU
+
+
+@torch.no_grad()
+def test_blocks_compile_for_more_sizes_than_torch_compiles_for_unasked(transformer, monkeypatch):
+    """The ninth is an error (torch 2.11, 2.13); here, for quickness, the second would be."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    compile_blocks = transformer.compile_repeated_blocks
+    monkeypatch.setattr(
+        transformer, "compile_repeated_blocks",
+        lambda options, **settings: compile_blocks(backend="eager", **settings),
+    )  # fmt: skip
+    expected = [transformer(**inputs(1, count)).sample for count in (1, 2)]
+    cuda_graph.compile_steps(transformer)
+    for count, sample in enumerate(expected, 1):
+        torch.testing.assert_close(transformer(**inputs(1, count)).sample, sample)
+
+
+CHANGES = {
+    "mode": lambda model: model.set_inference_mode("fast"),
+    "adapter": lambda model: model.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["proj_mlp"])),
+    "disabled": lambda model: model.disable_adapters(),
+    "removed": lambda model: model.delete_adapters("default"),
+    "other weights": lambda model: model.to(torch.float64).to(torch.float32),
+}
+
+
+@torch.no_grad()
+def test_a_changed_transformer_is_not_replayed_as_it_was(captures):
+    torch.manual_seed(0)
+    settings = {"in_channels": 16, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 32}
+    settings |= {"pooled_projection_dim": 32, "guidance_embeds": True, "axes_dims_rope": (4, 6, 6)}
+    model = QuantizedFlux(**settings, num_layers=1, num_single_layers=1, w_bits=0).pack().to(DEVICE)
+    forward = model.forward
+    cuda_graph.replay_steps(model)
+    model(**inputs(1))
+    model.to(DEVICE)
+    model(**inputs(2))
+    assert len(captures) == 1  # moved to where it was
+    for number, (name, change) in enumerate(CHANGES.items(), 2):
+        before = model(**inputs(1)).sample
+        change(model)
+        sample = model(**inputs(1)).sample
+        assert len(captures) == number, name
+        torch.testing.assert_close(sample, forward(**inputs(1)).sample, rtol=1e-4, atol=1e-5)
+        if name in ("adapter", "disabled"):
+            assert not torch.equal(sample, before), name
+
+
+def test_pictures_are_drawn_in_inference_mode_and_out_of_it(transformer, captures):
+    replayed = cuda_graph.replayed(transformer.forward, DEVICE, {})
+    with torch.no_grad():
+        expected = transformer(**inputs(2)).sample
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            replayed(**inputs(1))
+            torch.testing.assert_close(replayed(**inputs(2)).sample, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_lies_elsewhere_is_not_replayed(transformer, captures):
+    """A graph records the work of one device: on another all its replays would leave the first step's output."""
+    replayed = cuda_graph.replayed(transformer.forward, torch.device("meta"), {})
+    with torch.no_grad():
+        torch.testing.assert_close(replayed(**inputs(1)).sample, transformer(**inputs(1)).sample)
+    assert not captures
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@torch.no_grad()
+def test_steps_are_replayed_on_another_gpu_than_the_current_one(transformer):
+    cuda_graph.captured(lambda: torch.ones(2, device="cuda:0") * 2)
+    there = transformer.to("cuda:1")
+    given = [{name: tensor.to("cuda:1") for name, tensor in inputs(seed).items()} for seed in (1, 2, 3)]
+    expected = [there(**each).sample for each in given]
+    cuda_graph.replay_steps(there)
+    assert torch.cuda.current_device() == 0
+    for each, sample in zip(given, expected, strict=True):
+        torch.testing.assert_close(there(**each).sample, sample, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.gpu

@@ -26,10 +26,11 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from diffusers.models.transformers.transformer_flux2 import Flux2Attention, Flux2ParallelSelfAttention
 from tiny_models import norm_rotate
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from models import attention, kernels
-from models.kernels import FP8
+from models import attention, kernels, packing
+from models.kernels import FP8, row_chunks
 from models.modeling_flux2_quant import FusedFlux2AttnProcessor, FusedFlux2ParallelAttnProcessor
 from models.modeling_flux_quant import FastGELU, FastProjectedGELU, FluxTransformer2DModel, FusedFluxAttnProcessor
 from models.packing import PackedLinear
@@ -93,6 +94,26 @@ def test_dequantized_weights(w_bits):
                 torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
             else:
                 assert torch.equal(found, expected)
+
+
+def test_three_bits_become_e4m3_by_way_of_floats():
+    """The compiler writes such a cast into Triton, which has none of int8 (3.6, 3.8): blocks did not compile."""
+    codes = packing.pack_codes(torch.randint(-4, 4, (16, 64), dtype=torch.int8), 3)
+    graph = make_fx(lambda codes: kernels.integers(codes, 3, 64, FP8), tracing_mode="fake")(codes).graph
+    casts = [node for node in graph.nodes if node.kwargs.get("dtype") == FP8]
+    assert casts and all(node.args[0].meta["val"].is_floating_point() for node in casts)
+
+
+@pytest.mark.parametrize(("device", "parts"), [("cpu", 10), ("meta", 1)])
+def test_where_there_is_no_kernel_a_gpu_unpacks_a_matrix_in_few_launches(device, parts, monkeypatch):
+    """As with 3 bits; FLUX.1-dev's 504 matrices in a CPU's portions took a hundred thousand."""
+    calls = []
+    monkeypatch.setattr(kernels, "unpack_codes", lambda codes, *_: torch.zeros(len(codes), 3072).to(codes.device))
+    monkeypatch.setattr(kernels, "row_chunks", lambda *sizes: calls.extend(row_chunks(*sizes)) or iter(calls))
+    row_bytes = packing.row_bytes(3072, 3)
+    codes, alpha = torch.zeros(3072, row_bytes, dtype=torch.uint8, device=device), torch.ones(3072, 1, device=device)
+    assert kernels._dequantize(codes, alpha, 3, 3072, torch.bfloat16).shape == (3072, 3072)
+    assert len(calls) == parts
 
 
 @pytest.mark.kernels

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from tiny_models import draw, inputs, load_pipeline, output, write_klein
 from torch import nn
 
-from models import kernels, packing
+from models import kernels, packing, quantized_model
 from models.families import load_transformer
 from models.modeling_flux_quant import FluxTransformer2DModel
 from models.packing import INDEX, PackedLinear
@@ -565,6 +565,16 @@ def test_loading_says_what_diffusers_would_say(ternary):
 def test_a_device_can_be_named(ternary, device_map):
     loaded = FluxTransformer2DModel.from_pretrained(ternary[1], device_map=device_map)
     assert same_parameters(loaded, ternary[0])
+
+
+@pytest.mark.parametrize(("device_map", "number"), [("cuda", 3), ({"": "cuda"}, 3), ("cuda:1", 1)])
+def test_a_gpu_without_a_number_is_the_current_one(ternary, device_map, number, monkeypatch):
+    """Of the caller: threads that load have their own, which is the first."""
+    found = []
+    monkeypatch.setattr(quantized_model, "load_packed", lambda *arguments: found.append(arguments[-1]))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    FluxTransformer2DModel.from_pretrained(ternary[1], device_map=device_map)
+    assert found == [torch.device("cuda", number)]
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from utils import process_args as module
 from utils.process_args import process_args
 from utils.utils import pick_dtype
 
@@ -235,3 +236,15 @@ def test_a_device_that_is_not_there(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         process_args(["--device", "cuda"])
     assert "--device cuda is not available here" in capsys.readouterr().err
+
+
+def test_training_on_another_gpu_than_the_first_is_asked_for_by_another_name(monkeypatch, capsys):
+    """Trainer has no flag for it, and would take the first."""
+    monkeypatch.setattr(module, "pick_device", lambda name: torch.device("cpu" if name is None else name))
+    with pytest.raises(SystemExit):
+        process_args(["--device", "cuda:1"])
+    line = "--device cuda:1: training takes GPUs from the first one on; leave it out, with CUDA_VISIBLE_DEVICES=1"
+    assert line in capsys.readouterr().err
+    for words, used in ((["--device", "cuda:1"], ("device",)), (["--device", "cuda:0"], None)):
+        model_args, *_ = process_args(words, used=used)
+        assert model_args.device == words[1]

@@ -159,6 +159,20 @@ def test_compiled_it_draws_the_same_pictures(checkpoints, call, monkeypatch):
     assert found["psnr"] == pytest.approx(plain["psnr"], abs=0.01)
 
 
+def test_every_size_of_a_batch_is_compiled_before_any_is_timed(checkpoints, call, monkeypatch):
+    drawn = []
+
+    def noting(pipe, prompts, *args, **settings):
+        drawn.append((settings["desc"] == "compiling", len(prompts)))
+        return generate_images(pipe, prompts, *args, **settings)
+
+    monkeypatch.setattr(script, "compile_steps", lambda transformer: None)
+    monkeypatch.setattr(script, "generate_images", noting)
+    flags = ("--num_images", 3, "--batch_size", 2, "--resolution", 64, "--no_teacher", "--compile")
+    assert call(checkpoints["packed"], 0, *flags).returncode == 0
+    assert sorted(drawn[:2]) == [(True, 1), (True, 2)] and drawn[2:] == [(False, 3)]
+
+
 def test_without_the_teacher(checkpoints, call):
     result = call(checkpoints["packed"], 0, "--num_images", 1, "--no_teacher")
     assert result.returncode == 0

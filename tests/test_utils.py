@@ -90,6 +90,8 @@ def test_pick_device(gpus, mps, default, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     here = ["cpu"] + ["mps"] * mps + [f"cuda:{i}" for i in range(gpus)] + ["cuda"] * (gpus > 0)
     assert pick_device() == torch.device(default)
     for name in ("cpu", "mps", "cuda", "cuda:0", "cuda:1", "cuda:2", "meta", "toaster", ""):
@@ -98,6 +100,11 @@ def test_pick_device(gpus, mps, default, monkeypatch):
         else:
             with pytest.raises(ValueError, match=f"^--device {name} is not available here: use one of .*cpu$"):
                 pick_device(name)
+    assert current == [torch.device("cuda", i) for i in range(gpus)]
+    monkeypatch.setenv("LOCAL_RANK", "1")  # whose GPU accelerate chooses
+    if gpus:
+        pick_device("cuda:0")
+    assert len(current) == gpus
 
 
 @pytest.mark.parametrize(

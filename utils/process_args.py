@@ -335,13 +335,19 @@ def process_args(
         )
         if unknown:
             raise ValueError(f"unknown arguments: {' '.join(unknown)}")
-        if pick_device(model_args.device).type == "cpu" and not training_args.use_cpu:
+        device = pick_device(model_args.device)
+        if used is None and device.index:
+            raise ValueError(
+                f"--device {device}: training takes GPUs from the first one on; leave it out, with "
+                f"CUDA_VISIBLE_DEVICES={device.index}"
+            )
+        if device.type == "cpu" and not training_args.use_cpu:
             argv = sys.argv[1:] if argv is None else argv
             return process_args([*argv, "--use_cpu", "True"], description, used)  # Trainer's --device
         for bits in model_args.w_bits:
             check_bits(bits)
         check_clip_init(model_args.clip_init)
-        check_offload(model_args.offload, pick_device(model_args.device))
+        check_offload(model_args.offload, device)
         check_lora_r(model_args.lora_r)
         if model_args.output_model_filename is None:
             model_args.output_model_filename = trained_name(model_args, training_args)

@@ -113,7 +113,8 @@ def _leave(status: int) -> NoReturn:
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device called `name`, else cuda if there is one, else mps, else cpu.
+    """The device called `name`, else cuda if there is one, else mps, else cpu; one of several GPUs is torch's current
+    one from here on, which streams, events and graphs belong to. (Those that torchrun started have each their own.)
 
     Raises ValueError if this machine has no such device.
     """
@@ -127,6 +128,8 @@ def pick_device(name: str | None = None) -> torch.device:
         device = None
     if device is None or device.type not in here or (device.type == "cuda" and (device.index or 0) >= gpus):
         raise ValueError(f"--device {name} is not available here: use one of {', '.join(here)}")
+    if device.type == "cuda" and device.index is not None and "LOCAL_RANK" not in os.environ:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -171,7 +174,7 @@ def check_seed(seed: int) -> None:
 
 def device_name(device: torch.device) -> str:
     """For the records, such as "NVIDIA H100 80GB HBM3" or "2 CPU cores"."""
-    return torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
 
 
 def empty_cache(device: torch.device) -> None:
