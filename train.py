@@ -74,9 +74,11 @@ from utils.trainer import (
     STATE,
     FluxQATTrainer,
     check_fsdp,
+    check_schedule,
     choose_parameters,
     compile_blocks,
     moment_bytes,
+    quantized_layers,
     restore_metrics,
     restore_pictures,
     save_curves,
@@ -86,7 +88,18 @@ from utils.widen import width_of
 
 log = get_logger("train")
 FIRST_STEP = ("seconds_to_first_step", "seconds_of_first_step")  # of summary.json
-TORCHAO_OPTIMIZERS = ("adamw_torch_8bit", "adamw_torch_4bit")
+OPTIMIZERS = {  # and the library that each needs, besides torch and transformers
+    **dict.fromkeys(("adamw_torch_fused", "adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop")),
+    **dict.fromkeys(("adamw_torch_8bit", "adamw_torch_4bit"), "torchao"),
+    **dict.fromkeys(
+        (
+            "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "lion_32bit",
+            "paged_lion_8bit", "paged_lion_32bit", "ademamix", "ademamix_8bit", "paged_ademamix_8bit",
+            "paged_ademamix_32bit", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
+        ),
+        "bitsandbytes",
+    ),
+}  # fmt: skip
 
 
 def find_checkpoint(training_args) -> Path | None:
@@ -275,6 +288,8 @@ def disk_needs(config: dict, model_args, training_args, packed: bool | None) -> 
     kept = sum(p.numel() for name, p in student.named_parameters() if name not in left)
     checkpoint = 4 * kept + moment_bytes(training_args.optim.value) * trained
     checkpoint += 4 * trained * (bool(training_args.ema_decay) + (training_args.batch_growth > 1))
+    if training_args.vote_codes:
+        checkpoint += 4 * sum(layer.weight.numel() for layer in quantized_layers(student))
     if is_packed(student, packed) and model_args.w_bits[0] < FULL_PRECISION_BITS:
         student.pack()
         result = sum(p.numel() * p.element_size() for p in student.parameters())
@@ -283,20 +298,37 @@ def disk_needs(config: dict, model_args, training_args, packed: bool | None) -> 
     return int(checkpoint), result
 
 
+def count_steps(args, samples: int) -> tuple[int, int]:
+    """Steps of the optimizer in an epoch of so many samples, and in the whole run."""
+    batches = math.ceil(samples / args.per_device_train_batch_size / args.world_size)
+    epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    return epoch, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
+
+
+def check_frozen(checkpoint: Path, freeze_codes: float, steps: int) -> None:
+    """ValueError if the codes in the checkpoint are frozen already, but are to be trained in a run of so many steps."""
+    state = read_checkpoint(checkpoint)
+    before = state.get("max_steps", steps)
+    frozen, wanted = (total - round(freeze_codes * total) for total in (before, steps))
+    if frozen < state["global_step"] < wanted:
+        raise ValueError(
+            f"{checkpoint}: its codes are frozen since step {frozen} of {before}, and for {steps} steps they would be "
+            "trained on; go on from an earlier checkpoint, or choose another --output_dir to start anew"
+        )
+
+
 def checkpoints_to_keep(args, samples: int, first_step: int, there: int) -> int:
     """How many more checkpoints than the `there` that are there will be on the disk at once, of a run that goes on from
     `first_step` on so many samples: all that are to come or, with a limit, one beyond it, for the oldest goes when the
     newest is whole."""
     if args.save_strategy == "no":
         return 0
-    batches = math.ceil(samples / args.per_device_train_batch_size / args.world_size)
-    epoch = math.ceil(batches / args.gradient_accumulation_steps)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
+    epoch, steps = count_steps(args, samples)
     every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * steps)
     if args.save_strategy == "epoch":
         every = epoch
     to_come, limit = math.ceil((steps - first_step) / every), args.save_total_limit or 0
-    return max(0, min(to_come, limit + 1 - there) if limit > 0 else to_come)
+    return max(0, min(to_come, max(1, limit + 1 - there)) if limit > 0 else to_come)
 
 
 def check_room(config: dict, data, cache, output: Path, model_args, training_args, first_step: int) -> None:
@@ -352,11 +384,15 @@ def main() -> None:
     if len(model_args.w_bits) > 1:
         raise ValueError(f"--w_bits {' '.join(map(str, model_args.w_bits))}: train.py trains one bit width at a time")
     name = training_args.optim.value
-    if "bnb" in name and importlib.util.find_spec("bitsandbytes") is None:
+    if name not in OPTIMIZERS:
+        raise ValueError(f"--optim {name} is for other trainings; use one of {', '.join(OPTIMIZERS)}")
+    library = OPTIMIZERS[name]
+    lacking = library is not None and importlib.util.find_spec(library) is None
+    if lacking and "bnb" in name:
         log.info("--optim %s needs bitsandbytes, which is not here: using adamw_torch_fused", name)
         training_args.optim = transformers.training_args.OptimizerNames.ADAMW_TORCH_FUSED
-    elif name in TORCHAO_OPTIMIZERS and importlib.util.find_spec("torchao") is None:
-        raise ValueError(f"--optim {name} needs torchao, which is not here: pip install torchao, or choose another")
+    elif lacking:
+        raise ValueError(f"--optim {name} needs {library}, which is not here: pip install {library}, or choose another")
     training_args.device  # noqa: B018 (joins the other ranks)
     if training_args.fsdp:
         check_fsdp(training_args, model_args.lora_r)
@@ -381,7 +417,7 @@ def fill(cache: TeacherCache, source: Teacher, training_args) -> None:
 
 def train(model_args, data_args, training_args) -> None:
     checkpoint = find_checkpoint(training_args)
-    device, main_process = training_args.device, training_args.should_log
+    device, main_process = training_args.device, training_args.process_index == 0  # not one a node
     folder, output = Path(training_args.output_dir), Path(model_args.output_model_local_path)
     owner = str(folder.resolve())
     check_target(output, owner)
@@ -396,15 +432,18 @@ def train(model_args, data_args, training_args) -> None:
     if is_quantized(source.config):
         raise ValueError(f"{model_args.input_model_filename}: already quantized; the teacher must be full precision")
     choose_rates(training_args, bool(model_args.lora_r) and not model_args.train_weights, width_of(source.config))
-    start = None
-    if model_args.start_from is not None and checkpoint is None:
+    check_schedule(training_args)
+    start = start_folder = None
+    if model_args.start_from is not None and (checkpoint is None or (checkpoint / BASE).is_file()):
         start_folder = transformer_folder(Path(from_root(model_args.start_from)))
+    if start_folder is not None and checkpoint is None:
         start = load_student(start_folder, torch.float32, w_bits=model_args.w_bits[0])
         check_shapes(start_folder, start.config, model_args.input_model_filename, source, "--input_model_filename")
     train_data, eval_data, window = get_teacher(source, model_args, data_args, training_args, device)
     settings = run_settings(model_args, training_args, train_data.description) | {"shuffle_window": window}
     if checkpoint is not None:
         check_settings(checkpoint, settings)
+        check_frozen(checkpoint, training_args.freeze_codes, count_steps(training_args, len(train_data))[1])
     if window is None:
         cache = eval_data.joined(train_data)
         check_room(source.config, train_data, cache, output, model_args, training_args, first_step)
@@ -430,7 +469,7 @@ def train(model_args, data_args, training_args) -> None:
             student.start_from(start)
         student.to(device)
     del start
-    base = describe_base(student, model_args.input_model_filename, model_args.start_from)
+    base = describe_base(student, model_args.input_model_filename, start_folder)
     if training_args.gradient_checkpointing or getattr(training_args, "activation_checkpointing", False):
         student.enable_gradient_checkpointing()  # diffusers' own; Trainer would look for transformers'
         training_args.gradient_checkpointing = training_args.activation_checkpointing = False

@@ -164,6 +164,13 @@ def test_averaged_weights_go_without_frozen_codes_unless_asked():
     assert process_args(["--ema_decay", "0.9", "--freeze_codes", "0"])[2].freeze_codes == 0
 
 
+@pytest.mark.parametrize(("metric", "greater"), [("nmse", False), ("eval_nmse_late", False), ("psnr", True)])
+def test_the_best_error_is_the_least(metric, greater):
+    flags = ["--save_strategy", "best", "--metric_for_best_model", metric]
+    assert process_args(flags)[2].greater_is_better is greater
+    assert process_args([*flags, "--greater_is_better", str(not greater)])[2].greater_is_better is not greater
+
+
 def test_several_bit_widths():
     assert process_args(["--w_bits", "8", "4", "2", "0"])[0].w_bits == [8, 4, 2, 0]
     assert process_args(["--w_bits", "8", "4", "--w_bits", "3"])[0].w_bits == [3]  # the last one counts
@@ -219,6 +226,24 @@ def test_several_bit_widths():
         (["--qat", "perhaps"], "--qat.*perhaps"),
         (["--bf16", "True", "--fp16", "True"], "fp16.*bf16"),
         (["--evaluation_strategy", "sometimes"], "sometimes is not a valid IntervalStrategy"),
+        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size must be at least 1, got 0"),
+        (["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size must be at least 1, got 0"),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps must be at least 1, got 0"),
+        (["--num_train_epochs", "0"], "--num_train_epochs must be above 0, got 0.0"),
+        (["--save_steps", "0"], "--save_steps must be above 0, got 0.0; --save_strategy no does without"),
+        (["--eval_steps", "-5"], "--eval_steps must be above 0, got -5.0; --eval_strategy no does without"),
+        (["--clip_learning_rate", "-1"], "--clip_learning_rate must be a finite number of at least 0, got -1.0"),
+        (["--learning_rate", "nan"], "--learning_rate must be a finite number of at least 0, got nan"),
+        (["--data_seed", "-1"], "--data_seed must be at least 0"),
+        (["--save_strategy", "best"], "--save_strategy best needs --metric_for_best_model, such as nmse"),
+        (["--load_best_model_at_end", "True"], "--load_best_model_at_end has no use here: the last step .* best"),
+        (["--save_only_model", "True"], "--save_only_model has no use here: checkpoints are there to go on from"),
+        (["--auto_find_batch_size", "True"], "--auto_find_batch_size has no use here: choose a --per_device_train_b"),
+        (["--deepspeed", "zero.json"], "--deepspeed has no use here: use --fsdp full_shard"),
+        (["--torch_compile_mode", "max-autotune"], "--torch_compile_mode has no use here: .* --torch_compile True"),
+        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor has no use here: velocities are no classes"),
+        (["--neftune_noise_alpha", "5"], "--neftune_noise_alpha has no use here: no token embeddings"),
+        (["--push_to_hub", "True"], "--push_to_hub has no use here: upload the trained model's folder"),
     ],
 )
 def test_usage_errors(flags, message, capsys):

@@ -6,10 +6,13 @@ velocities, and formulas written out here.
 
 import importlib.util
 import json
+import math
 import weakref
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import accelerate
 import diffusers
 import numpy as np
 import pytest
@@ -548,6 +551,12 @@ def stock(pipe) -> SimpleNamespace:
     return SimpleNamespace(pictures=pictures, calls=calls)
 
 
+def test_a_best_metric_that_is_not_measured_is_named(make):
+    made = make("--metric_for_best_model", "beauty")
+    with pytest.raises(ValueError, match="--metric_for_best_model beauty: not measured here; choose one of loss, nmse"):
+        made.evaluate()
+
+
 @pytest.mark.parametrize(("step", "count"), [(1, 2), (2, 3)], ids=["on the way", "at the end"])
 def test_evaluation_measures_velocity_and_pictures_against_stock_diffusers(step, count, make, pipe, stock, tmp_path):
     """Four steps in thirds are two, one and one."""
@@ -707,6 +716,52 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(flags, make, data, tmp
         assert all(torch.equal(codes[name], found) for name, found in all_codes(undisturbed.model).items())
 
 
+def test_a_resumed_rank_keeps_to_the_order_of_its_epoch(make, data, tmp_path, monkeypatch):
+    """As the second of two ranks: what skips its batches lies around what shares them out, too deep for accelerate to
+    tell the sampler which epoch it is."""
+    alone = accelerate.accelerator.prepare_data_loader
+    two = {"num_processes": 2, "process_index": 1}
+    monkeypatch.setattr(accelerate.accelerator, "prepare_data_loader", lambda *a, **k: alone(*a, **k | two))
+    flags = ["--max_steps", 6, "--save_strategy", "steps", "--save_steps", 5]  # three batches an epoch
+    whole, resumed = Samples(data.train), Samples(data.train)
+    make(*flags, samples=whole).train()
+    checkpoint = tmp_path / "out/checkpoint-5"
+    make(*flags, samples=resumed, checkpoint=checkpoint).train(resume_from_checkpoint=str(checkpoint))
+    assert len(whole.asked) == 2 * 3 * 2 and resumed.asked == whole.asked[10:]
+
+
+def test_a_resumed_run_saves_as_its_own_flags_say(make, tmp_path):
+    flags = ["--max_steps", 6, "--save_strategy", "steps", "--save_total_limit", 9]
+    make(*flags, "--save_steps", 3).train()
+    checkpoint = tmp_path / "out/checkpoint-3"
+    made = make(*flags, "--save_steps", 1, checkpoint=checkpoint)
+    made.train(resume_from_checkpoint=str(checkpoint))
+    assert {int(path.name[11:]) for path in (tmp_path / "out").glob("checkpoint-*")} == {3, 4, 5, 6}
+
+
+def test_a_scale_too_large_for_fp16_leaves_steps_out_and_is_kept_with_the_checkpoint(make, tmp_path):
+    flags = ["--fp16", True, "--max_steps", 12, "--save_strategy", "steps", "--save_steps", 4]
+
+    def scaled(checkpoint=None):
+        made = make(*flags, checkpoint=checkpoint)
+        made.accelerator.native_amp = True  # as on a GPU
+        made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+        return made
+
+    made, scales = scaled(), []
+    made.recorder.at = {step: lambda: scales.append(made.accelerator.scaler.get_scale()) for step in range(1, 13)}
+    made.train()
+    scales.append(made.accelerator.scaler.get_scale())
+    fell = [after < before for before, after in pairwise(scales)]
+    stayed = [distance(before, after) == 0 for before, after in pairwise(made.recorder.weights)]
+    assert stayed == fell and 0 < sum(fell) < 12
+    checkpoint = tmp_path / "out/checkpoint-8"
+    again = scaled(checkpoint)
+    again.recorder.at[9] = lambda: scales.append(again.accelerator.scaler.get_scale())
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert scales[-1] == scales[8]
+
+
 @pytest.mark.parametrize(
     ("flags", "ranks", "lora_r", "message"),
     [
@@ -825,6 +880,15 @@ def test_the_rate_stays_at_its_peak_while_batches_grow(make):
     made.train()
     rates = [line["learning_rate"] for line in made.state.log_history if "learning_rate" in line]
     assert rates == pytest.approx([0, 5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 0, 1e-3, 2 / 3e3, 1 / 3e3])
+
+
+def test_a_least_rate_is_that_of_both_schedules(make):
+    flags = ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-5}']
+    made = make("--max_steps", 20, *flags, "--learning_rate", 4e-5, "--freeze_codes", 0.5)
+    made.train()
+    rates = [line["learning_rate"] for line in made.state.log_history if "learning_rate" in line]
+    cosine = [1e-5 + 3e-5 * (1 + math.cos(math.pi * step / 10)) / 2 for step in range(10)]
+    assert rates == pytest.approx(2 * cosine)
 
 
 def test_a_schedule_that_cannot_run_twice_is_named(make):
@@ -987,10 +1051,18 @@ def test_checkpoints_of_the_lowest_steps_go_first_whenever_they_were_written(tmp
             (part / "config.json").touch()
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1/mine.txt").touch()
-    trainer.rotate(tmp_path, 2)
+    trainer.rotate(tmp_path, 2, 10)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-10", "checkpoint-9"]
-    trainer.rotate(tmp_path, None)
+    trainer.rotate(tmp_path, None, 10)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_what_a_run_left_that_went_on_from_an_earlier_checkpoint_goes_before_its_new_ones(tmp_path):
+    for step in (2, 3, 9, 10):
+        with whole_folder(tmp_path / f"checkpoint-{step}") as part:
+            (part / "config.json").touch()
+    trainer.rotate(tmp_path, 2, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
 
 
 @pytest.mark.parametrize("scored", [True, False])

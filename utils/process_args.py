@@ -6,6 +6,7 @@ successors.
 """
 
 import argparse
+import math
 import os
 import sys
 import warnings
@@ -33,6 +34,24 @@ from utils.utils import (
     pick_device,
 )
 
+NOT_HERE = {  # flags of Trainer that would change nothing here or fail in the middle, and what to do instead
+    "activation_checkpointing_kwargs": "every block is checkpointed; leave it out",
+    "auto_find_batch_size": "choose a --per_device_train_batch_size that fits, and --gradient_accumulation_steps",
+    "bf16_full_eval": "evaluations compute in what training computes in, see --dtype",
+    "deepspeed": "use --fsdp full_shard",
+    "enable_jit_checkpoint": "checkpoints come every --save_steps",
+    "fp16_full_eval": "evaluations compute in what training computes in, see --dtype",
+    "gradient_checkpointing_kwargs": "every block is checkpointed; leave it out",
+    "label_smoothing_factor": "velocities are no classes; leave it out",
+    "load_best_model_at_end": "the last step is what is saved; --save_strategy best keeps the best one's checkpoint",
+    "neftune_noise_alpha": "no token embeddings are trained; leave it out",
+    "push_to_hub": "upload the trained model's folder when it is there",
+    "save_only_model": "checkpoints are there to go on from; --save_strategy no leaves them out",
+    "torch_compile_backend": "blocks are compiled as --torch_compile True does it",
+    "torch_compile_mode": "blocks are compiled as --torch_compile True does it",
+    "train_sampling_strategy": "the order of samples follows from --data_seed and --early_share",
+    "use_liger_kernel": "its kernels are for language models; leave it out",
+}
 LARGE = 10**9  # parameters from which on blocks are compiled on a GPU and the trained model is kept packed
 
 
@@ -247,6 +266,10 @@ class TrainingArguments(transformers.TrainingArguments):
     overwrite_output_dir: bool = field(default=False, metadata={"help": "accepted; has no effect any more"})
 
     def __post_init__(self):
+        for name, instead in NOT_HERE.items():
+            known = self.__dataclass_fields__.get(name)  # not in every version
+            if known is not None and getattr(self, name) not in (known.default, False):
+                raise ValueError(f"--{name} has no use here: {instead}")
         if self.dtype is not None:
             if (self.bf16 and self.dtype != "bfloat16") or (self.fp16 and self.dtype != "float16"):
                 raise ValueError(f"--dtype {self.dtype} contradicts --{'bf16' if self.bf16 else 'fp16'} True")
@@ -264,6 +287,8 @@ class TrainingArguments(transformers.TrainingArguments):
             os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
         # Trainer would compile the transformer whole; train.py compiles its two kinds of block once each.
         self.compile_blocks, self.torch_compile = self.torch_compile, False
+        if self.greater_is_better is None and "nmse" in (self.metric_for_best_model or ""):
+            self.greater_is_better = False
         self.logging_nan_inf_filter = False  # our trainer stops at the first such loss
         self.remove_unused_columns = False  # or the teacher's velocity would not reach the loss
         # Trainer wants to be told that bf16 is meant for the CPU.
@@ -347,16 +372,30 @@ def process_args(
             model_args.output_model_filename = trained_name(model_args, training_args)
         check_name("--output_model_filename", model_args.output_model_filename)
         check_counts(data_args, "num_images", "num_final_images", "num_train_prompts", "num_inference_steps")
-        check_counts(training_args, "batch_growth")
+        check_counts(training_args, "batch_growth", "per_device_train_batch_size", "per_device_eval_batch_size")
+        check_counts(training_args, "gradient_accumulation_steps")
         check_resolution(data_args.resolution)
         check_guidance(data_args.guidance_scale)
         check_seed(training_args.seed)
+        check_seed(training_args.data_seed, "--data_seed")
         missing = set(training_args.report_to) - set(get_available_reporting_integrations())
         if missing and used is None:
             name = min(missing)
             raise ValueError(f"--report_to {name}: no such package here; install {name}, or use --report_to none")
         if training_args.max_steps == 0:
             raise ValueError("--max_steps must be at least 1; leave it out to train for --num_train_epochs")
+        if training_args.max_steps < 0 and not training_args.num_train_epochs > 0:
+            raise ValueError(f"--num_train_epochs must be above 0, got {training_args.num_train_epochs}")
+        for kind in ("save", "eval"):
+            steps, strategy = (getattr(training_args, f"{kind}_{name}") for name in ("steps", "strategy"))
+            if strategy == "steps" and not steps > 0:
+                raise ValueError(f"--{kind}_steps must be above 0, got {steps}; --{kind}_strategy no does without")
+        if training_args.save_strategy == "best" and training_args.metric_for_best_model is None:
+            raise ValueError("--save_strategy best needs --metric_for_best_model, such as nmse or psnr")
+        for name in ("learning_rate", "clip_learning_rate", "weight_decay", "feature_loss"):
+            value = getattr(training_args, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"--{name} must be a finite number of at least 0, got {value}")
         if not 0 <= training_args.ema_decay < 1:
             raise ValueError(f"--ema_decay must be at least 0 and below 1, got {training_args.ema_decay}")
         if training_args.early_share is not None and not 0 < training_args.early_share < 1:
