@@ -305,11 +305,16 @@ def count_steps(args, samples: int) -> tuple[int, int]:
     return epoch, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
 
 
-def check_frozen(checkpoint: Path, freeze_codes: float, steps: int) -> None:
-    """ValueError if the codes in the checkpoint are frozen already, but are to be trained in a run of so many steps."""
+def check_steps(checkpoint: Path, args, steps: int) -> None:
+    """ValueError if the checkpoint is not one of a run of so many steps: it is beyond them, or its codes are frozen
+    already, but are to be trained."""
     state = read_checkpoint(checkpoint)
+    if steps < state["global_step"]:
+        name = "max_steps" if args.max_steps > 0 else "num_train_epochs"
+        asked = f"--{name} {getattr(args, name):g}"
+        raise ValueError(f"{checkpoint}: is beyond {asked}; choose another --output_dir to start anew")
     before = state.get("max_steps", steps)
-    frozen, wanted = (total - round(freeze_codes * total) for total in (before, steps))
+    frozen, wanted = (total - round(args.freeze_codes * total) for total in (before, steps))
     if frozen < state["global_step"] < wanted:
         raise ValueError(
             f"{checkpoint}: its codes are frozen since step {frozen} of {before}, and for {steps} steps they would be "
@@ -422,10 +427,6 @@ def train(model_args, data_args, training_args) -> None:
     owner = str(folder.resolve())
     check_target(output, owner)
     first_step = 0 if checkpoint is None else read_checkpoint(checkpoint)["global_step"]
-    if 0 < training_args.max_steps < first_step:
-        raise ValueError(
-            f"{checkpoint}: is beyond --max_steps {training_args.max_steps}; choose another --output_dir to start anew"
-        )
 
     # 1. The teacher: its trajectories, cached or to be made on the way.
     source = Teacher(model_args.input_model_filename, pick_dtype(training_args, device))
@@ -443,7 +444,7 @@ def train(model_args, data_args, training_args) -> None:
     settings = run_settings(model_args, training_args, train_data.description) | {"shuffle_window": window}
     if checkpoint is not None:
         check_settings(checkpoint, settings)
-        check_frozen(checkpoint, training_args.freeze_codes, count_steps(training_args, len(train_data))[1])
+        check_steps(checkpoint, training_args, count_steps(training_args, len(train_data))[1])
     if window is None:
         cache = eval_data.joined(train_data)
         check_room(source.config, train_data, cache, output, model_args, training_args, first_step)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from utils import process_args as args_module
 from utils.process_args import process_args
 from utils.utils import pick_dtype
 
@@ -253,6 +254,16 @@ def test_usage_errors(flags, message, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1, error
     assert re.search(message, error), error
+
+
+def test_a_second_gpu_is_not_trained_on_by_its_number(monkeypatch, capsys):
+    """Trainer would take the first; sanity.py takes it."""
+    monkeypatch.setattr(args_module, "pick_device", lambda name=None: torch.device(name or "cuda"))
+    with pytest.raises(SystemExit, match="2"):
+        process_args(["--device", "cuda:1"])
+    assert "--device cuda:1: training takes the first GPU, or one a rank" in capsys.readouterr().err
+    assert process_args(["--device", "cuda:1"], used=["device"])[0].device == "cuda:1"
+    assert process_args(["--device", "cuda:0"])[0].device == "cuda:0"
 
 
 def test_a_device_that_is_not_there(monkeypatch, capsys):

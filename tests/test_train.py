@@ -842,6 +842,8 @@ def test_a_damaged_checkpoint_is_named_and_a_whole_one(file, text, message, fini
 
 def test_steps_that_make_no_sense_are_refused(finished, call):
     refusal(call(*FINISHED, "--max_steps", 2, folder=finished.folder), "checkpoint-4: is beyond --max_steps 2; choose")
+    epochs = ["--max_steps", -1, "--num_train_epochs", 0.5]
+    refusal(call(*FINISHED, *epochs, folder=finished.folder), "is beyond --num_train_epochs 0.5; choose another --out")
     refusal(call("--max_steps", 0), "--max_steps must be at least 1; leave it out to train for", 2)
 
 
@@ -856,7 +858,7 @@ def test_moments_in_8_bits_without_their_library_are_refused_before_the_work(
     monkeypatch.setattr(
         train.importlib.util, "find_spec", lambda name, *rest: None if name == library else find_spec(name, *rest)
     )
-    refusal(call("--optim", optimizer), f"--optim {optimizer} needs {library}, which is not here: pip install {library}")
+    refusal(call("--optim", optimizer), f"--optim {optimizer} needs {library}, which is not here: pip install")
     assert files(tmp_path) == []
 
 

@@ -772,6 +772,8 @@ def test_a_scale_too_large_for_fp16_leaves_steps_out_and_is_kept_with_the_checkp
         (["--visit_share", "0.5"], 2, 0, "--visit_share is for weights that are whole on every GPU"),
         (["--vote_codes", "0.5"], 2, 0, "--vote_codes is for weights that are whole on every GPU"),
         (["--fsdp_config", '{"version": 1}'], 2, 0, "version 1 keeps flat copies of the weights; use version 2"),
+        (["--fsdp", "full_shard offload"], 2, 0, "weights stay on the GPUs here; leave out offload"),
+        (["--fsdp_config", '{"activation_checkpointing": true}'], 2, 0, "checkpointed by --gradient_checkpointing T"),
     ],
 )
 def test_what_fsdp2_cannot_spread_is_refused(flags, ranks, lora_r, message, tmp_path):

@@ -363,6 +363,12 @@ def process_args(
         if pick_device(model_args.device).type == "cpu" and not training_args.use_cpu:
             argv = sys.argv[1:] if argv is None else argv
             return process_args([*argv, "--use_cpu", "True"], description, used)  # Trainer's --device
+        index = pick_device(model_args.device).index
+        if used is None and index is not None and (index or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+            raise ValueError(
+                f"--device {model_args.device}: training takes the first GPU, or one a rank; CUDA_VISIBLE_DEVICES says "
+                "which"
+            )
         for bits in model_args.w_bits:
             check_bits(bits)
         check_clip_init(model_args.clip_init)

@@ -750,6 +750,10 @@ def check_fsdp(args, lora_r: int) -> None:
     """ValueError on what cannot be spread by FSDP2."""
     if args.fsdp_config.get("version", 2) != 2:
         raise ValueError("--fsdp: version 1 keeps flat copies of the weights; use version 2, the default")
+    if args.fsdp_config.get("cpu_offload"):
+        raise ValueError("--fsdp: weights stay on the GPUs here; leave out offload and cpu_offload")
+    if args.fsdp_config.get("activation_checkpointing"):
+        raise ValueError("--fsdp_config: blocks are checkpointed by --gradient_checkpointing True, not by FSDP")
     if args.device.type in NOT_SPREAD:
         raise ValueError(f"--fsdp: accelerate spreads weights over GPUs, not over a {args.device.type}: leave it out")
     if args.world_size == 1:
