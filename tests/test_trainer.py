@@ -876,6 +876,16 @@ def test_frozen_codes_have_a_schedule_of_their_own(make):
     assert rates == pytest.approx([0, 5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4, 0, 1e-3, 2 / 3e3, 1 / 3e3])
 
 
+def test_warm_up_takes_the_same_share_of_both_schedules(make):
+    """However it is given: three steps of twelve, and one of the last four."""
+    for warmup in (3, 0.25):
+        made = make("--lr_scheduler_type", "linear", "--warmup_steps", warmup, "--freeze_codes", 1 / 3)
+        made.create_optimizer()
+        made.create_scheduler(12)
+        factors = [made.lr_scheduler.lr_lambdas[0](step) for step in range(8, 12)]
+        assert factors == pytest.approx([0, 1, 2 / 3, 1 / 3])
+
+
 def test_the_rate_stays_at_its_peak_while_batches_grow(make):
     flags = ["--lr_scheduler_type", "linear", "--warmup_steps", 0.2, "--freeze_codes", 0.4, "--batch_growth", 2]
     made = make("--max_steps", 10, *flags)

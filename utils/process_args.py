@@ -187,7 +187,13 @@ class TrainingArguments(transformers.TrainingArguments):
         },
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "the schedule of the learning rate"})
-    warmup_steps: float = field(default=0.03, metadata={"help": "steps of linear warm-up; below 1: share of all steps"})
+    warmup_steps: float = field(
+        default=0.03,
+        metadata={
+            "help": "steps of linear warm-up; below 1: share of all steps; where the codes are frozen, the same share "
+            "of what is left"
+        },
+    )
     adam_beta2: float = field(default=0.95, metadata={"help": "decay of AdamW's second moment"})
     ema_decay: float = field(
         default=0.0, metadata={"help": "average the trained parameters, e.g. 0.999, and evaluate and save the average"}

@@ -17,6 +17,7 @@ No random number is drawn while training (data order follows from seed and epoch
 
 import importlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -230,10 +231,12 @@ class FluxQATTrainer(transformers.Trainer):
         if self.lr_scheduler is not None or not self.args.freeze_codes:
             return super().create_scheduler(num_training_steps, optimizer)
         before, last = self.freeze_at(num_training_steps), self.args.lr_scheduler_type
+        after, warmup = num_training_steps - before, self.args.get_warmup_steps
+        again = min(warmup(after), math.ceil(after * warmup(num_training_steps) / num_training_steps))  # the same share
         first = transformers.SchedulerType.CONSTANT_WITH_WARMUP if self.args.batch_growth > 1 else last
         parts = []
-        for kind, steps in ((first, before), (last, num_training_steps - before)):
-            parts.append(make_schedule(self.args, kind, steps).lr_lambdas[0])
+        for kind, steps, rising in ((first, before, warmup(before)), (last, after, again)):
+            parts.append(make_schedule(self.args, kind, steps, rising).lr_lambdas[0])
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer or self.optimizer, lambda step: parts[0](step) if step < before else parts[1](step - before)
         )
@@ -727,11 +730,12 @@ def first_non_finite(model: nn.Module | None, inputs: dict[str, Tensor]) -> str 
     return found[0] if found else None
 
 
-def make_schedule(args, kind: transformers.SchedulerType, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+def make_schedule(
+    args, kind: transformers.SchedulerType, steps: int, warmup: int
+) -> torch.optim.lr_scheduler.LRScheduler:
     """A schedule of that many steps, of no parameters; ValueError if it is to run twice and cannot."""
     nothing = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)  # least rates are taken as shares of this one
-    settings = (args.get_warmup_steps(steps), max(1, steps), args.lr_scheduler_kwargs)
-    schedule = transformers.get_scheduler(kind, nothing, *settings)
+    schedule = transformers.get_scheduler(kind, nothing, warmup, max(1, steps), args.lr_scheduler_kwargs)
     if args.freeze_codes and not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
         raise ValueError(f"--lr_scheduler_type {kind.value} cannot run twice: choose another, or --freeze_codes 0")
     return schedule
@@ -740,7 +744,7 @@ def make_schedule(args, kind: transformers.SchedulerType, steps: int) -> torch.o
 def check_schedule(args) -> None:
     """ValueError unless the flags make a schedule."""
     try:
-        make_schedule(args, args.lr_scheduler_type, 1000)
+        make_schedule(args, args.lr_scheduler_type, 1000, 0)
     except (TypeError, ZeroDivisionError) as error:
         kind = args.lr_scheduler_type.value
         raise ValueError(f"--lr_scheduler_type {kind} with these --lr_scheduler_kwargs: {error}") from None
