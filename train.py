@@ -131,7 +131,8 @@ def check_checkpoint(checkpoint: Path) -> None:
         read_checkpoint(checkpoint)
     except ValueError as error:
         others = []
-        for folder in sorted(checkpoint.parent.glob("checkpoint-*"), reverse=True):
+        found = checkpoint.parent.glob("checkpoint-*")
+        for folder in sorted(found, key=lambda folder: (len(folder.name), folder.name), reverse=True):
             with suppress(ValueError):
                 if folder != checkpoint:
                     read_checkpoint(folder)
@@ -172,6 +173,7 @@ def run_settings(model_args, training_args, teacher: dict) -> dict:
     settings |= {name: getattr(model_args, name) for name in (*names, "start_from")}
     names = ("learning_rate", "clip_learning_rate", "rate_share", "weight_decay", "ema_decay", "feature_loss")
     names += ("bf16", "fp16", "early_share", "loss_power", "freeze_codes", "seed", "data_seed", "warmup_steps")
+    names += ("lr_scheduler_kwargs", "optim_args")
     names += ("max_grad_norm", "vote_codes", "visit_share", "batch_growth", "adam_beta1", "adam_beta2", "adam_epsilon")
     settings |= {name: getattr(training_args, name) for name in names}
     settings |= {
@@ -300,7 +302,8 @@ def disk_needs(config: dict, model_args, training_args, packed: bool | None) -> 
 
 def count_steps(args, samples: int) -> tuple[int, int]:
     """Steps of the optimizer in an epoch of so many samples, and in the whole run."""
-    batches = math.ceil(samples / args.per_device_train_batch_size / args.world_size)
+    whole = math.floor if args.dataloader_drop_last else math.ceil
+    batches = whole(samples / args.per_device_train_batch_size / args.world_size)
     epoch = math.ceil(batches / args.gradient_accumulation_steps)
     return epoch, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
 

@@ -629,6 +629,7 @@ def refusal(result, message: str, code: int = 1) -> None:
         (["--gradient_accumulation_steps", 2], "trained with global_batch_size=2, asked for global_batch_size=4"),
         (["--ema_decay", 0], "trained with ema_decay=0.5, asked for ema_decay=0.0"),
         (["--lora_r", 2], "trained with lora_r=0, asked for lora_r=2"),
+        (["--lr_scheduler_kwargs", '{"num_cycles": 1}'], "trained with lr_scheduler_kwargs=None, asked for lr_sched"),
         (["--resume_from_checkpoint", False], "/out holds checkpoints of an earlier run: delete them or choose"),
         (["--resume_from_checkpoint", "no/where"], "--resume_from_checkpoint no/where: no training checkpoint there"),
     ],
@@ -775,6 +776,13 @@ def test_a_full_disk_is_noticed_beforehand(cached, finished, call, cache, monkey
         ({"max_steps": 10, "save_steps": 5, "save_strategy": "no"}, 0, 0, 0),
         ({"num_train_epochs": 2, "save_steps": 50, "save_total_limit": None}, 0, 0, 2 * 125 // 50),  # 1,000 samples
         ({"num_train_epochs": 3, "save_strategy": "epoch", "save_total_limit": None}, 0, 0, 3),
+        (
+            {
+                "num_train_epochs": 2, "save_steps": 1, "save_total_limit": None, "dataloader_drop_last": True,
+                "per_device_train_batch_size": 7, "gradient_accumulation_steps": 1,
+            },
+            0, 0, 2 * (1000 // 7),
+        ),  # fmt: skip
         ({"max_steps": 40, "save_steps": 0.25, "save_total_limit": None}, 0, 0, 4),
     ],
     ids=str,
@@ -838,6 +846,14 @@ def test_a_damaged_checkpoint_is_named_and_a_whole_one(file, text, message, fini
     refusal(call(*FINISHED), message)
     shutil.rmtree(tmp_path / "out/checkpoint-3")
     refusal(call(*FINISHED), "no other checkpoint is whole: choose another --output_dir")
+
+
+def test_the_last_whole_checkpoint_is_named_whatever_its_digits(finished, tmp_path):
+    for step in (500, 1500, 2500):
+        shutil.copytree(finished.folder / "out/checkpoint-4", tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-2500/settings.json").write_text("{")
+    with pytest.raises(ValueError, match="checkpoint-1500 is whole: --resume_from_checkpoint"):
+        train.check_checkpoint(tmp_path / "checkpoint-2500")
 
 
 def test_steps_that_make_no_sense_are_refused(finished, call):
