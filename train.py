@@ -420,7 +420,7 @@ def fill(cache: TeacherCache, source: Teacher, training_args) -> None:
     size, device = training_args.per_device_eval_batch_size, training_args.device
     smaller = "--per_device_eval_batch_size" if size > 1 else "--resolution"
     with memory_named(f"the teacher draws, {size} a batch", f"try a smaller {smaller}", device):
-        fill_cache(cache, source, size, device, training_args.compile_blocks or None)
+        fill_cache(cache, source, size, device, training_args.compile_blocks)
 
 
 def train(model_args, data_args, training_args) -> None:

@@ -434,6 +434,14 @@ def cached_prompts(cache: Path) -> list[str]:
     return prompts
 
 
+@pytest.mark.parametrize("compiled", [False, None])
+def test_blocks_that_are_not_to_be_compiled_are_not_for_the_teacher_either(compiled, call, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "fill_cache", lambda *args: asked.append(args[-1]))
+    assert call("--do_train", False, *([] if compiled is None else ["--torch_compile", compiled])).returncode == 0
+    assert asked == [compiled]
+
+
 def test_without_training_only_the_teacher_cache_is_filled(call, cache, tmp_path):
     result = call("--do_train", False, "--teacher_cache", tmp_path / "cache")
     assert result.returncode == 0, result.stderr
