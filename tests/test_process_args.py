@@ -141,6 +141,7 @@ def test_help_shows_what_a_script_uses_or_its_own_flags_first(capsys):
     text = capsys.readouterr().out
     for own in ("--w_bits", "--early_share", "--learning_rate", "--prompts"):
         assert text.index(f"  {own}") < text.index("  --torch_empty_cache_steps")
+    assert not any(f"  --{name}" in text for name in args_module.NOT_HERE)
 
 
 def test_the_embedded_model_is_found_from_anywhere(monkeypatch, tmp_path):

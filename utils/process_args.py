@@ -344,10 +344,10 @@ def make_parser(description: str | None, used: Collection[str] | None) -> _Parse
     )
     own = {name for part in (ModelArguments, DataArguments, TrainingArguments) for name in part.__annotations__}
     parser._optionals._group_actions.sort(key=lambda action: action.dest not in own | {"help"})
+    for action in parser._actions:
+        if action.dest in NOT_HERE or (used is not None and action.dest not in {*used, "help"}):
+            action.help = argparse.SUPPRESS
     if used is not None:
-        for action in parser._actions:
-            if action.dest not in {*used, "help"}:
-                action.help = argparse.SUPPRESS
         parser.epilog = "Accepted as well, without effect here: train.py's flags, Hugging Face's Trainer's among them."
     return parser
 
