@@ -486,7 +486,7 @@ def train(model_args, data_args, training_args) -> None:
             compile_blocks(teacher)
     eval_pipe = with_transformer(pipe, student)
     eval_pipe.vae.to(device)
-    packed = is_packed(student, model_args.pack)
+    packed = model_args.w_bits[0] < FULL_PRECISION_BITS and is_packed(student, model_args.pack)
 
     # 3. Training.
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails for tiny-flux's shapes (torch 2.11, H100)

@@ -211,6 +211,8 @@ def test_several_bit_widths():
         (["--visit_share", "1.5"], "--visit_share must be 0 to 1, got 1.5"),
         (["--visit_share", "nan"], "--visit_share must be 0 to 1, got nan"),
         (["--visit_share", "0.2", "--teacher_cache", "off"], "--visit_share draws any training prompt again"),
+        (["--pack", "True", "--w_bits", "16"], "--pack True is of codes, and --w_bits 16 has none: leave it out"),
+        (["--vote_codes", "0.1", "--w_bits", "16"], "--vote_codes is of codes, and --w_bits 16 has none"),
         (["--vote_codes", "-1"], "--vote_codes must be 0 to 1, got -1.0"),
         (["--vote_codes", "0.1", "--freeze_codes", "0"], "it needs --freeze_codes above 0 and --lora_r 0"),
         (["--vote_codes", "0.1", "--lora_r", "2"], "it needs --freeze_codes above 0 and --lora_r 0"),

@@ -191,6 +191,13 @@ def test_the_packed_student_holds_the_codes_that_were_trained(call, tmp_path):
     )
 
 
+def test_a_large_model_without_codes_is_not_packed(call, monkeypatch, tmp_path):
+    monkeypatch.setattr("utils.checkpoints.LARGE", 1)
+    flags = ["--max_steps", 1, "--save_strategy", "no", "--eval_strategy", "no", "--eval_on_start", False]
+    assert call(*flags, "--w_bits", 16).returncode == 0
+    assert FluxTransformer2DModel.from_pretrained(tmp_path / "local/models/model").config.w_bits == 16
+
+
 LORA = ["--lora_r", 2, "--lora_alpha", 2, "--bf16", True, "--learning_rate", 0.02]
 
 

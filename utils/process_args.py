@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers.integrations import get_available_reporting_integrations
 
-from models.utils_quant import check_bits, check_clip_init, check_lora_r
+from models.utils_quant import FULL_PRECISION_BITS, check_bits, check_clip_init, check_lora_r
 from utils.folders import check_name
 from utils.pipelines import DEFAULTS, EARLY_SHARE, FEW_STEPS
 from utils.rates import default_rate, told
@@ -425,6 +425,9 @@ def process_args(
         for name in ("visit_share", "vote_codes"):
             if not 0 <= getattr(training_args, name) <= 1:
                 raise ValueError(f"--{name} must be 0 to 1, got {getattr(training_args, name)}")
+        for name, value in (("pack True", model_args.pack), ("vote_codes", training_args.vote_codes)):
+            if value and used is None and model_args.w_bits[0] >= FULL_PRECISION_BITS:
+                raise ValueError(f"--{name} is of codes, and --w_bits {model_args.w_bits[0]} has none: leave it out")
         if training_args.vote_codes and (model_args.lora_r or not training_args.freeze_codes):
             raise ValueError(
                 "--vote_codes decides which codes of the weights are frozen: it needs --freeze_codes above "
