@@ -329,12 +329,15 @@ def checkpoints_to_keep(args, samples: int, first_step: int, there: int) -> int:
     """How many more checkpoints than the `there` that are there will be on the disk at once, of a run that goes on from
     `first_step` on so many samples: all that are to come or, with a limit, one beyond it, for the oldest goes when the
     newest is whole."""
-    if args.save_strategy == "no":
+    best = args.save_strategy == "best"  # at evaluations then
+    strategy, every = (args.eval_strategy, args.eval_steps) if best else (args.save_strategy, args.save_steps)
+    if strategy == "no":
         return 0
     epoch, steps = count_steps(args, samples)
-    every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * steps)
-    if args.save_strategy == "epoch":
+    if strategy == "epoch":
         every = epoch
+    elif every < 1:
+        every = math.ceil(every * steps)
     to_come, limit = math.ceil((steps - first_step) / every), args.save_total_limit or 0
     return max(0, min(to_come, max(1, limit + 1 - there)) if limit > 0 else to_come)
 

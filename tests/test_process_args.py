@@ -242,6 +242,7 @@ def test_several_bit_widths():
         (["--save_strategy", "best"], "--save_strategy best needs --metric_for_best_model, such as nmse"),
         (["--load_best_model_at_end", "True"], "--load_best_model_at_end has no use here: the last step .* best"),
         (["--save_only_model", "True"], "--save_only_model has no use here: checkpoints are there to go on from"),
+        (["--save_on_each_node", "True"], "--save_on_each_node has no use here: all nodes see one disk"),
         (["--auto_find_batch_size", "True"], "--auto_find_batch_size has no use here: choose a --per_device_train_b"),
         (["--deepspeed", "zero.json"], "--deepspeed has no use here: use --fsdp full_shard"),
         (["--torch_compile_mode", "max-autotune"], "--torch_compile_mode has no use here: .* --torch_compile True"),

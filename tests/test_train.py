@@ -799,6 +799,8 @@ def test_a_full_disk_is_noticed_beforehand(cached, finished, call, cache, monkey
             0, 0, 2 * (1000 // 7),
         ),  # fmt: skip
         ({"max_steps": 40, "save_steps": 0.25, "save_total_limit": None}, 0, 0, 4),
+        ({"max_steps": 400, "save_strategy": "best", "eval_strategy": "steps", "eval_steps": 50}, 0, 0, 3),
+        ({"max_steps": 400, "save_strategy": "best", "eval_strategy": "no"}, 0, 0, 0),
     ],
     ids=str,
 )

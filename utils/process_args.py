@@ -46,6 +46,7 @@ NOT_HERE = {  # flags of Trainer that would change nothing here or fail in the m
     "load_best_model_at_end": "the last step is what is saved; --save_strategy best keeps the best one's checkpoint",
     "neftune_noise_alpha": "no token embeddings are trained; leave it out",
     "push_to_hub": "upload the trained model's folder when it is there",
+    "save_on_each_node": "all nodes see one disk, and the first rank writes to it",
     "save_only_model": "checkpoints are there to go on from; --save_strategy no leaves them out",
     "torch_compile_backend": "blocks are compiled as --torch_compile True does it",
     "torch_compile_mode": "blocks are compiled as --torch_compile True does it",
