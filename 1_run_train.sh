@@ -56,7 +56,13 @@ esac
 BITS=0 LAST=
 for WORD in "$@"; do
     if [ "$LAST" = --w_bits ]; then BITS=$WORD; fi
-    case $WORD in --w_bits=*) BITS=${WORD#*=} ;; esac
+    case $WORD in
+        --w_bits=*) BITS=${WORD#*=} ;;
+        --model | --model=* | --input_model_filename | --input_model_filename=*)
+            echo "1_run_train.sh: $WORD: name the model in front, MODEL=… bash 1_run_train.sh: its size decides" >&2
+            exit 2
+            ;;
+    esac
     LAST=$WORD
 done
 if [ "$BITS" = 0 ]; then BITS=1.58; fi

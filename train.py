@@ -74,9 +74,11 @@ from utils.trainer import (
     STATE,
     FluxQATTrainer,
     check_fsdp,
+    check_schedule,
     choose_parameters,
     compile_blocks,
     moment_bytes,
+    quantized_layers,
     restore_metrics,
     restore_pictures,
     save_curves,
@@ -86,7 +88,18 @@ from utils.widen import width_of
 
 log = get_logger("train")
 FIRST_STEP = ("seconds_to_first_step", "seconds_of_first_step")  # of summary.json
-TORCHAO_OPTIMIZERS = ("adamw_torch_8bit", "adamw_torch_4bit")
+OPTIMIZERS = {  # and the library that each needs, besides torch and transformers
+    **dict.fromkeys(("adamw_torch_fused", "adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop")),
+    **dict.fromkeys(("adamw_torch_8bit", "adamw_torch_4bit"), "torchao"),
+    **dict.fromkeys(
+        (
+            "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "lion_32bit",
+            "paged_lion_8bit", "paged_lion_32bit", "ademamix", "ademamix_8bit", "paged_ademamix_8bit",
+            "paged_ademamix_32bit", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
+        ),
+        "bitsandbytes",
+    ),
+}  # fmt: skip
 
 
 def find_checkpoint(training_args) -> Path | None:
@@ -118,7 +131,8 @@ def check_checkpoint(checkpoint: Path) -> None:
         read_checkpoint(checkpoint)
     except ValueError as error:
         others = []
-        for folder in sorted(checkpoint.parent.glob("checkpoint-*"), reverse=True):
+        found = checkpoint.parent.glob("checkpoint-*")
+        for folder in sorted(found, key=lambda folder: (len(folder.name), folder.name), reverse=True):
             with suppress(ValueError):
                 if folder != checkpoint:
                     read_checkpoint(folder)
@@ -159,6 +173,7 @@ def run_settings(model_args, training_args, teacher: dict) -> dict:
     settings |= {name: getattr(model_args, name) for name in (*names, "start_from")}
     names = ("learning_rate", "clip_learning_rate", "rate_share", "weight_decay", "ema_decay", "feature_loss")
     names += ("bf16", "fp16", "early_share", "loss_power", "freeze_codes", "seed", "data_seed", "warmup_steps")
+    names += ("lr_scheduler_kwargs", "optim_args")
     names += ("max_grad_norm", "vote_codes", "visit_share", "batch_growth", "adam_beta1", "adam_beta2", "adam_epsilon")
     settings |= {name: getattr(training_args, name) for name in names}
     settings |= {
@@ -275,6 +290,8 @@ def disk_needs(config: dict, model_args, training_args, packed: bool | None) -> 
     kept = sum(p.numel() for name, p in student.named_parameters() if name not in left)
     checkpoint = 4 * kept + moment_bytes(training_args.optim.value) * trained
     checkpoint += 4 * trained * (bool(training_args.ema_decay) + (training_args.batch_growth > 1))
+    if training_args.vote_codes:
+        checkpoint += 4 * sum(layer.weight.numel() for layer in quantized_layers(student))
     if is_packed(student, packed) and model_args.w_bits[0] < FULL_PRECISION_BITS:
         student.pack()
         result = sum(p.numel() * p.element_size() for p in student.parameters())
@@ -283,20 +300,46 @@ def disk_needs(config: dict, model_args, training_args, packed: bool | None) -> 
     return int(checkpoint), result
 
 
+def count_steps(args, samples: int) -> tuple[int, int]:
+    """Steps of the optimizer in an epoch of so many samples, and in the whole run."""
+    whole = math.floor if args.dataloader_drop_last else math.ceil
+    batches = whole(samples / args.per_device_train_batch_size / args.world_size)
+    epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    return epoch, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
+
+
+def check_steps(checkpoint: Path, args, steps: int) -> None:
+    """ValueError if the checkpoint is not one of a run of so many steps: it is beyond them, or its codes are frozen
+    already, but are to be trained."""
+    state = read_checkpoint(checkpoint)
+    if steps < state["global_step"]:
+        name = "max_steps" if args.max_steps > 0 else "num_train_epochs"
+        asked = f"--{name} {getattr(args, name):g}"
+        raise ValueError(f"{checkpoint}: is beyond {asked}; choose another --output_dir to start anew")
+    before = state.get("max_steps", steps)
+    frozen, wanted = (total - round(args.freeze_codes * total) for total in (before, steps))
+    if frozen < state["global_step"] < wanted:
+        raise ValueError(
+            f"{checkpoint}: its codes are frozen since step {frozen} of {before}, and for {steps} steps they would be "
+            "trained on; go on from an earlier checkpoint, or choose another --output_dir to start anew"
+        )
+
+
 def checkpoints_to_keep(args, samples: int, first_step: int, there: int) -> int:
     """How many more checkpoints than the `there` that are there will be on the disk at once, of a run that goes on from
     `first_step` on so many samples: all that are to come or, with a limit, one beyond it, for the oldest goes when the
     newest is whole."""
-    if args.save_strategy == "no":
+    best = args.save_strategy == "best"  # at evaluations then
+    strategy, every = (args.eval_strategy, args.eval_steps) if best else (args.save_strategy, args.save_steps)
+    if strategy == "no":
         return 0
-    batches = math.ceil(samples / args.per_device_train_batch_size / args.world_size)
-    epoch = math.ceil(batches / args.gradient_accumulation_steps)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
-    every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * steps)
-    if args.save_strategy == "epoch":
+    epoch, steps = count_steps(args, samples)
+    if strategy == "epoch":
         every = epoch
+    elif every < 1:
+        every = math.ceil(every * steps)
     to_come, limit = math.ceil((steps - first_step) / every), args.save_total_limit or 0
-    return max(0, min(to_come, limit + 1 - there) if limit > 0 else to_come)
+    return max(0, min(to_come, max(1, limit + 1 - there)) if limit > 0 else to_come)
 
 
 def check_room(config: dict, data, cache, output: Path, model_args, training_args, first_step: int) -> None:
@@ -352,11 +395,15 @@ def main() -> None:
     if len(model_args.w_bits) > 1:
         raise ValueError(f"--w_bits {' '.join(map(str, model_args.w_bits))}: train.py trains one bit width at a time")
     name = training_args.optim.value
-    if "bnb" in name and importlib.util.find_spec("bitsandbytes") is None:
+    if name not in OPTIMIZERS:
+        raise ValueError(f"--optim {name} is for other trainings; use one of {', '.join(OPTIMIZERS)}")
+    library = OPTIMIZERS[name]
+    lacking = library is not None and importlib.util.find_spec(library) is None
+    if lacking and "bnb" in name:
         log.info("--optim %s needs bitsandbytes, which is not here: using adamw_torch_fused", name)
         training_args.optim = transformers.training_args.OptimizerNames.ADAMW_TORCH_FUSED
-    elif name in TORCHAO_OPTIMIZERS and importlib.util.find_spec("torchao") is None:
-        raise ValueError(f"--optim {name} needs torchao, which is not here: pip install torchao, or choose another")
+    elif lacking:
+        raise ValueError(f"--optim {name} needs {library}, which is not here: pip install {library}, or choose another")
     training_args.device  # noqa: B018 (joins the other ranks)
     if training_args.fsdp:
         check_fsdp(training_args, model_args.lora_r)
@@ -376,35 +423,34 @@ def fill(cache: TeacherCache, source: Teacher, training_args) -> None:
     size, device = training_args.per_device_eval_batch_size, training_args.device
     smaller = "--per_device_eval_batch_size" if size > 1 else "--resolution"
     with memory_named(f"the teacher draws, {size} a batch", f"try a smaller {smaller}", device):
-        fill_cache(cache, source, size, device, training_args.compile_blocks or None)
+        fill_cache(cache, source, size, device, training_args.compile_blocks)
 
 
 def train(model_args, data_args, training_args) -> None:
     checkpoint = find_checkpoint(training_args)
-    device, main_process = training_args.device, training_args.should_log
+    device, main_process = training_args.device, training_args.process_index == 0  # not one a node
     folder, output = Path(training_args.output_dir), Path(model_args.output_model_local_path)
     owner = str(folder.resolve())
     check_target(output, owner)
     first_step = 0 if checkpoint is None else read_checkpoint(checkpoint)["global_step"]
-    if 0 < training_args.max_steps < first_step:
-        raise ValueError(
-            f"{checkpoint}: is beyond --max_steps {training_args.max_steps}; choose another --output_dir to start anew"
-        )
 
     # 1. The teacher: its trajectories, cached or to be made on the way.
     source = Teacher(model_args.input_model_filename, pick_dtype(training_args, device))
     if is_quantized(source.config):
         raise ValueError(f"{model_args.input_model_filename}: already quantized; the teacher must be full precision")
     choose_rates(training_args, bool(model_args.lora_r) and not model_args.train_weights, width_of(source.config))
-    start = None
-    if model_args.start_from is not None and checkpoint is None:
+    check_schedule(training_args)
+    start = start_folder = None
+    if model_args.start_from is not None and (checkpoint is None or (checkpoint / BASE).is_file()):
         start_folder = transformer_folder(Path(from_root(model_args.start_from)))
+    if start_folder is not None and checkpoint is None:
         start = load_student(start_folder, torch.float32, w_bits=model_args.w_bits[0])
         check_shapes(start_folder, start.config, model_args.input_model_filename, source, "--input_model_filename")
     train_data, eval_data, window = get_teacher(source, model_args, data_args, training_args, device)
     settings = run_settings(model_args, training_args, train_data.description) | {"shuffle_window": window}
     if checkpoint is not None:
         check_settings(checkpoint, settings)
+        check_steps(checkpoint, training_args, count_steps(training_args, len(train_data))[1])
     if window is None:
         cache = eval_data.joined(train_data)
         check_room(source.config, train_data, cache, output, model_args, training_args, first_step)
@@ -430,7 +476,7 @@ def train(model_args, data_args, training_args) -> None:
             student.start_from(start)
         student.to(device)
     del start
-    base = describe_base(student, model_args.input_model_filename, model_args.start_from)
+    base = describe_base(student, model_args.input_model_filename, start_folder)
     if training_args.gradient_checkpointing or getattr(training_args, "activation_checkpointing", False):
         student.enable_gradient_checkpointing()  # diffusers' own; Trainer would look for transformers'
         training_args.gradient_checkpointing = training_args.activation_checkpointing = False
@@ -443,7 +489,7 @@ def train(model_args, data_args, training_args) -> None:
             compile_blocks(teacher)
     eval_pipe = with_transformer(pipe, student)
     eval_pipe.vae.to(device)
-    packed = is_packed(student, model_args.pack)
+    packed = model_args.w_bits[0] < FULL_PRECISION_BITS and is_packed(student, model_args.pack)
 
     # 3. Training.
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails for tiny-flux's shapes (torch 2.11, H100)

@@ -222,9 +222,9 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def describe_base(model: nn.Module, name: str, start_from: str | None = None) -> dict | None:
-    """What base.json holds for a model made from pipeline `name`, its weights moved to the codes of `start_from` if
-    that is given (see QuantizedTransformer.start_from); None if no parameter of it is frozen."""
+def describe_base(model: nn.Module, name: str, start_from: str | Path | None = None) -> dict | None:
+    """What base.json holds for a model made from pipeline `name`, its weights moved to the codes of the transformer in
+    `start_from` if that is given (see QuantizedTransformer.start_from); None if no parameter of it is frozen."""
     parameters = dict(model.named_parameters())
     frozen = {name: parameters[name] for name in frozen_names(model)}
     if not frozen:
@@ -255,14 +255,16 @@ def load_trained(kind: type, folder: Path, config: dict, dtype: torch.dtype | No
     the folder holds all that the base lacks.
     """
     base, tensors = read_base(folder), Shards(folder, TRAINED)
+    place = base["model"]
     try:
-        model = kind.from_pretrained(base["model"], subfolder="transformer", dtype=base["dtype"], **kwargs)
+        model = kind.from_pretrained(place, subfolder="transformer", dtype=base["dtype"], **kwargs)
         model.quantize_as(config)
         if base["start_from"] is not None:
-            model.start_from(kind.from_pretrained(base["start_from"], **kwargs))
+            place = base["start_from"]
+            model.start_from(kind.from_pretrained(place, **kwargs).pack())
     except OSError as error:
         problem = " ".join(str(error).split())[:200]
-        raise ValueError(f"{folder / BASE}: the base {base['model']} cannot be read ({problem}); put it back") from None
+        raise ValueError(f"{folder / BASE}: the base {place} cannot be read ({problem}); put it back") from None
     parameters = dict(model.named_parameters())
     frozen = {name: p for name, p in parameters.items() if name not in tensors}
     lost = [name for name in frozen if name.rpartition(".")[2] in (STEP_SIZE, "lora_A", "lora_B")]

@@ -141,6 +141,7 @@ def test_help_shows_what_a_script_uses_or_its_own_flags_first(capsys):
     text = capsys.readouterr().out
     for own in ("--w_bits", "--early_share", "--learning_rate", "--prompts"):
         assert text.index(f"  {own}") < text.index("  --torch_empty_cache_steps")
+    assert not any(f"  --{name}" in text for name in module.NOT_HERE)
 
 
 def test_the_embedded_model_is_found_from_anywhere(monkeypatch, tmp_path):
@@ -163,6 +164,13 @@ def test_averaged_weights_go_without_frozen_codes_unless_asked():
     assert process_args([])[2].freeze_codes == 0.1
     assert process_args(["--ema_decay", "0.9"])[2].freeze_codes == 0
     assert process_args(["--ema_decay", "0.9", "--freeze_codes", "0"])[2].freeze_codes == 0
+
+
+@pytest.mark.parametrize(("metric", "greater"), [("nmse", False), ("eval_nmse_late", False), ("psnr", True)])
+def test_the_best_error_is_the_least(metric, greater):
+    flags = ["--save_strategy", "best", "--metric_for_best_model", metric]
+    assert process_args(flags)[2].greater_is_better is greater
+    assert process_args([*flags, "--greater_is_better", str(not greater)])[2].greater_is_better is not greater
 
 
 def test_several_bit_widths():
@@ -203,6 +211,8 @@ def test_several_bit_widths():
         (["--visit_share", "1.5"], "--visit_share must be 0 to 1, got 1.5"),
         (["--visit_share", "nan"], "--visit_share must be 0 to 1, got nan"),
         (["--visit_share", "0.2", "--teacher_cache", "off"], "--visit_share draws any training prompt again"),
+        (["--pack", "True", "--w_bits", "16"], "--pack True is of codes, and --w_bits 16 has none: leave it out"),
+        (["--vote_codes", "0.1", "--w_bits", "16"], "--vote_codes is of codes, and --w_bits 16 has none"),
         (["--vote_codes", "-1"], "--vote_codes must be 0 to 1, got -1.0"),
         (["--vote_codes", "0.1", "--freeze_codes", "0"], "it needs --freeze_codes above 0 and --lora_r 0"),
         (["--vote_codes", "0.1", "--lora_r", "2"], "it needs --freeze_codes above 0 and --lora_r 0"),
@@ -220,6 +230,25 @@ def test_several_bit_widths():
         (["--qat", "perhaps"], "--qat.*perhaps"),
         (["--bf16", "True", "--fp16", "True"], "fp16.*bf16"),
         (["--evaluation_strategy", "sometimes"], "sometimes is not a valid IntervalStrategy"),
+        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size must be at least 1, got 0"),
+        (["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size must be at least 1, got 0"),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps must be at least 1, got 0"),
+        (["--num_train_epochs", "0"], "--num_train_epochs must be above 0, got 0.0"),
+        (["--save_steps", "0"], "--save_steps must be above 0, got 0.0; --save_strategy no does without"),
+        (["--eval_steps", "-5"], "--eval_steps must be above 0, got -5.0; --eval_strategy no does without"),
+        (["--clip_learning_rate", "-1"], "--clip_learning_rate must be a finite number of at least 0, got -1.0"),
+        (["--learning_rate", "nan"], "--learning_rate must be a finite number of at least 0, got nan"),
+        (["--data_seed", "-1"], "--data_seed must be at least 0"),
+        (["--save_strategy", "best"], "--save_strategy best needs --metric_for_best_model, such as nmse"),
+        (["--load_best_model_at_end", "True"], "--load_best_model_at_end has no use here: the last step .* best"),
+        (["--save_only_model", "True"], "--save_only_model has no use here: checkpoints are there to go on from"),
+        (["--save_on_each_node", "True"], "--save_on_each_node has no use here: all nodes see one disk"),
+        (["--auto_find_batch_size", "True"], "--auto_find_batch_size has no use here: choose a --per_device_train_b"),
+        (["--deepspeed", "zero.json"], "--deepspeed has no use here: use --fsdp full_shard"),
+        (["--torch_compile_mode", "max-autotune"], "--torch_compile_mode has no use here: .* --torch_compile True"),
+        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor has no use here: velocities are no classes"),
+        (["--neftune_noise_alpha", "5"], "--neftune_noise_alpha has no use here: no token embeddings"),
+        (["--push_to_hub", "True"], "--push_to_hub has no use here: upload the trained model's folder"),
     ],
 )
 def test_usage_errors(flags, message, capsys):
@@ -231,20 +260,18 @@ def test_usage_errors(flags, message, capsys):
     assert re.search(message, error), error
 
 
+def test_a_second_gpu_is_not_trained_on_by_its_number(monkeypatch, capsys):
+    """Trainer would take the first; sanity.py takes it."""
+    monkeypatch.setattr(module, "pick_device", lambda name=None: torch.device(name or "cuda"))
+    with pytest.raises(SystemExit, match="2"):
+        process_args(["--device", "cuda:1"])
+    assert "--device cuda:1: training takes the first GPU, or one a rank" in capsys.readouterr().err
+    assert process_args(["--device", "cuda:1"], used=["device"])[0].device == "cuda:1"
+    assert process_args(["--device", "cuda:0"])[0].device == "cuda:0"
+
+
 def test_a_device_that_is_not_there(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="2"):
         process_args(["--device", "cuda"])
     assert "--device cuda is not available here" in capsys.readouterr().err
-
-
-def test_training_on_another_gpu_than_the_first_is_asked_for_by_another_name(monkeypatch, capsys):
-    """Trainer has no flag for it, and would take the first."""
-    monkeypatch.setattr(module, "pick_device", lambda name: torch.device("cpu" if name is None else name))
-    with pytest.raises(SystemExit):
-        process_args(["--device", "cuda:1"])
-    line = "--device cuda:1: training takes GPUs from the first one on; leave it out, with CUDA_VISIBLE_DEVICES=1"
-    assert line in capsys.readouterr().err
-    for words, used in ((["--device", "cuda:1"], ("device",)), (["--device", "cuda:0"], None)):
-        model_args, *_ = process_args(words, used=used)
-        assert model_args.device == words[1]

@@ -191,6 +191,13 @@ def test_the_packed_student_holds_the_codes_that_were_trained(call, tmp_path):
     )
 
 
+def test_a_large_model_without_codes_is_not_packed(call, monkeypatch, tmp_path):
+    monkeypatch.setattr("utils.checkpoints.LARGE", 1)
+    flags = ["--max_steps", 1, "--save_strategy", "no", "--eval_strategy", "no", "--eval_on_start", False]
+    assert call(*flags, "--w_bits", 16).returncode == 0
+    assert FluxTransformer2DModel.from_pretrained(tmp_path / "local/models/model").config.w_bits == 16
+
+
 LORA = ["--lora_r", 2, "--lora_alpha", 2, "--bf16", True, "--learning_rate", 0.02]
 
 
@@ -244,6 +251,29 @@ def test_a_lora_goes_on_from_its_checkpoint(call, tmp_path):
         assert again.returncode == 0, again.stderr
         first, second = (load_file(run / "local/models/model" / PACKED) for run in (folder, tmp_path / "whole"))
         assert all(torch.equal(first[name], second[name]) for name in first | second)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_lora_that_started_from_a_pipeline_or_a_student_goes_on(packed, call, start, pipeline_folder, tmp_path):
+    if packed:
+        flags = ["--model_id", pipeline_folder, "--output_path", tmp_path / "given", "--method", "threshold"]
+        assert start(run.main, "run.py", *flags, "--num_images", 0, "--device", "cpu") == 0
+    else:
+        FluxTransformer2DModel.from_pretrained(
+            pipeline_folder, subfolder="transformer", w_bits=0, clip_init="max"
+        ).save_pretrained(tmp_path / "given")
+    flags = ["--lora_r", 2, "--start_from", tmp_path / "given", "--max_steps", 2, "--save_steps", 1, "--pack", True]
+    flags += ["--eval_strategy", "no", "--eval_on_start", False]
+    assert call(*flags).returncode == 0
+    whole = load_file(tmp_path / "local/models/model" / PACKED)
+    shutil.rmtree(tmp_path / "out/checkpoint-2")
+    again = call(*flags)
+    assert again.returncode == 0, again.stderr
+    resumed = load_file(tmp_path / "local/models/model" / PACKED)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole | resumed)
+    shutil.rmtree(tmp_path / "given")
+    with pytest.raises(ValueError, match="base.json: the base .*/given.* cannot be read"):
+        FluxTransformer2DModel.from_pretrained(tmp_path / "out/checkpoint-2")
 
 
 @pytest.mark.parametrize(
@@ -409,6 +439,14 @@ def cached_prompts(cache: Path) -> list[str]:
         with safe_open(path, "pt") as file:
             prompts.append(json.loads(file.metadata()["trajectory"])["prompt"])
     return prompts
+
+
+@pytest.mark.parametrize("compiled", [False, None])
+def test_blocks_that_are_not_to_be_compiled_are_not_for_the_teacher_either(compiled, call, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "fill_cache", lambda *args: asked.append(args[-1]))
+    assert call("--do_train", False, *([] if compiled is None else ["--torch_compile", compiled])).returncode == 0
+    assert asked == [compiled]
 
 
 def test_without_training_only_the_teacher_cache_is_filled(call, cache, tmp_path):
@@ -606,6 +644,7 @@ def refusal(result, message: str, code: int = 1) -> None:
         (["--gradient_accumulation_steps", 2], "trained with global_batch_size=2, asked for global_batch_size=4"),
         (["--ema_decay", 0], "trained with ema_decay=0.5, asked for ema_decay=0.0"),
         (["--lora_r", 2], "trained with lora_r=0, asked for lora_r=2"),
+        (["--lr_scheduler_kwargs", '{"num_cycles": 1}'], "trained with lr_scheduler_kwargs=None, asked for lr_sched"),
         (["--resume_from_checkpoint", False], "/out holds checkpoints of an earlier run: delete them or choose"),
         (["--resume_from_checkpoint", "no/where"], "--resume_from_checkpoint no/where: no training checkpoint there"),
     ],
@@ -621,6 +660,16 @@ def test_settings_that_contradict_the_checkpoint_are_noticed_before_the_cache_is
         result = call(*FINISHED, *flags, "--teacher_cache", tmp_path / "new", folder=finished.folder)
         refusal(result, f"checkpoint-4: trained with {name}=")
     assert not (tmp_path / "new").exists()
+
+
+def test_frozen_codes_are_not_trained_on_in_a_longer_run(call, tmp_path):
+    """What they were found from is not in the checkpoint, or stays as it is; before they are frozen, it may go on."""
+    flags = ["--freeze_codes", 0.5, "--save_steps", 1, "--eval_strategy", "no", "--eval_on_start", False]
+    assert call(*flags, "--max_steps", 2).returncode == 0
+    result = call(*flags, "--max_steps", 6)
+    refusal(result, "checkpoint-2: its codes are frozen since step 1 of 2, and for 6 steps they would be trained on")
+    shutil.rmtree(tmp_path / "out/checkpoint-2")
+    assert call(*flags, "--max_steps", 4).returncode == 0
 
 
 def test_two_models_in_a_row_have_a_cache_each(command, variant_folder, tmp_path, capsys):
@@ -681,6 +730,9 @@ def test_a_run_with_a_cache_is_not_resumed_in_the_order_of_one_without(call, tmp
         (["--start_from", "assets/tiny-flux-1.58bit", "--w_bits", 2], "asked for w_bits=2 but .* w_bits=0", 1),
         (["--start_from", "assets/tiny-flux-1.58bit"], "in_channels=64, but in_channels=16 in .*_filename", 1),
         (["--clip_learning_rate", 0, "--train_weights", False, "--train_unquantized", False], "nothing to train", 1),
+        (["--optim", "schedule_free_adamw"], "--optim schedule_free_adamw is for other trainings; use one of adamw", 1),
+        (["--lr_scheduler_type", "warmup_stable_decay"], "warmup_stable_decay with these .*'num_decay_steps'", 1),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "min_lr_rate should be set through the `lr_scheduler_kwa", 1),
     ],
 )
 def test_flags_that_cannot_be_met_are_refused(flags, message, code, finished, call, tmp_path):
@@ -706,6 +758,13 @@ def test_more_ranks_than_prompts_are_refused(call, monkeypatch, tmp_path):
     assert files(tmp_path) == []
 
 
+def test_the_first_rank_of_a_second_node_writes_no_results(call, monkeypatch, tmp_path):
+    """On one disk with the first node's, in whose way it would be."""
+    monkeypatch.setattr(train.transformers.TrainingArguments, "process_index", property(lambda self: 1))
+    assert call("--max_steps", 1, "--eval_strategy", "no", "--eval_on_start", False).returncode == 0
+    assert files(tmp_path) == []
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_full_disk_is_noticed_beforehand(cached, finished, call, cache, monkeypatch, tmp_path):
     """For the whole run together."""
@@ -726,11 +785,21 @@ def test_a_full_disk_is_noticed_beforehand(cached, finished, call, cache, monkey
         ({"max_steps": 1000, "save_steps": 5, "save_total_limit": None}, 0, 0, 200),
         ({"max_steps": 1000, "save_steps": 5, "save_total_limit": 0}, 500, 100, 100),
         ({"max_steps": 1000, "save_steps": 5}, 500, 2, 1),
+        ({"max_steps": 1000, "save_steps": 5, "save_total_limit": 1}, 500, 3, 1),  # left by a run that kept more
         ({"max_steps": 10, "save_steps": 5}, 10, 2, 0),
         ({"max_steps": 10, "save_steps": 5, "save_strategy": "no"}, 0, 0, 0),
         ({"num_train_epochs": 2, "save_steps": 50, "save_total_limit": None}, 0, 0, 2 * 125 // 50),  # 1,000 samples
         ({"num_train_epochs": 3, "save_strategy": "epoch", "save_total_limit": None}, 0, 0, 3),
+        (
+            {
+                "num_train_epochs": 2, "save_steps": 1, "save_total_limit": None, "dataloader_drop_last": True,
+                "per_device_train_batch_size": 7, "gradient_accumulation_steps": 1,
+            },
+            0, 0, 2 * (1000 // 7),
+        ),  # fmt: skip
         ({"max_steps": 40, "save_steps": 0.25, "save_total_limit": None}, 0, 0, 4),
+        ({"max_steps": 400, "save_strategy": "best", "eval_strategy": "steps", "eval_steps": 50}, 0, 0, 3),
+        ({"max_steps": 400, "save_strategy": "best", "eval_strategy": "no"}, 0, 0, 0),
     ],
     ids=str,
 )
@@ -741,7 +810,9 @@ def test_the_checkpoints_of_a_whole_run_are_counted(flags, first, there, most, t
 
 
 @pytest.mark.parametrize(
-    "flags", [[], ["--ema_decay", 0.5], ["--lora_r", 2], ["--w_bits", 4, "--pack", True]], ids=str
+    "flags",
+    [[], ["--ema_decay", 0.5], ["--lora_r", 2], ["--w_bits", 4, "--pack", True], ["--vote_codes", 0.9]],
+    ids=str,
 )
 def test_the_room_that_is_asked_for_is_what_is_taken(flags, call, monkeypatch, tmp_path):
     asked = {}
@@ -750,6 +821,8 @@ def test_the_room_that_is_asked_for_is_what_is_taken(flags, call, monkeypatch, t
     for what, folder, count in (("checkpoints", "out/checkpoint-1", 1), ("trained model", "local/models/model", 1)):
         taken = count * sum(file.stat().st_size for file in (tmp_path / folder).glob("*.safetensors"))
         assert 0.6 * taken < asked[f"the {what}"] <= taken  # headers weigh much here, and sgd keeps nothing
+    tensors = [load_file(file) for file in (tmp_path / "out/checkpoint-1").glob("*.safetensors")]
+    assert asked["the checkpoints"] > 0.99 * sum(tensor.nbytes for held in tensors for tensor in held.values())
 
 
 def test_a_model_of_another_run_is_not_overwritten(finished, call, tmp_path):
@@ -791,17 +864,33 @@ def test_a_damaged_checkpoint_is_named_and_a_whole_one(file, text, message, fini
     refusal(call(*FINISHED), "no other checkpoint is whole: choose another --output_dir")
 
 
+def test_the_last_whole_checkpoint_is_named_whatever_its_digits(finished, tmp_path):
+    for step in (500, 1500, 2500):
+        shutil.copytree(finished.folder / "out/checkpoint-4", tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-2500/settings.json").write_text("{")
+    with pytest.raises(ValueError, match="checkpoint-1500 is whole: --resume_from_checkpoint"):
+        train.check_checkpoint(tmp_path / "checkpoint-2500")
+
+
 def test_steps_that_make_no_sense_are_refused(finished, call):
     refusal(call(*FINISHED, "--max_steps", 2, folder=finished.folder), "checkpoint-4: is beyond --max_steps 2; choose")
+    epochs = ["--max_steps", -1, "--num_train_epochs", 0.5]
+    refusal(call(*FINISHED, *epochs, folder=finished.folder), "is beyond --num_train_epochs 0.5; choose another --out")
     refusal(call("--max_steps", 0), "--max_steps must be at least 1; leave it out to train for", 2)
 
 
-def test_moments_in_8_bits_without_torchao_are_refused_before_the_work(call, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("optimizer", "library"),
+    [("adamw_torch_8bit", "torchao"), ("adamw_8bit", "bitsandbytes"), ("paged_adamw_8bit", "bitsandbytes")],
+)
+def test_moments_in_8_bits_without_their_library_are_refused_before_the_work(
+    optimizer, library, call, monkeypatch, tmp_path
+):
     find_spec = train.importlib.util.find_spec
     monkeypatch.setattr(
-        train.importlib.util, "find_spec", lambda name, *rest: None if name == "torchao" else find_spec(name, *rest)
+        train.importlib.util, "find_spec", lambda name, *rest: None if name == library else find_spec(name, *rest)
     )
-    refusal(call("--optim", "adamw_torch_8bit"), "--optim adamw_torch_8bit needs torchao, which is not here: pip")
+    refusal(call("--optim", optimizer), f"--optim {optimizer} needs {library}, which is not here: pip install")
     assert files(tmp_path) == []
 
 
@@ -872,6 +961,14 @@ def test_wrong_numbers_end_the_shell_script_in_one_line(arguments, wrong, tmp_pa
     assert (result.returncode, result.stdout) == (2, "")
     expected = f'expected NPROC BATCH ACCUM, three positive numbers, then flags; got "{wrong}"'
     assert result.stderr == f"1_run_train.sh: {expected}\n"
+
+
+@pytest.mark.parametrize("flag", ["--model", "--input_model_filename=assets/tiny-flux"])
+def test_a_model_among_the_flags_ends_the_shell_script_in_one_line(flag, tmp_path):
+    result = shell(1, 1, 1, flag, "assets/tiny-flux", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    advice = "name the model in front, MODEL=… bash 1_run_train.sh: its size decides"
+    assert result.stderr == f"1_run_train.sh: {flag}: {advice}\n"
 
 
 def test_the_shell_script_leaves_the_documented_outputs(pipeline_folder, tmp_path):

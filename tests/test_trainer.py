@@ -6,10 +6,13 @@ velocities, and formulas written out here.
 
 import importlib.util
 import json
+import math
 import weakref
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import accelerate
 import diffusers
 import numpy as np
 import pytest
@@ -548,6 +551,12 @@ def stock(pipe) -> SimpleNamespace:
     return SimpleNamespace(pictures=pictures, calls=calls)
 
 
+def test_a_best_metric_that_is_not_measured_is_named(make):
+    made = make("--metric_for_best_model", "beauty")
+    with pytest.raises(ValueError, match="--metric_for_best_model beauty: not measured here; choose one of loss, nmse"):
+        made.evaluate()
+
+
 @pytest.mark.parametrize(("step", "count"), [(1, 2), (2, 3)], ids=["on the way", "at the end"])
 def test_evaluation_measures_velocity_and_pictures_against_stock_diffusers(step, count, make, pipe, stock, tmp_path):
     """Four steps in thirds are two, one and one."""
@@ -707,6 +716,52 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(flags, make, data, tmp
         assert all(torch.equal(codes[name], found) for name, found in all_codes(undisturbed.model).items())
 
 
+def test_a_resumed_rank_keeps_to_the_order_of_its_epoch(make, data, tmp_path, monkeypatch):
+    """As the second of two ranks: what skips its batches lies around what shares them out, too deep for accelerate to
+    tell the sampler which epoch it is."""
+    alone = accelerate.accelerator.prepare_data_loader
+    two = {"num_processes": 2, "process_index": 1}
+    monkeypatch.setattr(accelerate.accelerator, "prepare_data_loader", lambda *a, **k: alone(*a, **k | two))
+    flags = ["--max_steps", 6, "--save_strategy", "steps", "--save_steps", 5]  # three batches an epoch
+    whole, resumed = Samples(data.train), Samples(data.train)
+    make(*flags, samples=whole).train()
+    checkpoint = tmp_path / "out/checkpoint-5"
+    make(*flags, samples=resumed, checkpoint=checkpoint).train(resume_from_checkpoint=str(checkpoint))
+    assert len(whole.asked) == 2 * 3 * 2 and resumed.asked == whole.asked[10:]
+
+
+def test_a_resumed_run_saves_as_its_own_flags_say(make, tmp_path):
+    flags = ["--max_steps", 6, "--save_strategy", "steps", "--save_total_limit", 9]
+    make(*flags, "--save_steps", 3).train()
+    checkpoint = tmp_path / "out/checkpoint-3"
+    made = make(*flags, "--save_steps", 1, checkpoint=checkpoint)
+    made.train(resume_from_checkpoint=str(checkpoint))
+    assert {int(path.name[11:]) for path in (tmp_path / "out").glob("checkpoint-*")} == {3, 4, 5, 6}
+
+
+def test_a_scale_too_large_for_fp16_leaves_steps_out_and_is_kept_with_the_checkpoint(make, tmp_path):
+    flags = ["--fp16", True, "--max_steps", 12, "--save_strategy", "steps", "--save_steps", 4]
+
+    def scaled(checkpoint=None):
+        made = make(*flags, checkpoint=checkpoint)
+        made.accelerator.native_amp = True  # as on a GPU
+        made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+        return made
+
+    made, scales = scaled(), []
+    made.recorder.at = {step: lambda: scales.append(made.accelerator.scaler.get_scale()) for step in range(1, 13)}
+    made.train()
+    scales.append(made.accelerator.scaler.get_scale())
+    fell = [after < before for before, after in pairwise(scales)]
+    stayed = [distance(before, after) == 0 for before, after in pairwise(made.recorder.weights)]
+    assert stayed == fell and 0 < sum(fell) < 12
+    checkpoint = tmp_path / "out/checkpoint-8"
+    again = scaled(checkpoint)
+    again.recorder.at[9] = lambda: scales.append(again.accelerator.scaler.get_scale())
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert scales[-1] == scales[8]
+
+
 @pytest.mark.parametrize(
     ("flags", "ranks", "lora_r", "message"),
     [
@@ -717,6 +772,8 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(flags, make, data, tmp
         (["--visit_share", "0.5"], 2, 0, "--visit_share is for weights that are whole on every GPU"),
         (["--vote_codes", "0.5"], 2, 0, "--vote_codes is for weights that are whole on every GPU"),
         (["--fsdp_config", '{"version": 1}'], 2, 0, "version 1 keeps flat copies of the weights; use version 2"),
+        (["--fsdp", "full_shard offload"], 2, 0, "weights stay on the GPUs here; leave out offload"),
+        (["--fsdp_config", '{"activation_checkpointing": true}'], 2, 0, "checkpointed by --gradient_checkpointing T"),
     ],
 )
 def test_what_fsdp2_cannot_spread_is_refused(flags, ranks, lora_r, message, tmp_path):
@@ -819,12 +876,31 @@ def test_frozen_codes_have_a_schedule_of_their_own(make):
     assert rates == pytest.approx([0, 5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4, 0, 1e-3, 2 / 3e3, 1 / 3e3])
 
 
+def test_warm_up_takes_the_same_share_of_both_schedules(make):
+    """However it is given: three steps of twelve, and one of the last four."""
+    for warmup in (3, 0.25):
+        made = make("--lr_scheduler_type", "linear", "--warmup_steps", warmup, "--freeze_codes", 1 / 3)
+        made.create_optimizer()
+        made.create_scheduler(12)
+        factors = [made.lr_scheduler.lr_lambdas[0](step) for step in range(8, 12)]
+        assert factors == pytest.approx([0, 1, 2 / 3, 1 / 3])
+
+
 def test_the_rate_stays_at_its_peak_while_batches_grow(make):
     flags = ["--lr_scheduler_type", "linear", "--warmup_steps", 0.2, "--freeze_codes", 0.4, "--batch_growth", 2]
     made = make("--max_steps", 10, *flags)
     made.train()
     rates = [line["learning_rate"] for line in made.state.log_history if "learning_rate" in line]
     assert rates == pytest.approx([0, 5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 0, 1e-3, 2 / 3e3, 1 / 3e3])
+
+
+def test_a_least_rate_is_that_of_both_schedules(make):
+    flags = ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-5}']
+    made = make("--max_steps", 20, *flags, "--learning_rate", 4e-5, "--freeze_codes", 0.5)
+    made.train()
+    rates = [line["learning_rate"] for line in made.state.log_history if "learning_rate" in line]
+    cosine = [1e-5 + 3e-5 * (1 + math.cos(math.pi * step / 10)) / 2 for step in range(10)]
+    assert rates == pytest.approx(2 * cosine)
 
 
 def test_a_schedule_that_cannot_run_twice_is_named(make):
@@ -987,10 +1063,18 @@ def test_checkpoints_of_the_lowest_steps_go_first_whenever_they_were_written(tmp
             (part / "config.json").touch()
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1/mine.txt").touch()
-    trainer.rotate(tmp_path, 2)
+    trainer.rotate(tmp_path, 2, 10)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-10", "checkpoint-9"]
-    trainer.rotate(tmp_path, None)
+    trainer.rotate(tmp_path, None, 10)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_what_a_run_left_that_went_on_from_an_earlier_checkpoint_goes_before_its_new_ones(tmp_path):
+    for step in (2, 3, 9, 10):
+        with whole_folder(tmp_path / f"checkpoint-{step}") as part:
+            (part / "config.json").touch()
+    trainer.rotate(tmp_path, 2, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
 
 
 @pytest.mark.parametrize("scored", [True, False])

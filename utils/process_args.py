@@ -6,6 +6,7 @@ successors.
 """
 
 import argparse
+import math
 import os
 import sys
 import warnings
@@ -17,7 +18,7 @@ import torch
 import transformers
 from transformers.integrations import get_available_reporting_integrations
 
-from models.utils_quant import check_bits, check_clip_init, check_lora_r
+from models.utils_quant import FULL_PRECISION_BITS, check_bits, check_clip_init, check_lora_r
 from utils.folders import check_name
 from utils.pipelines import DEFAULTS, EARLY_SHARE, FEW_STEPS
 from utils.rates import default_rate, told
@@ -33,6 +34,25 @@ from utils.utils import (
     pick_device,
 )
 
+NOT_HERE = {  # flags of Trainer that would change nothing here or fail in the middle, and what to do instead
+    "activation_checkpointing_kwargs": "every block is checkpointed; leave it out",
+    "auto_find_batch_size": "choose a --per_device_train_batch_size that fits, and --gradient_accumulation_steps",
+    "bf16_full_eval": "evaluations compute in what training computes in, see --dtype",
+    "deepspeed": "use --fsdp full_shard",
+    "enable_jit_checkpoint": "checkpoints come every --save_steps",
+    "fp16_full_eval": "evaluations compute in what training computes in, see --dtype",
+    "gradient_checkpointing_kwargs": "every block is checkpointed; leave it out",
+    "label_smoothing_factor": "velocities are no classes; leave it out",
+    "load_best_model_at_end": "the last step is what is saved; --save_strategy best keeps the best one's checkpoint",
+    "neftune_noise_alpha": "no token embeddings are trained; leave it out",
+    "push_to_hub": "upload the trained model's folder when it is there",
+    "save_on_each_node": "all nodes see one disk, and the first rank writes to it",
+    "save_only_model": "checkpoints are there to go on from; --save_strategy no leaves them out",
+    "torch_compile_backend": "blocks are compiled as --torch_compile True does it",
+    "torch_compile_mode": "blocks are compiled as --torch_compile True does it",
+    "train_sampling_strategy": "the order of samples follows from --data_seed and --early_share",
+    "use_liger_kernel": "its kernels are for language models; leave it out",
+}
 LARGE = 10**9  # parameters from which on blocks are compiled on a GPU and the trained model is kept packed
 
 
@@ -168,7 +188,13 @@ class TrainingArguments(transformers.TrainingArguments):
         },
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "the schedule of the learning rate"})
-    warmup_steps: float = field(default=0.03, metadata={"help": "steps of linear warm-up; below 1: share of all steps"})
+    warmup_steps: float = field(
+        default=0.03,
+        metadata={
+            "help": "steps of linear warm-up; below 1: share of all steps; where the codes are frozen, the same share "
+            "of what is left"
+        },
+    )
     adam_beta2: float = field(default=0.95, metadata={"help": "decay of AdamW's second moment"})
     ema_decay: float = field(
         default=0.0, metadata={"help": "average the trained parameters, e.g. 0.999, and evaluate and save the average"}
@@ -247,6 +273,10 @@ class TrainingArguments(transformers.TrainingArguments):
     overwrite_output_dir: bool = field(default=False, metadata={"help": "accepted; has no effect any more"})
 
     def __post_init__(self):
+        for name, instead in NOT_HERE.items():
+            known = self.__dataclass_fields__.get(name)  # not in every version
+            if known is not None and getattr(self, name) not in (known.default, False):
+                raise ValueError(f"--{name} has no use here: {instead}")
         if self.dtype is not None:
             if (self.bf16 and self.dtype != "bfloat16") or (self.fp16 and self.dtype != "float16"):
                 raise ValueError(f"--dtype {self.dtype} contradicts --{'bf16' if self.bf16 else 'fp16'} True")
@@ -264,6 +294,8 @@ class TrainingArguments(transformers.TrainingArguments):
             os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
         # Trainer would compile the transformer whole; train.py compiles its two kinds of block once each.
         self.compile_blocks, self.torch_compile = self.torch_compile, False
+        if self.greater_is_better is None and "nmse" in (self.metric_for_best_model or ""):
+            self.greater_is_better = False
         self.logging_nan_inf_filter = False  # our trainer stops at the first such loss
         self.remove_unused_columns = False  # or the teacher's velocity would not reach the loss
         # Trainer wants to be told that bf16 is meant for the CPU.
@@ -313,10 +345,10 @@ def make_parser(description: str | None, used: Collection[str] | None) -> _Parse
     )
     own = {name for part in (ModelArguments, DataArguments, TrainingArguments) for name in part.__annotations__}
     parser._optionals._group_actions.sort(key=lambda action: action.dest not in own | {"help"})
+    for action in parser._actions:
+        if action.dest in NOT_HERE or (used is not None and action.dest not in {*used, "help"}):
+            action.help = argparse.SUPPRESS
     if used is not None:
-        for action in parser._actions:
-            if action.dest not in {*used, "help"}:
-                action.help = argparse.SUPPRESS
         parser.epilog = "Accepted as well, without effect here: train.py's flags, Hugging Face's Trainer's among them."
     return parser
 
@@ -336,10 +368,10 @@ def process_args(
         if unknown:
             raise ValueError(f"unknown arguments: {' '.join(unknown)}")
         device = pick_device(model_args.device)
-        if used is None and device.index:
+        if used is None and device.index is not None and (device.index or int(os.environ.get("WORLD_SIZE", 1)) > 1):
             raise ValueError(
-                f"--device {device}: training takes GPUs from the first one on; leave it out, with "
-                f"CUDA_VISIBLE_DEVICES={device.index}"
+                f"--device {device}: training takes the first GPU, or one a rank: leave it out; CUDA_VISIBLE_DEVICES "
+                "says which there are"
             )
         if device.type == "cpu" and not training_args.use_cpu:
             argv = sys.argv[1:] if argv is None else argv
@@ -353,16 +385,30 @@ def process_args(
             model_args.output_model_filename = trained_name(model_args, training_args)
         check_name("--output_model_filename", model_args.output_model_filename)
         check_counts(data_args, "num_images", "num_final_images", "num_train_prompts", "num_inference_steps")
-        check_counts(training_args, "batch_growth")
+        check_counts(training_args, "batch_growth", "per_device_train_batch_size", "per_device_eval_batch_size")
+        check_counts(training_args, "gradient_accumulation_steps")
         check_resolution(data_args.resolution)
         check_guidance(data_args.guidance_scale)
         check_seed(training_args.seed)
+        check_seed(training_args.data_seed, "--data_seed")
         missing = set(training_args.report_to) - set(get_available_reporting_integrations())
         if missing and used is None:
             name = min(missing)
             raise ValueError(f"--report_to {name}: no such package here; install {name}, or use --report_to none")
         if training_args.max_steps == 0:
             raise ValueError("--max_steps must be at least 1; leave it out to train for --num_train_epochs")
+        if training_args.max_steps < 0 and not training_args.num_train_epochs > 0:
+            raise ValueError(f"--num_train_epochs must be above 0, got {training_args.num_train_epochs}")
+        for kind in ("save", "eval"):
+            steps, strategy = (getattr(training_args, f"{kind}_{name}") for name in ("steps", "strategy"))
+            if strategy == "steps" and not steps > 0:
+                raise ValueError(f"--{kind}_steps must be above 0, got {steps}; --{kind}_strategy no does without")
+        if training_args.save_strategy == "best" and training_args.metric_for_best_model is None:
+            raise ValueError("--save_strategy best needs --metric_for_best_model, such as nmse or psnr")
+        for name in ("learning_rate", "clip_learning_rate", "weight_decay", "feature_loss"):
+            value = getattr(training_args, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"--{name} must be a finite number of at least 0, got {value}")
         if not 0 <= training_args.ema_decay < 1:
             raise ValueError(f"--ema_decay must be at least 0 and below 1, got {training_args.ema_decay}")
         if training_args.early_share is not None and not 0 < training_args.early_share < 1:
@@ -380,6 +426,9 @@ def process_args(
         for name in ("visit_share", "vote_codes"):
             if not 0 <= getattr(training_args, name) <= 1:
                 raise ValueError(f"--{name} must be 0 to 1, got {getattr(training_args, name)}")
+        for name, value in (("pack True", model_args.pack), ("vote_codes", training_args.vote_codes)):
+            if value and used is None and model_args.w_bits[0] >= FULL_PRECISION_BITS:
+                raise ValueError(f"--{name} is of codes, and --w_bits {model_args.w_bits[0]} has none: leave it out")
         if training_args.vote_codes and (model_args.lora_r or not training_args.freeze_codes):
             raise ValueError(
                 "--vote_codes decides which codes of the weights are frozen: it needs --freeze_codes above "

@@ -17,6 +17,7 @@ No random number is drawn while training (data order follows from seed and epoch
 
 import importlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -230,17 +231,12 @@ class FluxQATTrainer(transformers.Trainer):
         if self.lr_scheduler is not None or not self.args.freeze_codes:
             return super().create_scheduler(num_training_steps, optimizer)
         before, last = self.freeze_at(num_training_steps), self.args.lr_scheduler_type
+        after, warmup = num_training_steps - before, self.args.get_warmup_steps
+        again = min(warmup(after), math.ceil(after * warmup(num_training_steps) / num_training_steps))  # the same share
         first = transformers.SchedulerType.CONSTANT_WITH_WARMUP if self.args.batch_growth > 1 else last
         parts = []
-        for kind, steps in ((first, before), (last, num_training_steps - before)):
-            nothing = torch.optim.SGD([torch.zeros(1)])
-            settings = (self.args.get_warmup_steps(steps), steps, self.args.lr_scheduler_kwargs)
-            schedule = transformers.get_scheduler(kind, nothing, *settings)
-            if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
-                raise ValueError(
-                    f"--lr_scheduler_type {kind.value} cannot run twice: choose another, or --freeze_codes 0"
-                )
-            parts.append(schedule.lr_lambdas[0])
+        for kind, steps, rising in ((first, before, warmup(before)), (last, after, again)):
+            parts.append(make_schedule(self.args, kind, steps, rising).lr_lambdas[0])
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer or self.optimizer, lambda step: parts[0](step) if step < before else parts[1](step - before)
         )
@@ -312,6 +308,9 @@ class FluxQATTrainer(transformers.Trainer):
         norm = torch.nn.utils.get_total_norm(gradients.values())
         if self.is_fsdp_enabled:  # each rank has its share of every gradient
             norm = self.accelerator.reduce(norm.square(), "sum").sqrt()
+        scaler = self.accelerator.scaler  # of --fp16, which looks for its scale: it leaves such a step out
+        if not norm.isfinite() and scaler is not None and scaler.get_scale() >= 1:
+            return norm
         if not norm.isfinite():  # before clipping, which would spread it to all of them
             bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
             self._stop(f"the gradient's norm is {norm.item()}", bad[0] if bad else "another rank's share")
@@ -325,6 +324,7 @@ class FluxQATTrainer(transformers.Trainer):
         if self.state.global_step >= self.state.max_steps:  # a finished run started again: Trainer would take a step
             self.control.should_training_stop = True
             return
+        self.sampler.set_epoch(kwargs["epoch"])  # which accelerate forgets where ranks skip what is trained already
         super()._run_epoch(**kwargs)
 
     def _stop(self, what: str, where: str | None) -> None:
@@ -384,6 +384,9 @@ class FluxQATTrainer(transformers.Trainer):
         if self.is_world_process_zero():
             metrics |= self._judge(*images)
         metrics = broadcast_object_list([metrics])[0]
+        wanted = self.args.metric_for_best_model
+        if wanted is not None and wanted.removeprefix("eval_") not in metrics:
+            raise ValueError(f"--metric_for_best_model {wanted}: not measured here; choose one of {', '.join(metrics)}")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         metrics[f"{metric_key_prefix}_runtime"] = round(time.time() - started, 1)
         self.aside += time.time() - started
@@ -493,6 +496,8 @@ class FluxQATTrainer(transformers.Trainer):
         tensors, others = optimizer_state(getattr(self.optimizer, "optimizer", self.optimizer))
         schedule = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
         metadata = {"optimizer": json.dumps(others), "scheduler": json.dumps(schedule, default=Tensor.item)}
+        if self.accelerator.scaler is not None:
+            metadata["scaler"] = json.dumps(self.accelerator.scaler.state_dict())
         # All ranks gather what is spread, one of them writes.
         with whole_folder(folder) if self.args.should_save else nullcontext() as partial:
             save_shards(self._training_state(tensors), partial, STATE, metadata)
@@ -504,7 +509,7 @@ class FluxQATTrainer(transformers.Trainer):
         if self.args.visit_share:
             self.visited.forget()
         if self.args.should_save:
-            rotate(self.folder, self.args.save_total_limit)
+            rotate(self.folder, self.args.save_total_limit, self.state.global_step)
         self.accelerator.wait_for_everyone()
         self.aside += time.time() - started
 
@@ -563,6 +568,11 @@ class FluxQATTrainer(transformers.Trainer):
             schedule["lr_lambdas"] = [None] * len(optimizer.param_groups)
         self.lr_scheduler.load_state_dict(schedule)
 
+    def _load_scaler(self, checkpoint) -> None:
+        state = Shards(Path(checkpoint), STATE).metadata
+        if self.accelerator.scaler is not None and "scaler" in state:
+            self.accelerator.scaler.load_state_dict(json.loads(state["scaler"]))
+
     def _load_rng_state(self, checkpoint) -> None:
         """Nothing to load: no random number is drawn while training."""
 
@@ -574,6 +584,7 @@ class _Average(transformers.TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)  # of a resumed run too, whose state says what the flags were before
         self.trainer.average  # noqa: B018 (starts from the first parameters)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -719,10 +730,34 @@ def first_non_finite(model: nn.Module | None, inputs: dict[str, Tensor]) -> str 
     return found[0] if found else None
 
 
+def make_schedule(
+    args, kind: transformers.SchedulerType, steps: int, warmup: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """A schedule of that many steps, of no parameters; ValueError if it is to run twice and cannot."""
+    nothing = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)  # least rates are taken as shares of this one
+    schedule = transformers.get_scheduler(kind, nothing, warmup, max(1, steps), args.lr_scheduler_kwargs)
+    if args.freeze_codes and not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+        raise ValueError(f"--lr_scheduler_type {kind.value} cannot run twice: choose another, or --freeze_codes 0")
+    return schedule
+
+
+def check_schedule(args) -> None:
+    """ValueError unless the flags make a schedule."""
+    try:
+        make_schedule(args, args.lr_scheduler_type, 1000, 0)
+    except (TypeError, ZeroDivisionError) as error:
+        kind = args.lr_scheduler_type.value
+        raise ValueError(f"--lr_scheduler_type {kind} with these --lr_scheduler_kwargs: {error}") from None
+
+
 def check_fsdp(args, lora_r: int) -> None:
     """ValueError on what cannot be spread by FSDP2."""
     if args.fsdp_config.get("version", 2) != 2:
         raise ValueError("--fsdp: version 1 keeps flat copies of the weights; use version 2, the default")
+    if args.fsdp_config.get("cpu_offload"):
+        raise ValueError("--fsdp: weights stay on the GPUs here; leave out offload and cpu_offload")
+    if args.fsdp_config.get("activation_checkpointing"):
+        raise ValueError("--fsdp_config: blocks are checkpointed by --gradient_checkpointing True, not by FSDP")
     if args.device.type in NOT_SPREAD:
         raise ValueError(f"--fsdp: accelerate spreads weights over GPUs, not over a {args.device.type}: leave it out")
     if args.world_size == 1:
@@ -921,10 +956,11 @@ def moment_bytes(optim: str) -> float:
     return 8
 
 
-def rotate(folder: Path, limit: int | None) -> None:
-    """Remove the checkpoints of the lowest steps, all but the last `limit`; what this program did not write stays."""
-    steps = sorted((int(p.name.rpartition("-")[2]), p) for p in folder.glob("checkpoint-*") if p.name[11:].isdigit())
-    for _, checkpoint in steps[: -limit if limit and limit > 0 else 0]:
+def rotate(folder: Path, limit: int | None, newest: int) -> None:
+    """Remove all but `limit` checkpoints, those of steps beyond `newest` first: a run that went on from an earlier one
+    has left them behind. Then those of the lowest steps; what this program did not write stays."""
+    steps = {p: int(p.name[11:]) for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()}
+    for checkpoint in sorted(steps, key=lambda p: (steps[p] <= newest, steps[p]))[: -limit if (limit or 0) > 0 else 0]:
         try:
             remove_folder(checkpoint)
         except ValueError as error:

@@ -167,9 +167,9 @@ def check_guidance(scale: float | None) -> None:
         raise ValueError(f"--guidance_scale must be a finite number, got {scale}")
 
 
-def check_seed(seed: int) -> None:
-    if not 0 <= seed <= LARGEST_SEED:
-        raise ValueError(f"--seed must be at least 0 and at most {LARGEST_SEED}, got {seed}")
+def check_seed(seed: int | None, flag: str = "--seed") -> None:
+    if seed is not None and not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"{flag} must be at least 0 and at most {LARGEST_SEED}, got {seed}")
 
 
 def device_name(device: torch.device) -> str:
