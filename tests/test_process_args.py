@@ -270,6 +270,18 @@ def test_a_second_gpu_is_not_trained_on_by_its_number(monkeypatch, capsys):
     assert process_args(["--device", "cuda:0"])[0].device == "cuda:0"
 
 
+def test_a_gpu_for_each_process(monkeypatch, capsys):
+    """Else accelerate would give one to two of them, which NCCL refuses in the first reduction."""
+    monkeypatch.setattr(module, "pick_device", lambda name=None: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(SystemExit, match="2"):
+        process_args([])
+    assert "3 processes want a GPU each, and there are 2: start fewer" in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    process_args([])
+
+
 def test_a_device_that_is_not_there(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="2"):

@@ -475,6 +475,7 @@ def train_block(
         start = before.block(block.name)
     elif settings.start == "calibrated":
         start = calibrate_block(block, [1.0] * len(block.streams), settings.w_bits)
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails for tiny-flux's shapes (torch 2.11, H100)
     try:
         with torch.enable_grad():
@@ -490,6 +491,7 @@ def train_block(
             window.train(settings.seed + 2 * number)
             block.notes["error"] = window.judge()
     finally:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         for module in (*after, *outside):
             module.to(CPU)
             module._compiled_call_impl = None

@@ -373,6 +373,9 @@ def process_args(
                 f"--device {device}: training takes the first GPU, or one a rank: leave it out; CUDA_VISIBLE_DEVICES "
                 "says which there are"
             )
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if device.type == "cuda" and here > max(1, gpus):
+            raise ValueError(f"{here} processes want a GPU each, and there are {gpus}: start fewer")
         if device.type == "cpu" and not training_args.use_cpu:
             argv = sys.argv[1:] if argv is None else argv
             return process_args([*argv, "--use_cpu", "True"], description, used)  # Trainer's --device
