@@ -170,6 +170,7 @@ def layer_shapes(model: QuantizedTransformer) -> dict[tuple[bool, int, int], lis
 
 
 def possible_ways(args: argparse.Namespace) -> list[str]:
+    """Those in which this device can run a rival; graphs are of what is compiled, on CUDA alone."""
     return ["eager"] + ["compiled"] * args.compile + ["graph"] * (args.compile and args.device.type == "cuda")
 
 

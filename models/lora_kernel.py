@@ -27,8 +27,8 @@ try:
 except ImportError:
     triton, INTERPRETED = None, False
 
-# The kernels of a triton_op become part of a compiled graph, which launches them itself: calling 1,482 operators of
-# Python took an H100's CPU 0.26 s of FLUX.1-dev's step (0.93 in all, profiled; the GPU 0.70). A graph would pass a
+# The kernels of a triton_op become part of a compiled graph, which launches them itself: calling 1,406 operators of
+# Python took an H100's CPU 0.24 s of FLUX.1-dev's step (0.93 in all, profiled; the GPU 0.70). A graph would pass a
 # float as fp64, so fractions are constants. The interpreter cannot be traced.
 # By the name wrap_triton torch finds an op's kernels, of which it makes the key of its caches.
 if triton is None or INTERPRETED:

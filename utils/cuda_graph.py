@@ -96,8 +96,8 @@ def replayed(forward: Callable, device: torch.device, graphs: Graphs) -> Callabl
 
     def replay(*args, return_dict: bool = True, **kwargs):
         given = {name: value for name, value in kwargs.items() if value is not None and value != {}}
-        known = all(isinstance(value, Tensor) and value.device == device for value in given.values())
-        if args or torch.is_grad_enabled() or not known:
+        replayable = all(isinstance(value, Tensor) and value.device == device for value in given.values())
+        if args or torch.is_grad_enabled() or not replayable:
             return forward(*args, return_dict=return_dict, **kwargs)
         shapes = ((name, tensor.shape, tensor.dtype) for name, tensor in sorted(given.items()))
         key = (torch.is_inference_mode_enabled(), *shapes)  # tensors made in that mode are not to be written to later
