@@ -392,7 +392,12 @@ def test_cells_are_measured_once_and_kept_as_they_come(tmp_path, monkeypatch):
     for module in (compare_widths, processes):
         monkeypatch.setattr(module, "run_logged", run)
     facts = {"width": 256, "alpha": 0.2, "rms": 0.1}
-    monkeypatch.setattr(compare_widths, "model_facts", lambda model: facts)
+
+    def model_facts(model):
+        assert threading.current_thread() is threading.main_thread()  # models that threads load get mixed up
+        return facts
+
+    monkeypatch.setattr(compare_widths, "model_facts", model_facts)
     command = ["compare_widths", "--output", str(tmp_path), "--models", "assets/tiny-flux", "--num_images", "24"]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(ValueError, match="run.py failed"):

@@ -165,10 +165,13 @@ def fill(models: dict[int, str], results: Results, args: argparse.Namespace) -> 
         cells += [{"width": width, "method": method, "rate": rate, "seed": 0} for method in reversed(METHODS)]
     cells = [cell for cell in cells if key_of(cell) not in results.data["cells"]]
 
-    def prepare(width: int, environment: Mapping[str, str]) -> None:
-        """The facts, and the teacher's trajectories, so that no cell waits for another's."""
+    # one after the other: threads that load models find each other's weights on the device "meta"
+    for width in models:
         if str(width) not in results.data["models"]:
             results.add("models", str(width), model_facts(models[width]))
+
+    def prepare(width: int, environment: Mapping[str, str]) -> None:
+        """The teacher's trajectories, so that no cell waits for another's."""
         words = [*train_words(models[width], args.output / f"{width}-teacher", args), "--do_train", False]
         run_logged(words, args.output / f"{width}-teacher" / "log.txt", environment)
 
