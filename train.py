@@ -17,9 +17,8 @@ student, the same transformer with quantized linears, learns to predict the same
 the recipe of the published port. `--early_share` is how much of the training goes to the first quarter of the denoising
 steps, which decide the layout (of few steps all count alike), `--loss_power` below 1 makes hard samples count for less;
 for the last `--freeze_codes` of the steps the codes stay, and what is left is trained for them; `--vote_codes` freezes
-each where it was most of the time, `--visit_share` has the student learn at states of its own pictures,
-`--batch_growth` has batches grow where the learning rate would fall; `--start_from FOLDER` starts from the codes
-that run.py found. It writes
+each where it was most of the time, `--visit_share` has the student learn at states of its own pictures; `--start_from
+FOLDER` starts from the codes that run.py found. It writes
 
     LOCAL_DIR/teacher_cache/MODEL-DIGEST/            trajectories, shared by all runs that ask the same of a teacher
     OUTPUT_DIR/eval/step_N/, step-N.png, steps.png   held-out prompts as the student draws them
@@ -174,7 +173,7 @@ def run_settings(model_args, training_args, teacher: dict) -> dict:
     names = ("learning_rate", "clip_learning_rate", "rate_share", "weight_decay", "ema_decay", "feature_loss")
     names += ("bf16", "fp16", "early_share", "loss_power", "freeze_codes", "seed", "data_seed", "warmup_steps")
     names += ("lr_scheduler_kwargs", "optim_args")
-    names += ("max_grad_norm", "vote_codes", "visit_share", "batch_growth", "adam_beta1", "adam_beta2", "adam_epsilon")
+    names += ("max_grad_norm", "vote_codes", "visit_share", "adam_beta1", "adam_beta2", "adam_epsilon")
     settings |= {name: getattr(training_args, name) for name in names}
     settings |= {
         "optim": training_args.optim.value,
@@ -289,7 +288,7 @@ def disk_needs(config: dict, model_args, training_args, packed: bool | None) -> 
     left = set(frozen_names(student))
     kept = sum(p.numel() for name, p in student.named_parameters() if name not in left)
     checkpoint = 4 * kept + moment_bytes(training_args.optim.value) * trained
-    checkpoint += 4 * trained * (bool(training_args.ema_decay) + (training_args.batch_growth > 1))
+    checkpoint += 4 * trained * bool(training_args.ema_decay)
     if training_args.vote_codes:
         checkpoint += 4 * sum(layer.weight.numel() for layer in quantized_layers(student))
     if is_packed(student, packed) and model_args.w_bits[0] < FULL_PRECISION_BITS:

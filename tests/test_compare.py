@@ -52,7 +52,7 @@ def test_the_published_recipe_is_literal():
     flags = compare_recipes.RECIPES["published"][1]
     pairs = dict(zip(flags[::2], flags[1::2], strict=True))  # the last of a flag counts, as in argparse
     plain = {"--ema_decay": "0", "--early_share": "0.25", "--loss_power": "1", "--freeze_codes": "0"}
-    plain |= dict.fromkeys(("--feature_loss", "--vote_codes", "--visit_share"), "0") | {"--batch_growth": "1"}
+    plain |= dict.fromkeys(("--feature_loss", "--vote_codes", "--visit_share"), "0")
     assert {name: pairs.pop(name) for name in plain} == plain
     assert pairs.pop("--clip_learning_rate") == pairs["--learning_rate"]
     assert pairs == {"--lora_r": "32", "--lora_alpha": "1", "--clip_init": "max", "--learning_rate": "2e-5"}
@@ -64,7 +64,6 @@ def test_train_py_takes_every_recipe(recipe):
     settings = {name: str(value) for part in process_args(flags) for name, value in vars(part).items()}
     for flag, value in dict(zip(flags[::2], flags[1::2], strict=True)).items():  # each is said in words it knows
         assert settings[flag.removeprefix("--")] in (value, str(float(value)) if value[0].isdigit() else value)
-    assert (recipe == "grown") == (settings["batch_growth"] != "1")
 
 
 def test_the_defaults_of_train_py_are_one_of_the_recipes():

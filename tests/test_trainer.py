@@ -409,40 +409,6 @@ def test_training_is_a_plain_adamw_loop_whatever_the_accumulation(batch, accumul
     assert distance(trained(reference), end) < 1e-5 * distance(start, end)
 
 
-@pytest.mark.parametrize(("batch", "accumulation"), [(3, 1), (1, 3)])
-def test_a_group_of_batches_is_one_step_of_a_larger_one(batch, accumulation, make, data, pipeline_folder):
-    """Twelve batches of three samples, the codes frozen after nine: groups are of batches 5 and 6, 7 and 8, and 9."""
-    samples = Samples(data.train)
-    made = make(
-        "--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation, "--max_steps", 12,
-        "--clip_learning_rate", 3e-4, "--weight_decay", 0.1, "--adam_epsilon", 1e-4, "--freeze_codes", 0.25,
-        "--batch_growth", 2, samples=samples,
-    )  # fmt: skip
-    made.train()
-    assert len(samples.asked) == 36  # as without
-    numbers = iter(samples.asked)
-    batches = [[next(numbers) for _ in range(size)] for size in (3, 3, 3, 3, 6, 6, 3)]
-
-    reference = load(pipeline_folder, subfolder="transformer", w_bits=0)
-    _, norms = adamw_loop(reference, data.train, batches, batch, 1e-3, 3e-4, 0.1, 1e-4)
-    weights = made.recorder.weights
-    assert distance(trained(reference), weights[9]) < 1e-5 * distance(weights[0], weights[9])
-    stood_still = [step for step in range(1, 13) if distance(weights[step], weights[step - 1]) == 0]
-    assert stood_still == [5, 7]
-    found = [line["grad_norm"] for line in made.state.log_history if "grad_norm" in line]
-    assert [found[i] for i in (0, 1, 2, 3, 5, 7, 8)] == pytest.approx(norms, rel=1e-4)
-    assert not made.batches.kept
-
-
-def test_no_group_of_batches_goes_beyond_the_steps_it_is_of():
-    """Places in the second half of 11 steps, against those counted out here."""
-    batches = trainer.GrownBatches(4)
-    alone, group, rest = [(1, 1)], [(1, 4), (2, 4), (3, 4), (4, 4)], [(1, 2), (2, 2)]
-    assert [batches.place(step, 11) for step in range(14)] == alone * 5 + group + rest + alone * 3
-    assert [trainer.GrownBatches(1).place(step, 11) for step in range(14)] == alone * 14
-    assert trainer.GrownBatches(100).place(1, 3) == (1, 2)
-
-
 def test_every_epoch_is_complete_and_in_another_order_with_prompts_and_steps_mixed(make, data):
     samples = Samples(data.train)
     make("--max_steps", 15, "--early_share", 0.25, samples=samples).train()  # five batches an epoch: 2, 2, 2, 2, 1
@@ -681,7 +647,6 @@ def test_a_checkpoint_that_cannot_be_written_whole_is_not_there(make, tmp_path, 
         ["--optim", "adamw_torch", "--freeze_codes", 0.6],
         ["--optim", "adamw_torch", "--vote_codes", 0.5, "--freeze_codes", 0.1],
         ["--optim", "adamw_torch", "--visit_share", 0.8],
-        ["--optim", "adamw_torch", "--batch_growth", 4, "--freeze_codes", 0.1],
         *(pytest.param(["--optim", name], marks=needs(library)) for name, library in EIGHT_BITS.items()),
     ],
     ids=lambda flags: f"{flags[1]} {' '.join(str(flag) for flag in flags[2::2])}",
@@ -884,14 +849,6 @@ def test_warm_up_takes_the_same_share_of_both_schedules(make):
         made.create_scheduler(12)
         factors = [made.lr_scheduler.lr_lambdas[0](step) for step in range(8, 12)]
         assert factors == pytest.approx([0, 1, 2 / 3, 1 / 3])
-
-
-def test_the_rate_stays_at_its_peak_while_batches_grow(make):
-    flags = ["--lr_scheduler_type", "linear", "--warmup_steps", 0.2, "--freeze_codes", 0.4, "--batch_growth", 2]
-    made = make("--max_steps", 10, *flags)
-    made.train()
-    rates = [line["learning_rate"] for line in made.state.log_history if "learning_rate" in line]
-    assert rates == pytest.approx([0, 5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 0, 1e-3, 2 / 3e3, 1 / 3e3])
 
 
 def test_a_least_rate_is_that_of_both_schedules(make):

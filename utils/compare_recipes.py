@@ -36,7 +36,7 @@ from utils.utils import get_logger, run_script
 log = get_logger("recipes")
 PLAIN = (
     "--lora_r 0 --learning_rate 5e-4 --clip_learning_rate 5e-4 --ema_decay 0 --early_share 0.25 --loss_power 1 "
-    "--freeze_codes 0 --feature_loss 0 --vote_codes 0 --visit_share 0 --batch_growth 1"
+    "--freeze_codes 0 --feature_loss 0 --vote_codes 0 --visit_share 0"
 ).split()
 EARLY, VERY_EARLY = ["--early_share", "0.9"], ["--early_share", "0.97"]
 DEFAULTS = "frozen10_80_tenth"  # the recipe that train.py follows unless it is told otherwise
@@ -61,16 +61,13 @@ def frozen(early: int, power: str, share: int, features: str = "0") -> tuple[str
 
 
 def last(
-    early: int = 90, power: str = "0.25", vote: str = "0", visit: str = "0", start: str | None = None,
-    growth: str = "1",
+    early: int = 90, power: str = "0.25", vote: str = "0", visit: str = "0", start: str | None = None
 ) -> tuple[str, list[str]]:  # fmt: skip
     """A recipe with frozen codes that differs in its last steps; from `start` at half the learning rate."""
     name, flags = frozen(early, power, 10)
     for share, what, flag in ((vote, "codes by majority of", "vote_codes"), (visit, "own states in", "visit_share")):
         name += f", {what} the last {float(share):.0%}" if float(share) else ""
         flags = [*flags, f"--{flag}", share]
-    if growth != "1":
-        name, flags = f"{name}, late batches × {growth} at a constant rate", [*flags, "--batch_growth", growth]
     if start:
         name, flags = f"{name}, lr 2.5e-4 from {start.lower()}", [*flags, *at("2.5e-4"), "--start_from", start]
     return name, flags
@@ -113,7 +110,6 @@ RECIPES = {  # name: (what it is, flags of train.py, none left to the defaults)
     "frozen10_80_tenth": frozen(80, "0.1", 10),
     "voted": last(vote="0.05"),
     "visited": last(visit="0.3"),
-    "grown": last(growth="8"),
     "last": last(vote="0.05", visit="0.3"),
     "last_80_tenth": last(80, "0.1", vote="0.05", visit="0.3"),
     "last_blockwise": last(vote="0.05", visit="0.3", start="BLOCKWISE"),

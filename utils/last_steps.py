@@ -1,8 +1,5 @@
 """What may change in the last steps of a training: the states that are trained on, and how codes come to rest.
 
-Grown batches. What a falling learning rate does to the noise of the gradient, a growing batch does too (arXiv
-1711.00489). Adam's steps stay as long as they were, but there are fewer of them, in directions that are better known.
-
 Visited states. At a picture's steps the student sees what its own velocities led to, not the teacher's trajectory, and
 small errors add up. So the student draws pictures of training prompts from their noise, and learns, at the states on
 its own way, what the teacher's velocity is there (arXiv 1011.0686, DAgger).
@@ -11,14 +8,13 @@ Votes. Codes beside a threshold flip from step to step until the learning rate i
 steps, rounded, is where it was most of the time; that is the code to freeze.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 from models.packing import PackedLinear, adopt_codes
-from models.trained import full
 from models.utils_quant import QuantizeLinear, quantize_codes
 from utils.datautils import ShuffledSamples, Trajectories, collate
 from utils.pipelines import steps_taken
@@ -93,43 +89,6 @@ class VisitedStates:
         return conditions | {
             "hidden_states": torch.stack(states), "velocity": torch.stack(velocities), "timestep": timesteps
         }  # fmt: skip
-
-
-class GrownBatches:
-    """Groups of `size` batches whose mean gradient makes one step of the optimizer, in the second half of `end` steps.
-
-    A step of the training remains one batch: samples, their order, schedules and checkpoints stay what they were. The
-    last group is what is left. Ranks add up gradients that they have averaged already.
-    """
-
-    def __init__(self, size: int):
-        self.size, self.kept = size, []
-
-    def place(self, step: int, end: int) -> tuple[int, int]:
-        """Which batch of its group `step` is, from 1 on, and how many there are; outside of groups 1, 1."""
-        begin = end // 2
-        if self.size == 1 or not begin <= step < end:
-            return 1, 1
-        before = (step - begin) % self.size
-        return before + 1, min(self.size, end - step + before)
-
-    def keep(self, parameters: list[nn.Parameter]) -> None:
-        """Take the sum of gradients so far away, so that no optimizer steps by it and nobody clears it."""
-        self.kept = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad = None
-
-    def give_back(self, parameters: list[nn.Parameter]) -> None:
-        """Let the next backward pass add to what keep() took, if it took any."""
-        for parameter, gradient in zip(parameters, self.kept, strict=False):
-            parameter.grad = gradient
-        self.kept = []
-
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        """For a checkpoint inside a group: the sums, by the parameters' numbers."""
-        for i, gradient in enumerate(self.kept):
-            if gradient is not None:
-                yield f"gradient.{i}", full(gradient)
 
 
 class Votes:

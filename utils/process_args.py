@@ -224,13 +224,6 @@ class TrainingArguments(transformers.TrainingArguments):
             "where it was most of the time; 0: where it is last"
         },
     )
-    batch_growth: int = field(
-        default=1,
-        metadata={
-            "help": "in the second half of the steps before the codes are frozen, the mean gradient of so many batches "
-            "is one step of the optimizer, and the learning rate stays at its peak instead of falling; 1: it falls"
-        },
-    )
     visit_share: float = field(
         default=0.0,
         metadata={
@@ -388,7 +381,7 @@ def process_args(
             model_args.output_model_filename = trained_name(model_args, training_args)
         check_name("--output_model_filename", model_args.output_model_filename)
         check_counts(data_args, "num_images", "num_final_images", "num_train_prompts", "num_inference_steps")
-        check_counts(training_args, "batch_growth", "per_device_train_batch_size", "per_device_eval_batch_size")
+        check_counts(training_args, "per_device_train_batch_size", "per_device_eval_batch_size")
         check_counts(training_args, "gradient_accumulation_steps")
         check_resolution(data_args.resolution)
         check_guidance(data_args.guidance_scale)
@@ -439,13 +432,6 @@ def process_args(
             )
         if training_args.vote_codes + training_args.freeze_codes > 1:
             raise ValueError("--vote_codes and --freeze_codes are shares of all steps: together at most 1")
-        if training_args.batch_growth > 1 and not training_args.freeze_codes:
-            raise ValueError(
-                "--batch_growth ends where the codes are frozen, and the learning rate falls: it needs --freeze_codes "
-                "above 0"
-            )
-        if training_args.batch_growth > 1 and training_args.fp16:
-            raise ValueError("--batch_growth adds gradients up over steps, which --fp16 scales: use --bf16 True")
         if training_args.visit_share and data_args.teacher_cache == "off":
             raise ValueError("--visit_share draws any training prompt again and again: it needs a teacher cache")
         if not 0 < training_args.loss_power <= 1:

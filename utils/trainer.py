@@ -45,7 +45,7 @@ from models.utils_quant import QuantizeLinear
 from utils import interrupt, scenes
 from utils.datautils import ShuffledSamples, Trajectories, collate, split_batch
 from utils.folders import read_json, remove_folder, whole_folder, write_json
-from utils.last_steps import GrownBatches, VisitedStates, Votes
+from utils.last_steps import VisitedStates, Votes
 from utils.metrics import psnr, scene_score
 from utils.pictures import save_images, save_strip
 from utils.sampling import decode_latents, sample_latents
@@ -177,7 +177,7 @@ class FluxQATTrainer(transformers.Trainer):
             eval_dataset=eval_data,
             data_collator=collate,
             optimizers=(None, None),
-            callbacks=[_Average(self), _Freeze(self), _Grow(self), _Clock(self)],
+            callbacks=[_Average(self), _Freeze(self), _Clock(self)],
         )
         if stock := self.pop_callback(TensorBoardCallback):
             self.add_callback(_TensorBoard(stock.tb_writer))
@@ -191,7 +191,7 @@ class FluxQATTrainer(transformers.Trainer):
         self.averages: list[Tensor] | None = None
         if self.is_fsdp_enabled:
             prepare_fsdp(self.accelerator, model)
-        self.votes, self.batches = Votes(), GrownBatches(args.batch_growth)
+        self.votes = Votes()
         if teacher is not None:
             teacher.to(args.device).requires_grad_(False)
         if args.feature_loss:
@@ -224,18 +224,14 @@ class FluxQATTrainer(transformers.Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """The schedule that the flags name; with freeze_codes once for the steps before and once for those after.
-
-        Where batches grow instead, the rate before stays at its peak.
-        """
+        """The schedule that the flags name; with freeze_codes once for the steps before and once for those after."""
         if self.lr_scheduler is not None or not self.args.freeze_codes:
             return super().create_scheduler(num_training_steps, optimizer)
-        before, last = self.freeze_at(num_training_steps), self.args.lr_scheduler_type
+        before, kind = self.freeze_at(num_training_steps), self.args.lr_scheduler_type
         after, warmup = num_training_steps - before, self.args.get_warmup_steps
         again = min(warmup(after), math.ceil(after * warmup(num_training_steps) / num_training_steps))  # the same share
-        first = transformers.SchedulerType.CONSTANT_WITH_WARMUP if self.args.batch_growth > 1 else last
         parts = []
-        for kind, steps, rising in ((first, before, warmup(before)), (last, after, again)):
+        for steps, rising in ((before, warmup(before)), (after, again)):
             parts.append(make_schedule(self.args, kind, steps, rising).lr_lambdas[0])
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer or self.optimizer, lambda step: parts[0](step) if step < before else parts[1](step - before)
@@ -245,10 +241,6 @@ class FluxQATTrainer(transformers.Trainer):
     def freeze_at(self, steps: int) -> int:
         """After how many of `steps` steps the codes are frozen."""
         return steps - round(self.args.freeze_codes * steps)
-
-    def batch_of_group(self) -> tuple[int, int]:
-        """Which batch of its group the step's is, and how many make one step of the optimizer."""
-        return self.batches.place(self.state.global_step, self.freeze_at(self.state.max_steps))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean over the samples of (mean squared error of the velocity [L, C])^loss_power, in float32, plus
@@ -297,9 +289,6 @@ class FluxQATTrainer(transformers.Trainer):
             alone = None if self.is_fsdp_enabled else self.model  # a rank cannot run what is spread
             where = first_non_finite(alone, self._prepare_inputs(inputs))
             self._stop(f"the loss is {loss.item()}", where)
-        number, count = self.batch_of_group()
-        if number == count > 1 and self.accelerator.sync_gradients:
-            torch._foreach_div_([local(p.grad) for p in self.trained() if p.grad is not None], count)
         return loss
 
     def _clip_grad_norm(self, model) -> Tensor:
@@ -314,9 +303,6 @@ class FluxQATTrainer(transformers.Trainer):
         if not norm.isfinite():  # before clipping, which would spread it to all of them
             bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
             self._stop(f"the gradient's norm is {norm.item()}", bad[0] if bad else "another rank's share")
-        number, count = self.batch_of_group()
-        if number < count:  # a sum, to be clipped when it is a mean
-            return norm / number
         torch._foreach_mul_(list(gradients.values()), (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1))
         return norm
 
@@ -521,7 +507,6 @@ class FluxQATTrainer(transformers.Trainer):
                 yield f"weights.{i}", full(parameter.detach())
         if self.votes.steps:
             yield from self.votes.state().items()
-        yield from self.batches.state()
 
     def save_transformer(self, folder: Path | None) -> None:
         """The transformer as it stands, for from_pretrained."""
@@ -543,14 +528,8 @@ class FluxQATTrainer(transformers.Trainer):
             save_whole(self.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """The transformer was made from the checkpoint already; here come parameters before averaging, votes and the
-        gradients of a group of batches."""
+        """The transformer was made from the checkpoint already; here come parameters before averaging and votes."""
         state = Shards(Path(resume_from_checkpoint), STATE)
-        if any(name.startswith("gradient.") for name in state):
-            self.batches.kept = [
-                share(state[f"gradient.{i}"], p).to(p.device) if f"gradient.{i}" in state else None
-                for i, p in enumerate(self.trained())
-            ]
         if "votes_steps" in state:
             self.votes.load(state, self.args.device)
         if self.average is not None:
@@ -640,23 +619,6 @@ class _Freeze(transformers.TrainerCallback):
                 for name in ("weight", "lora_A", "lora_B"):
                     if getattr(layer, name, None) is not None:
                         getattr(layer, name).grad = None
-
-
-class _Grow(transformers.TrainerCallback):
-    """Keeps gradients from the optimizer until their group of batches is whole."""
-
-    def __init__(self, trainer: FluxQATTrainer):
-        self.trainer = trainer
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if self.trainer.batches.kept:
-            reshard(self.trainer.model)  # an evaluation leaves the root's parameters whole, and these are shares
-            self.trainer.batches.give_back(self.trainer.trained())
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        number, count = self.trainer.batch_of_group()
-        if number < count:
-            self.trainer.batches.keep(self.trainer.trained())
 
 
 class _TensorBoard(TensorBoardCallback):
