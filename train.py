@@ -15,10 +15,10 @@ student, the same transformer with quantized linears, learns to predict the same
 
 `--lora_r 32 --lora_alpha 1 --clip_init max --learning_rate 2e-5 --early_share 0.25 --loss_power 1 --freeze_codes 0` is
 the recipe of the published port. `--early_share` is how much of the training goes to the first quarter of the denoising
-steps, which decide the layout (of few steps all count alike), `--loss_power` below 1 makes hard samples count for less;
-for the last `--freeze_codes` of the steps the codes stay, and what is left is trained for them; `--vote_codes` freezes
-each where it was most of the time, `--visit_share` has the student learn at states of its own pictures; `--start_from
-FOLDER` starts from the codes that run.py found. It writes
+steps, which decide the layout (of few steps all count alike), or `--step_shares` to each step; `--loss_power` below 1
+makes hard samples count for less; for the last `--freeze_codes` of the steps the codes stay, and what is left is
+trained for them; `--vote_codes` freezes each where it was most of the time, `--visit_share` has the student learn at
+states of its own pictures; `--start_from FOLDER` starts from the codes that run.py found. It writes
 
     LOCAL_DIR/teacher_cache/MODEL-DIGEST/            trajectories, shared by all runs that ask the same of a teacher
     OUTPUT_DIR/eval/step_N/, step-N.png, steps.png   held-out prompts as the student draws them
@@ -171,8 +171,8 @@ def run_settings(model_args, training_args, teacher: dict) -> dict:
     settings = {"w_bits": model_args.w_bits[0]}
     settings |= {name: getattr(model_args, name) for name in (*names, "start_from")}
     names = ("learning_rate", "clip_learning_rate", "rate_share", "weight_decay", "ema_decay", "feature_loss")
-    names += ("bf16", "fp16", "early_share", "loss_power", "freeze_codes", "seed", "data_seed", "warmup_steps")
-    names += ("lr_scheduler_kwargs", "optim_args")
+    names += ("bf16", "fp16", "early_share", "step_shares", "loss_power", "freeze_codes", "seed", "data_seed")
+    names += ("warmup_steps", "lr_scheduler_kwargs", "optim_args")
     names += ("max_grad_norm", "vote_codes", "visit_share", "adam_beta1", "adam_beta2", "adam_epsilon")
     settings |= {name: getattr(training_args, name) for name in names}
     settings |= {
@@ -185,6 +185,19 @@ def run_settings(model_args, training_args, teacher: dict) -> dict:
     settings |= {f"teacher_{name}": value for name, value in teacher.items() if name not in ("prompts", "model")}
     settings["train_prompts"] = hashlib.sha256("\n".join(teacher["prompts"]).encode()).hexdigest()
     return settings
+
+
+def read_shares(file: Path, steps: int) -> list[float]:
+    """Which share of the samples is of each denoising step, from what compare_steps wrote; ValueError on others."""
+    rows = read_json(file).get("rows")
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    shares = [row["share"] for row in rows if "share" in row]
+    if len(shares) != steps or not all(isinstance(share, float) and 0 < share < math.inf for share in shares):
+        raise ValueError(
+            f"{file}: expected a share above 0 of each of {steps} denoising steps, found {len(shares)}; "
+            f"python -m utils.compare_steps --steps {steps} makes one"
+        )
+    return shares
 
 
 def get_teacher(
@@ -214,7 +227,9 @@ def get_teacher(
 
     size = data_args.resolution or native_size(teacher.pipe)
     steps, guidance = sampling_settings(teacher.pipe, data_args.num_inference_steps, data_args.guidance_scale)
-    if training_args.early_share is None:
+    if training_args.step_shares is not None:
+        training_args.step_shares = read_shares(Path(training_args.step_shares), steps)
+    elif training_args.early_share is None:
         training_args.early_share = early_share(steps)
     settings = TeacherSettings(size, steps, guidance)
     eval_asked = held_out, range(training_args.seed, training_args.seed + len(held_out))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import run as script
+import train
 from utils import (
     compare_cache_speed,
     compare_oneshot,
@@ -64,6 +65,7 @@ def test_train_py_takes_every_recipe(recipe):
     settings = {name: str(value) for part in process_args(flags) for name, value in vars(part).items()}
     for flag, value in dict(zip(flags[::2], flags[1::2], strict=True)).items():  # each is said in words it knows
         assert settings[flag.removeprefix("--")] in (value, str(float(value)) if value[0].isdigit() else value)
+    assert "--step_shares" not in flags or len(train.read_shares(Path(compare_recipes.STEP_SHARES), 28)) == 28
 
 
 def test_the_defaults_of_train_py_are_one_of_the_recipes():

@@ -986,15 +986,22 @@ def test_prompts_and_timesteps_are_mixed_within_a_batch(window):
 
 
 @pytest.mark.parametrize("window", [None, 16])
-@pytest.mark.parametrize(("steps", "early_share"), [(28, 0.9), (28, 0.1), (10, 0.5), (4, 0.9)])
-def test_the_first_quarter_of_the_steps_gets_its_share_and_prompts_are_drawn_alike(steps, early_share, window):
+@pytest.mark.parametrize(
+    ("steps", "wanted"), [(28, 0.9), (28, 0.1), (10, 0.5), (4, 0.9), (5, [1, 4, 2.5, 0.5, 2]), (1, [3])]
+)
+def test_steps_get_their_shares_and_prompts_are_drawn_alike(steps, wanted, window):
+    """A number is the share of the first quarter of the steps; numbers are those of the steps, whatever their sum."""
     prompts = 600
-    sampler = ShuffledSamples(prompts, steps, seed=1, window=window, early_share=early_share)
+    given = {"early_share": wanted} if isinstance(wanted, float) else {"early_share": None, "shares": wanted}
+    sampler = ShuffledSamples(prompts, steps, seed=1, window=window, **given)
     order = list(sampler)
     assert len(order) == len(sampler) == prompts * steps and order == list(sampler)
     assert set(Counter(number // steps for number in order).values()) == {steps}
-    early = [min(1, max(0, steps / 4 - k)) for k in range(steps)]  # the part of a step that is in the first quarter
-    shares = [e / steps * 4 * early_share + (1 - e) / steps / 0.75 * (1 - early_share) for e in early]
+    if isinstance(wanted, float):
+        early = [min(1, max(0, steps / 4 - k)) for k in range(steps)]  # the part of a step that is in the first quarter
+        shares = [e / steps * 4 * wanted + (1 - e) / steps / 0.75 * (1 - wanted) for e in early]
+    else:
+        shares = [share / sum(wanted) for share in wanted]
     drawn = Counter(number % steps for number in order)
     for k, share in enumerate(shares):  # a prompt gives a step this often, rounded down or up
         each = steps * share

@@ -205,6 +205,7 @@ def test_several_bit_widths():
         (["--resolution", "100"], "--resolution must be a multiple of 16, got 100"),
         (["--early_share", "1"], "--early_share must be above 0 and below 1, got 1.0"),
         (["--early_share", "nan"], "--early_share must be above 0 and below 1, got nan"),
+        (["--step_shares", "a.json", "--early_share", "0.5"], "--step_shares stands in place of --early_share: give"),
         (["--freeze_codes", "1"], "--freeze_codes must be at least 0 and below 1, got 1.0"),
         (["--freeze_codes", "0.1", "--ema_decay", "0.9"], "--freeze_codes cannot be combined with --ema_decay"),
         (["--loss_power", "0"], "--loss_power must be above 0 and at most 1, got 0.0"),

@@ -33,6 +33,8 @@ from models.modeling_flux_quant import FluxTransformer2DModel
 from models.utils_quant import QuantizeLinear
 from utils import scenes, trainer
 from utils.checkpoints import load_student
+from utils.compare_recipes import STEP_SHARES
+from utils.datautils import ShuffledSamples, Trajectories
 from utils.folders import locked
 from utils.process_args import process_args
 from utils.utils import run_script
@@ -455,6 +457,26 @@ def test_without_training_only_the_teacher_cache_is_filled(call, cache, tmp_path
     assert files(tmp_path / "cache") == files(cache) and not (tmp_path / "out").exists()
 
 
+def test_steps_are_trained_on_by_their_shares(call, monkeypatch, tmp_path):
+    """As compare_steps writes them, with the row of all steps together at the end."""
+    rows = [{"nmse": 0.1, "damage": 0.3, "share": 0.75}, {"nmse": 0.1, "damage": 0.1, "share": 0.25}, {"damage": 1}]
+    (tmp_path / "steps.json").write_text(json.dumps({"rows": rows}))
+    asked, get = {PROMPTS: [], HELD_OUT: []}, Trajectories.__getitem__
+
+    def keep(data, index):
+        asked[len(data.prompts)].append(index)
+        return get(data, index)
+
+    monkeypatch.setattr(Trajectories, "__getitem__", keep)
+    flags = ["--max_steps", PROMPTS, "--eval_strategy", "no", "--save_strategy", "no"]
+    result = call(*flags, "--step_shares", tmp_path / "steps.json")
+    assert result.returncode == 0, result.stderr
+    alike = list(ShuffledSamples(PROMPTS, 2, seed=42))
+    assert asked[PROMPTS] == list(ShuffledSamples(PROMPTS, 2, seed=42, shares=[3, 1])) != alike
+    settings = json.loads((tmp_path / "out/summary.json").read_text())["settings"]
+    assert settings["step_shares"] == [0.75, 0.25] and settings["early_share"] is None
+
+
 @pytest.mark.parametrize("flags", [[], ["--feature_loss", 0.5, "--lora_r", 2]], ids=["plain", "feature loss and LoRA"])
 def test_without_a_teacher_cache_the_losses_are_the_same_and_nothing_is_kept(flags, call, tmp_path):
     """The teacher runs one prompt at a time while training; so does the one that fills the other run's cache."""
@@ -722,6 +744,8 @@ def test_a_run_with_a_cache_is_not_resumed_in_the_order_of_one_without(call, tmp
         (["--prompts", "EMPTY"], "--prompts .*empty.txt: no prompts in it; write one a line", 1),
         (["--teacher_cache", "EMPTY/cache"], "empty.txt/cache: the teacher cache cannot be .* that is a file; cho", 1),
         (["--guidance_scale", 2], "made with another guidance_scale: found 3.5, asked for 2.0; delete", 1),
+        (["--step_shares", "EMPTY"], "empty.txt: cannot be read", 1),
+        (["--step_shares", STEP_SHARES], "a share above 0 of each of 2 denoising steps, found 28; python -m", 1),
         (["--start_from", "EMPTY"], "empty.txt: neither a transformer nor a pipeline", 1),
         (["--start_from", "assets/tiny-flux"], "w_bits=16 is not quantized, asked for w_bits=0; give what", 1),
         (["--start_from", "assets/tiny-flux-1.58bit", "--w_bits", 2], "asked for w_bits=2 but .* w_bits=0", 1),

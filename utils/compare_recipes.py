@@ -40,6 +40,7 @@ PLAIN = (
 ).split()
 EARLY, VERY_EARLY = ["--early_share", "0.9"], ["--early_share", "0.97"]
 DEFAULTS = "frozen10_80_tenth"  # the recipe that train.py follows unless it is told otherwise
+STEP_SHARES = "assets/steps/steps.json"  # of tiny-flux and its student
 STARTS = {  # names that stand for a folder of run.py in a recipe: flags of run.py
     "ONESHOT": [],
     "BLOCKWISE": "--method blockwise --block_steps 300".split(),
@@ -58,6 +59,14 @@ def frozen(early: int, power: str, share: int, features: str = "0") -> tuple[str
     if features != "0":
         name += f", blocks' outputs × {features}"
     return name, [*PLAIN, *flags, "--feature_loss", features]
+
+
+def by_shares(power: str) -> tuple[str, list[str]]:
+    """A recipe with frozen codes in which denoising steps are trained on by the damage that they do."""
+    _, flags = frozen(25, power, 10)
+    flags = [word for pair in zip(flags[::2], flags[1::2], strict=True) if pair[0] != "--early_share" for word in pair]
+    name = f"full weights, lr 5e-4, steps by their damage, error^{power}, codes frozen for the last 10 %"
+    return name, [*flags, "--step_shares", STEP_SHARES]
 
 
 def last(
@@ -108,6 +117,8 @@ RECIPES = {  # name: (what it is, flags of train.py, none left to the defaults)
     "frozen10_80": frozen(80, "0.25", 10),
     "frozen10_70": frozen(70, "0.25", 10),
     "frozen10_80_tenth": frozen(80, "0.1", 10),
+    "by_shares": by_shares("0.25"),
+    "by_shares_tenth": by_shares("0.1"),
     "voted": last(vote="0.05"),
     "visited": last(visit="0.3"),
     "last": last(vote="0.05", visit="0.3"),

@@ -158,17 +158,25 @@ class ShuffledSamples(Sampler[int]):
     """As many samples an epoch as there are, in an order that depends on seed and epoch alone.
 
     `early_share` of them are of the first quarter of the steps, one of these as often as the other, and likewise the
-    rest. With 0.25 every sample is drawn once; else each prompt still gives `steps` samples, and only on average over
-    the prompts so many of each step.
+    rest; or each step has its own of `shares`, whatever their sum. With 0.25 every sample is drawn once; else each
+    prompt still gives `steps` samples, and only on average over the prompts so many of each step.
     With `window`, prompts are shuffled and taken `window` at a time, their steps mixed: of trajectories that are made
     while training, no more than these are needed at once.
     """
 
-    def __init__(self, prompts: int, steps: int, seed: int, window: int | None = None, early_share: float = 0.25):
+    def __init__(
+        self, prompts: int, steps: int, seed: int, window: int | None = None,
+        early_share: float | None = 0.25, shares: Sequence[float] | None = None,
+    ):  # fmt: skip
         self.prompts, self.steps, self.seed, self.window = prompts, steps, seed, window or prompts
-        ends = torch.arange(1, steps, dtype=torch.float64) / steps
-        early, late = 4 * early_share * ends, early_share + (1 - early_share) * (ends - 0.25) / 0.75
-        self.bounds = steps * torch.where(ends < 0.25, early, late)  # where in [0, steps) the share of a step ends
+        if shares is None:
+            ends = torch.arange(1, steps, dtype=torch.float64) / steps
+            early, late = 4 * early_share * ends, early_share + (1 - early_share) * (ends - 0.25) / 0.75
+            ends = torch.where(ends < 0.25, early, late)
+        else:
+            parts = torch.tensor(shares, dtype=torch.float64).cumsum(0)
+            ends = parts[:-1] / parts[-1]
+        self.bounds = steps * ends  # where in [0, steps) the share of a step ends
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:

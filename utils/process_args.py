@@ -206,6 +206,13 @@ class TrainingArguments(transformers.TrainingArguments):
             f"{EARLY_SHARE}, of fewer than {FEW_STEPS} steps 0.25"
         },
     )
+    step_shares: str | None = field(
+        default=None,
+        metadata={
+            "help": "in place of --early_share: a steps.json of python -m utils.compare_steps, which says of each "
+            "denoising step what share of the samples is of it"
+        },
+    )
     loss_power: float = field(
         default=0.1,
         metadata={"help": "exponent of each sample's mean squared error; below 1 hard samples count for less"},
@@ -409,6 +416,8 @@ def process_args(
             raise ValueError(f"--ema_decay must be at least 0 and below 1, got {training_args.ema_decay}")
         if training_args.early_share is not None and not 0 < training_args.early_share < 1:
             raise ValueError(f"--early_share must be above 0 and below 1, got {training_args.early_share}")
+        if training_args.step_shares is not None and training_args.early_share is not None:
+            raise ValueError("--step_shares stands in place of --early_share: give one of them")
         if training_args.freeze_codes is None:
             training_args.freeze_codes = 0.0 if training_args.ema_decay else 0.1
         if not 0 <= training_args.freeze_codes < 1:

@@ -168,7 +168,9 @@ class FluxQATTrainer(transformers.Trainer):
         self.eval_pipe, self.settings, self.teacher, self.base = eval_pipe, settings, teacher, base
         self.num_images, self.num_final_images = num_images, num_final_images
         order = args.seed if args.data_seed is None else args.data_seed
-        self.sampler = ShuffledSamples(len(train_data.prompts), train_data.steps, order, window, args.early_share)
+        shares = args.step_shares and [share for share in args.step_shares for _ in range(train_data.calls)]
+        sizes = len(train_data.prompts), train_data.steps
+        self.sampler = ShuffledSamples(*sizes, order, window, args.early_share, shares)
         self.folder = Path(args.output_dir)
         super().__init__(
             model=model,
