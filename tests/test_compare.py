@@ -95,6 +95,22 @@ def test_a_recipe_that_is_done_is_not_trained_again(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "recipes.json").read_text())["recipes"] == {"uniform": summary}
 
 
+def test_recipes_that_are_done_stand_in_the_table_when_another_fails(tmp_path, monkeypatch):
+    def train(cell, environment, args):
+        if cell.recipe == "slow":
+            raise ValueError("train.py failed")
+        return {"final": FINAL, "seconds_per_step": 0.1}
+
+    monkeypatch.setattr(compare_recipes, "train", train)
+    monkeypatch.setattr(compare_recipes, "run_logged", lambda *args: None)
+    names = ["fast", "slow", "uniform"]
+    monkeypatch.setattr(sys, "argv", ["compare_recipes", "--output", str(tmp_path), "--recipes", *names])
+    with pytest.raises(ValueError, match="train.py failed"):
+        compare_recipes.main()
+    assert list(json.loads((tmp_path / "recipes.json").read_text())["recipes"]) == ["fast", "uniform"]
+    assert len((tmp_path / "recipes.md").read_text().splitlines()) == 4
+
+
 def test_all_gpus_fill_the_teacher_cache(tmp_path, monkeypatch):
     called = []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")

@@ -8,9 +8,9 @@
 
 Every cell (a recipe, at a bit width, with a seed) is one call of train.py, with the same teacher cache, steps, batch
 size and held-out prompts; what an interrupted call has finished (OUTPUT/NAME/summary.json) is not trained again, and
-with --save_steps it goes on within a cell, too. It writes OUTPUT/NAME/ (see train.py; NAME+2bit, NAME+seed1),
-OUTPUT/recipes.json with every figure, and the table, OUTPUT/recipes.md. With --parallel the seconds per step are those
-of a shared machine.
+with --save_steps it goes on within a cell, too. It writes OUTPUT/NAME/ (see train.py; NAME+2bit, NAME+seed1) and, anew
+with every cell that is done, OUTPUT/recipes.json with every figure and the table, OUTPUT/recipes.md. With --parallel
+the seconds per step are those of a shared machine.
 """
 
 import utils.interrupt  # noqa: F401 (Ctrl-C is a line from here on)
@@ -21,6 +21,7 @@ import json
 import math
 import os
 import statistics
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -220,6 +221,13 @@ def table(results: dict[Cell, dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_results(results: dict[Cell, dict], args: argparse.Namespace) -> None:
+    """recipes.json and recipes.md; while other cells train, so that a call that is cut off leaves what is done."""
+    by_name = {cell.name: summary for cell, summary in results.items()}
+    write_json(args.output / "recipes.json", {"parallel": args.parallel, "recipes": by_name})
+    write_text(args.output / "recipes.md", table(results))
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("output/recipes"))
@@ -249,12 +257,16 @@ def main() -> None:
     if starts:
         log.info("quantizing the model to start from")
         spread(lambda what, environment: make_start(what, environment, args), list(starts), args.parallel)
-    summaries = spread(lambda cell, environment: train(cell, environment, args), cells, args.parallel)
-    results = dict(zip(cells, summaries, strict=True))
-    by_name = {cell.name: summary for cell, summary in results.items()}
-    write_json(args.output / "recipes.json", {"parallel": args.parallel, "recipes": by_name})
-    write_text(args.output / "recipes.md", table(results))
-    print(table(results))
+    found, lock = {}, threading.Lock()
+
+    def one(cell: Cell, environment: Mapping[str, str]) -> None:
+        summary = train(cell, environment, args)
+        with lock:
+            found[cell] = summary
+            write_results({other: found[other] for other in cells if other in found}, args)
+
+    spread(one, cells, args.parallel)
+    print(table({cell: found[cell] for cell in cells}))
 
 
 if __name__ == "__main__":
