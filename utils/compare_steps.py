@@ -12,7 +12,7 @@ writes, to OUTPUT/steps.json, steps.md and steps.png, for each step
     psnr       of the pictures, mean in dB
     others     share of the pictures below 25 dB, most of which have another layout
     damage     root mean squared error of a picture, mean over the pictures
-    share      the step's part of the damage of all single steps: train.py --step_shares takes them
+    share      the step's part of the damage of all single steps; train.py --step_shares OUTPUT/steps.json takes them
 """
 
 import utils.interrupt  # noqa: F401 (Ctrl-C is a line from here on)
@@ -96,7 +96,7 @@ class Way:
 
 @torch.no_grad()
 def measure(pipe: DiffusionPipeline, student: nn.Module, prompts: list[str], args: argparse.Namespace) -> list[dict]:
-    """A row for each step, and one for all of them."""
+    """A row for each step, and one for all of them, which has neither nmse nor share."""
     family, teacher = family_of(pipe), pipe.transformer
     each = family.calls_a_step(pipe, args.guidance_scale)
     text = encode_prompts(pipe, prompts, args.batch_size, args.device, args.guidance_scale)
@@ -173,9 +173,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--device", help="default: cuda if there, else mps, else cpu")
     args = parser.parse_args()
-    check_counts(args, "num_images", "steps", "batch_size")
-    check_resolution(args.resolution)
-    args.device = pick_device(args.device)
+    try:
+        check_counts(args, "num_images", "steps", "batch_size")
+        check_resolution(args.resolution)
+        args.device = pick_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32"))
     args.student = args.student or Path(from_root("assets/tiny-flux-1.58bit"))
     return args
@@ -199,7 +202,7 @@ def main() -> None:
     write_text(args.output / "steps.md", table(rows))
     plot(rows, args.output / "steps.png")
     print(table(rows))
-    print("--step_shares", *(f"{row['share']:.3g}" for row in rows[:-1]))
+    print(f"to train by these shares: train.py --step_shares {args.output / 'steps.json'}")
 
 
 if __name__ == "__main__":

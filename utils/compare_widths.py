@@ -138,7 +138,8 @@ class Results:
     def __init__(self, args: argparse.Namespace):
         self.file, self.lock = args.output / "widths.json", threading.Lock()
         settings = {name: getattr(args, name) for name in BUDGET}
-        self.data = {"settings": settings, "device": device_name(pick_device()), "models": {}, "cells": {}}
+        versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+        self.data = {"settings": settings, "device": device_name(pick_device()), **versions, "models": {}, "cells": {}}
         if self.file.exists():
             self.data = read_json(self.file)
             found = self.data["settings"]
