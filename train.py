@@ -418,6 +418,8 @@ def main() -> None:
         training_args.optim = transformers.training_args.OptimizerNames.ADAMW_TORCH_FUSED
     elif lacking:
         raise ValueError(f"--optim {name} needs {library}, which is not here: pip install {library}, or choose another")
+    if training_args.fp16 and training_args.device.type == "cpu":  # accelerate would train in fp32 without a word
+        raise ValueError("--fp16 True needs a GPU; on a CPU train in float32 or with --bf16 True")
     training_args.device  # noqa: B018 (joins the other ranks)
     if training_args.fsdp:
         check_fsdp(training_args, model_args.lora_r)

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 
 import bench
 import run as run_script
@@ -23,7 +23,7 @@ from utils.cuda_graph import compile_steps
 from utils.datautils import ShuffledSamples, TeacherCache, collate, fill_cache, split_batch
 from utils.last_steps import VisitedStates
 from utils.pipelines import FAMILIES, Flux2Klein, early_share, family_of, sampling_settings, steps_taken
-from utils.random_flux import skeleton
+from utils.random_flux import REST, skeleton
 from utils.sampling import generate_images, initial_noise, load_pipeline, place, record_inputs, with_transformer
 from utils.teacher import Teacher, TeacherSettings, prompt_seeds
 from utils.trainer import record_features
@@ -144,6 +144,20 @@ def test_steps_and_guidance_are_the_pipelines_unless_asked_for(
     assert [family_of(pipe).calls_a_step(pipe, 4.0) for pipe in pipes] == [1, 1, 2]
     assert family_of(pipes[2]).calls_a_step(pipes[2], 1.0) == 1
     assert [early_share(steps) for steps in (28, 50, 8, 4, 1)] == [0.8, 0.8, 0.8, 0.25, 0.25]
+
+
+def test_schnell_takes_few_steps_no_guidance_and_less_text(pipeline_folder, caplog):
+    """Told by its scheduler: the transformer need not be loaded."""
+    pipe = load_pipeline(str(pipeline_folder), torch.float32, transformer=None)
+    assert sampling_settings(pipe, None, None) == (28, 3.5)
+    settings = REST["flux-schnell"]["scheduler"]
+    pipe.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(**settings))
+    assert sampling_settings(pipe, None, None) == (4, 1.0) and sampling_settings(pipe, 6, None) == (6, 1.0)
+    assert not caplog.messages
+    assert sampling_settings(pipe, None, 3.5) == (4, 1.0)
+    assert caplog.messages == ["guidance 3.5 has no effect: this model is distilled to draw without"]
+    pipe.tokenizer_2.model_max_length = 512
+    assert family_of(pipe).text_length(pipe) == 256
 
 
 @pytest.mark.parametrize("kind", ["Flux2Pipeline", "Flux2KleinInpaintPipeline", "FluxImg2ImgPipeline", None])

@@ -739,6 +739,7 @@ def test_a_run_with_a_cache_is_not_resumed_in_the_order_of_one_without(call, tmp
         (["--w_bits", 9], "w_bits=9 is not supported", 2),
         (["--w_bits", 5.5], "--w_bits.*invalid int value: '5.5'", 2),
         (["--w_bits", 4, 2], "--w_bits 4 2: train.py trains one bit width at a time", 1),
+        (["--fp16", True, "--device", "cpu"], "--fp16 True needs a GPU; on a CPU train in float32 or with --bf16", 1),
         (["--resume_from_checkpoint", True], "--resume_from_checkpoint True: no checkpoint in .*out; leave", 1),
         (["--train_prompts", "EMPTY"], "--train_prompts .*empty.txt: no prompts in it; write one a line", 1),
         (["--prompts", "EMPTY"], "--prompts .*empty.txt: no prompts in it; write one a line", 1),

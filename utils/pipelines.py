@@ -1,7 +1,7 @@
 """What a pipeline of FLUX.1 and one of FLUX.2-klein do each in their own way; everything else asks here.
 
     FLUX.1         text of T5 and CLIP, position ids of three axes, latents scaled and shifted, guidance as an input of
-                   the transformer
+                   the transformer; schnell draws in four steps, without guidance, and reads half as much text
     FLUX.2-klein   text of three layers of Qwen3, position ids of four axes, latents in patches, normalized by the
                    statistics of the autoencoder's batch norm. The distilled model draws in four steps and without
                    guidance; the base model calls its transformer twice a step, with the prompt and with none, and goes
@@ -22,7 +22,10 @@ from models.modeling_flux_quant import FluxTransformer2DModel
 from utils.utils import get_logger
 
 log = get_logger("pipeline")
-DEFAULTS = "default: 28; FLUX.2-klein 4, its base model 50", "default: 3.5; FLUX.2-klein none, its base model 4"
+DEFAULTS = (
+    "default: 28; FLUX.1-schnell and FLUX.2-klein 4, klein's base model 50",
+    "default: 3.5; FLUX.1-schnell and FLUX.2-klein none, klein's base model 4",
+)
 EARLY_SHARE, FEW_STEPS = 0.8, 8  # see early_share
 
 
@@ -36,19 +39,26 @@ class Flux1:
     settings = ()  # of the pipeline's own, beside its parts
 
     @staticmethod
-    def defaults(pipe: FluxPipeline) -> tuple[int, float]:
+    def is_distilled(pipe: FluxPipeline) -> bool:
+        """Whether the model was distilled to draw in few steps and without guidance. Of FLUX.1 that is schnell, whose
+        schedule, unlike dev's, is not shifted with the size of the picture; its transformer may not be loaded."""
+        return not pipe.scheduler.config.get("use_dynamic_shifting", True)
+
+    @classmethod
+    def defaults(cls, pipe: FluxPipeline) -> tuple[int, float]:
         """Denoising steps, and guidance."""
-        return 28, 3.5
+        return (4, 1.0) if cls.is_distilled(pipe) else (28, 3.5)
 
     @staticmethod
     def calls_a_step(pipe: FluxPipeline, guidance_scale: float) -> int:
         """How often the transformer is called in a step: 1, or 2 of which the second is given no prompt."""
         return 1
 
-    @staticmethod
-    def text_length(pipe: FluxPipeline) -> int:
-        """The number of tokens a prompt is cut or padded to."""
-        return min(512, pipe.tokenizer_2.model_max_length) if pipe.tokenizer_2 is not None else 512
+    @classmethod
+    def text_length(cls, pipe: FluxPipeline) -> int:
+        """The number of tokens a prompt is cut or padded to; schnell was trained with 256."""
+        most = 256 if cls.is_distilled(pipe) else 512
+        return min(most, pipe.tokenizer_2.model_max_length) if pipe.tokenizer_2 is not None else most
 
     @classmethod
     def encode(cls, pipe: FluxPipeline, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
@@ -124,12 +134,16 @@ class Flux2Klein:
     settings = ("is_distilled",)
 
     @staticmethod
-    def defaults(pipe: Flux2KleinPipeline) -> tuple[int, float]:
-        return (4, 1.0) if pipe.config.is_distilled else (50, 4.0)
+    def is_distilled(pipe: Flux2KleinPipeline) -> bool:
+        return pipe.config.is_distilled
 
-    @staticmethod
-    def calls_a_step(pipe: Flux2KleinPipeline, guidance_scale: float) -> int:
-        return 2 if guidance_scale > 1 and not pipe.config.is_distilled else 1
+    @classmethod
+    def defaults(cls, pipe: Flux2KleinPipeline) -> tuple[int, float]:
+        return (4, 1.0) if cls.is_distilled(pipe) else (50, 4.0)
+
+    @classmethod
+    def calls_a_step(cls, pipe: Flux2KleinPipeline, guidance_scale: float) -> int:
+        return 2 if guidance_scale > 1 and not cls.is_distilled(pipe) else 1
 
     @staticmethod
     def text_length(pipe: Flux2KleinPipeline) -> int:
@@ -233,9 +247,10 @@ def family_with(transformer: type) -> Family:
 def sampling_settings(pipe: DiffusionPipeline, steps: int | None, guidance_scale: float | None) -> tuple[int, float]:
     """Denoising steps and guidance: those that were asked for, else the family's. A guidance that a distilled model
     cannot follow is said to have no effect, and 1."""
-    usual_steps, usual_guidance = family_of(pipe).defaults(pipe)
+    family = family_of(pipe)
+    usual_steps, usual_guidance = family.defaults(pipe)
     guidance = usual_guidance if guidance_scale is None else guidance_scale
-    if pipe.config.get("is_distilled") and guidance > 1:
+    if family.is_distilled(pipe) and guidance > 1:
         log.info("guidance %g has no effect: this model is distilled to draw without", guidance)
         guidance = 1.0
     return usual_steps if steps is None else steps, guidance
