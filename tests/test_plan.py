@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from utils import plan
-from utils.plan import Size, choose, needs, size_of
+from utils.plan import Size, asked_rank, choose, needs, size_of
 from utils.random_flux import skeleton
 
 ROOT = Path(__file__).parents[1]
@@ -36,8 +36,9 @@ def gib(*sizes: float) -> list[int]:
         ([139.8], 1, [], WEIGHTS, "all weights, moments in 8 bits; takes 117 GiB"),
         ([80, 80], 1, [], [*WEIGHTS, "--fsdp", "full_shard"], "spread by FSDP2; takes 66 GiB"),
         ([80] * 8, 1, [], [*WEIGHTS, "--fsdp", "full_shard"], "8 × 80 GiB: all weights"),
-        ([80, 80], 1, ["--lora_r", "16"], LORA, "a LoRA inside the quantizers, DDP"),
-        ([80, 80], 1, ["--lora_r=16"], LORA, "a LoRA inside the quantizers, DDP"),
+        ([80, 80], 1, ["--lora_r", "16"], ["--lora_r", "16", "--lora_alpha", "16"], "inside the quantizers, DDP"),
+        ([80, 80], 1, ["--lora_r=16"], ["--lora_r", "16", "--lora_alpha", "16"], "inside the quantizers, DDP"),
+        ([80, 80], 1, ["--lora_r", "wide"], LORA, "inside the quantizers, DDP"),
         ([48, 48], 1, [], LORA, "DDP"),
     ],
 )
@@ -83,6 +84,8 @@ def test_the_size_comes_from_the_config_alone(tmp_path):
     lora = sum(32 * (m.in_features + m.out_features) + m.out_features for m in linears)
     other = size.parameters - sum(m.weight.numel() for m in linears)
     assert size.lora == lora + other
+    wider = size_of(str(tmp_path), asked_rank(["--w_bits", "2", "--lora_r", "96"]))
+    assert wider == Size(size.parameters, size.lora + sum(64 * (m.in_features + m.out_features) for m in linears))
     assert needs(size, 1, 0)["lora"] == pytest.approx((2 * size.parameters + 16 * size.lora) / 2**30)
 
 

@@ -27,21 +27,20 @@ GIB = 2**30
 PICTURE, BLOCK, SPARE = 2.0, 4.0, 0.95  # GiB a picture, GiB for one block; what may be used of a GPU's memory
 SPREAD = 5.0  # GiB under FSDP2: blocks that travel whole, NCCL; 66.0 in all on two GPUs
 RANK = 32
-LORA = ("--lora_r", str(RANK), "--lora_alpha", str(RANK))  # at the learning rates that train.py has for the width
 WEIGHTS = ("--optim", "adamw_torch_8bit")
 FSDP = ("--fsdp", "full_shard")
 
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters of a transformer: all, and those of a LoRA of rank RANK with what else is trained beside it."""
+    """Parameters of a transformer: all, and those of a LoRA with what else is trained beside it."""
 
     parameters: int
     lora: int
 
 
-def size_of(model: str) -> Size:
-    """The size of the pipeline's transformer, from its config.json alone."""
+def size_of(model: str, rank: int = RANK) -> Size:
+    """The size of the pipeline's transformer and of a LoRA of this rank, from its config.json alone."""
     config = diffusers.FluxTransformer2DModel.load_config(model, subfolder="transformer")
     kind = transformer_class(config, model)
     with torch.device("meta"):
@@ -49,7 +48,7 @@ def size_of(model: str) -> Size:
     quantized = {f"{name}.weight" for name in kind.family.linears(transformer)}
     lora = 0
     for name, parameter in transformer.named_parameters():
-        lora += RANK * sum(parameter.shape) + parameter.shape[0] if name in quantized else parameter.numel()
+        lora += rank * sum(parameter.shape) + parameter.shape[0] if name in quantized else parameter.numel()
     return Size(transformer.num_parameters(), lora)
 
 
@@ -62,10 +61,21 @@ def needs(size: Size, gpus: int, batch: int) -> dict[str, float]:
     }
 
 
+def values(flags: Sequence[str]) -> dict[str, str]:
+    """What follows each of the user's flags."""
+    words = [part for flag in flags for part in flag.split("=", 1)]
+    return dict(zip(words, [*words[1:], ""], strict=False))
+
+
+def asked_rank(flags: Sequence[str]) -> int:
+    """The rank of the LoRA that the user's flags ask for, else RANK."""
+    rank = values(flags).get("--lora_r", "0")
+    return int(rank) if rank.isdigit() and int(rank) else RANK  # train.py says what is wrong with others
+
+
 def asked(flags: Sequence[str]) -> str | None:
     """The way that the user's flags ask for, if they do."""
-    words = [part for flag in flags for part in flag.split("=", 1)]
-    given = dict(zip(words, [*words[1:], ""], strict=False))
+    given = values(flags)
     if given.get("--lora_r", "0") != "0":
         return "lora"
     return "weights" if {"--lora_r", "--fsdp"} & given.keys() else None
@@ -95,7 +105,8 @@ def choose(size: Size, memory: Sequence[int], batch: int, flags: Sequence[str] =
     reason = f"{billions} on {where}: {name}; takes {need[way]:.0f} GiB a GPU"
     if way == "lora":
         reason += f", all weights would take {need['weights']:.0f}"
-        return list(LORA), reason
+        rank = str(asked_rank(flags))  # at the learning rates that train.py has for the width
+        return ["--lora_r", rank, "--lora_alpha", rank], reason
     if "--optim" not in flags and importlib.util.find_spec("torchao") is None:
         raise ValueError(f"{reason}, but moments in 8 bits need torchao, which is not installed: pip install torchao")
     return [*WEIGHTS, *(FSDP if gpus > 1 else ())], reason
@@ -112,7 +123,7 @@ def _instead(need: dict[str, float], way: str, smallest: float, batch: int) -> s
 
 def main() -> None:
     model, processes, batch, *flags = sys.argv[1:]
-    size = size_of(model)
+    size = size_of(model, asked_rank(flags))
     gpus = range(min(int(processes), torch.cuda.device_count()))
     memory = [torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus]
     chosen, reason = choose(size, memory, int(batch), flags)
