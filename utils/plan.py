@@ -61,7 +61,7 @@ def needs(size: Size, gpus: int, batch: int) -> dict[str, float]:
     }
 
 
-def values(flags: Sequence[str]) -> dict[str, str]:
+def flag_values(flags: Sequence[str]) -> dict[str, str]:
     """What follows each of the user's flags."""
     words = [part for flag in flags for part in flag.split("=", 1)]
     return dict(zip(words, [*words[1:], ""], strict=False))
@@ -69,13 +69,13 @@ def values(flags: Sequence[str]) -> dict[str, str]:
 
 def asked_rank(flags: Sequence[str]) -> int:
     """The rank of the LoRA that the user's flags ask for, else RANK."""
-    rank = values(flags).get("--lora_r", "0")
+    rank = flag_values(flags).get("--lora_r", "0")
     return int(rank) if rank.isdigit() and int(rank) else RANK  # train.py says what is wrong with others
 
 
 def asked(flags: Sequence[str]) -> str | None:
     """The way that the user's flags ask for, if they do."""
-    given = values(flags)
+    given = flag_values(flags)
     if given.get("--lora_r", "0") != "0":
         return "lora"
     return "weights" if {"--lora_r", "--fsdp"} & given.keys() else None
