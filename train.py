@@ -418,19 +418,19 @@ def main() -> None:
         training_args.optim = transformers.training_args.OptimizerNames.ADAMW_TORCH_FUSED
     elif lacking:
         raise ValueError(f"--optim {name} needs {library}, which is not here: pip install {library}, or choose another")
-    if training_args.fp16 and training_args.device.type == "cpu":  # accelerate would train in fp32 without a word
+    device = training_args.device  # joins the other ranks
+    if training_args.fp16 and device.type == "cpu":  # accelerate would train in fp32 without a word
         raise ValueError("--fp16 True needs a GPU; on a CPU train in float32 or with --bf16 True")
-    training_args.device  # noqa: B018 (joins the other ranks)
     if training_args.fsdp:
         check_fsdp(training_args, model_args.lora_r)
     if training_args.do_train:
         training_args.checkpointed = training_args.gradient_checkpointing
         less = advice(training_args, model_args)
-        with alone(Path(training_args.output_dir)), memory_named("the models are loaded", less, training_args.device):
+        with alone(Path(training_args.output_dir)), memory_named("the models are loaded", less, device):
             train(model_args, data_args, training_args)
     else:
-        source = Teacher(model_args.input_model_filename, pick_dtype(training_args, training_args.device))
-        train_data, eval_data, _ = get_teacher(source, model_args, data_args, training_args, training_args.device)
+        source = Teacher(model_args.input_model_filename, pick_dtype(training_args, device))
+        train_data, eval_data, _ = get_teacher(source, model_args, data_args, training_args, device)
         if isinstance(train_data, TeacherCache):
             fill(eval_data.joined(train_data), source, training_args)
 
