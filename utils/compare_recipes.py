@@ -115,6 +115,10 @@ RECIPES = {  # name: (what it is, flags of train.py, none left to the defaults)
     "frozen10": frozen(97, "0.25", 10),
     "frozen20": frozen(97, "0.25", 20),
     "frozen10_90": frozen(90, "0.25", 10),
+    "frozen10_90_fast": (
+        "full weights, lr 1e-3, 90 % early, error^0.25, codes frozen for the last 10 %",
+        [*frozen(90, "0.25", 10)[1], *at("1e-3")],
+    ),
     "frozen10_80": frozen(80, "0.25", 10),
     "frozen10_70": frozen(70, "0.25", 10),
     "frozen10_80_tenth": frozen(80, "0.1", 10),
