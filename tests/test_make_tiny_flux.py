@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -196,10 +197,13 @@ def test_a_wider_one_is_made_from_a_narrow_one_and_keeps_what_it_draws(make, nar
     config = json.loads((folder / "transformer" / "config.json").read_text())
     assert (config["num_attention_heads"], config["attention_head_dim"]) == (4, 16)
     training = json.loads((folder / "metrics.json").read_text())["training"]
-    assert training["loss_as_widened"] == pytest.approx(training["loss_as_trained"], rel=1e-2)
+    for loss in ("loss", "unseen_loss"):
+        assert training[f"{loss}_as_widened"] == pytest.approx(training[f"{loss}_as_trained"], rel=1e-2)
+    assert training["unseen_loss_as_widened"] != training["loss_as_widened"]  # of other scenes
     assert training["copies_differ"] < 0.01
     card = (folder / "README.md").read_text()
-    assert "--width 64 --widened_steps 3" in card and f"Widened from {narrow} to 64 channels" in card
+    assert re.search(r"--width 64 --examples \d+ --batch_size \d+ --widened_steps 3\n", card)
+    assert f"Widened from {narrow} to 64 channels" in card
     prompts, pictures = scenes.eval_prompts(2), []
     for source in (narrow, folder):
         pictures.append(generate_images(FluxPipeline.from_pretrained(source), prompts, num_inference_steps=4).float())

@@ -69,6 +69,8 @@ PROBES = {
 EMPTY_PROMPT_SHARE = 0.1
 GUIDANCE_RANGE = (1.0, 5.0)
 KL_WEIGHT = 4e-3
+UNSEEN = 8192  # scenes by whose loss a wider one is judged, too
+WIDENED_BY = ("width", "examples", "batch_size", "widened_steps")  # flags that its card names
 EMA_DECAY = 0.999
 
 
@@ -499,16 +501,24 @@ def told_and_free(teacher: FluxTransformer2DModel, data: Latents, noised, timest
 
 
 def make_widened(
-    folder: Path, args: argparse.Namespace, data: Latents, narrow: FluxTransformer2DModel, report: Callable
+    folder: Path,
+    args: argparse.Namespace,
+    data: Latents,
+    unseen: Latents,
+    narrow: FluxTransformer2DModel,
+    report: Callable,
 ) -> None:
-    """Stages 3 and 4 of a wider model: it starts as the function of `narrow` and is trained on the data, guided."""
+    """Stages 3 and 4 of a wider model: it starts as the function of `narrow` and is trained on the data, guided.
+
+    Its loss on `unseen` scenes tells what it has learnt from what it has learnt by heart.
+    """
     old = width_of(narrow.config)
     wide = widen(narrow, args.width, args.seed).to(args.device)
     narrow = narrow.to(args.device).requires_grad_(False)
     compile_blocks(narrow)
     compile_blocks(wide)
 
-    def loss_fn() -> Tensor:
+    def loss_fn(data: Latents = data) -> Tensor:
         noised, target, timestep, embeds, pooled = data.batch()
         empty = torch.rand(args.batch_size, device=args.device) < EMPTY_PROMPT_SHARE
         embeds = torch.where(empty.view(-1, 1, 1), data.no_embeds, embeds)
@@ -518,10 +528,15 @@ def make_widened(
         target = target + (scale - 1).view(-1, 1, 1) * (told - free)
         return F.mse_loss(velocity(wide, data, noised, timestep, embeds, pooled, scale), target)
 
-    note(args, loss_as_widened=held_loss(loss_fn, args))
+    def note_losses(when: str) -> None:
+        seen, other = (held_loss(lambda part=part: loss_fn(part), args) for part in (data, unseen))
+        note(args, **{f"loss_{when}": seen, f"unseen_loss_{when}": other})
+
+    note_losses("as_widened")
     rate = args.widened_rate * old / args.width
     fit("widened", wide, loss_fn, args.widened_steps, rate, args, report=lambda i: report(wide, i, 3.5))
-    note(args, loss_as_trained=held_loss(loss_fn, args), copies_differ=drift(wide, data, args.width // old, old))
+    note_losses("as_trained")
+    note(args, copies_differ=drift(wide, data, args.width // old, old))
     wide.save_pretrained(folder)
 
 
@@ -657,7 +672,8 @@ token {t5_reads:.1%}; the autoencoder's PSNR on unseen pictures is {autoencoder_
 WIDENED = """Widened from {narrow} to {width} channels without changing what it computes, then trained for \
 {widened_steps} steps of
 batch {batch_size}: {widened_seconds:.0f} s on {widened_on}; loss on training scenes {loss_as_widened:.4f} before and
-{loss_as_trained:.4f} after. {copies_differ:.0%} of the way from copied channels to independent ones."""
+{loss_as_trained:.4f} after, on unseen ones {unseen_loss_as_widened:.4f} and {unseen_loss_as_trained:.4f}. \
+{copies_differ:.0%} of the way from copied channels to independent ones."""
 
 
 def make_output(folder: Path, args: argparse.Namespace, guided: Path, vae: AutoencoderKL, text: Text) -> float:
@@ -681,7 +697,7 @@ def make_output(folder: Path, args: argparse.Namespace, guided: Path, vae: Autoe
         "transformers": transformers.__version__,
         "path": str(args.output),
         "command": "python -m utils.make_tiny_flux"
-        + (f" --width {args.width} --widened_steps {args.widened_steps}" if args.width else ""),
+        + "".join(f" --{name} {getattr(args, name)}" for name in WIDENED_BY if args.width),
         "parameters": {
             name: sum(p.numel() for p in getattr(pipe, name).parameters())
             for name in ("transformer", "vae", "text_encoder", "text_encoder_2")
@@ -756,6 +772,9 @@ def main() -> None:
     text = Text(text_folder, device)
     vae = AutoencoderKL.from_pretrained(vae_folder).float().to(device)
     data = Latents(vae, text, prompts, layouts, args)
+    if args.width:
+        prompts, _, layouts = make_examples(min(UNSEEN, args.examples), args.seed + 1)
+        unseen = Latents(vae, text, prompts, layouts, args)
     vae.to(memory_format=torch.contiguous_format)
 
     def report(transformer: FluxTransformer2DModel, step: int, guidance_scale: float) -> None:
@@ -767,7 +786,7 @@ def main() -> None:
 
     if args.width:
         note(args, narrow=args.narrow, width=args.width, widened_steps=args.widened_steps, batch_size=args.batch_size)
-        guided = stage("widened", args, lambda folder: make_widened(folder, args, data, narrow, report))
+        guided = stage("widened", args, lambda folder: make_widened(folder, args, data, unseen, narrow, report))
     else:
         flow = stage("flow", args, lambda folder: make_transformer(folder, args, data, report))
         if args.until == "flow":
