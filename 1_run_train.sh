@@ -55,15 +55,16 @@ esac
 
 BITS=0 LAST=
 for WORD in "$@"; do
-    if [ "$LAST" = --w_bits ]; then BITS=$WORD; fi
-    case $WORD in
-        --w_bits=*) BITS=${WORD#*=} ;;
-        --model | --model=* | --input_model_filename | --input_model_filename=*)
+    if [ "$LAST" = __w_bits ]; then BITS=$WORD; fi
+    LAST=${WORD%%=*}
+    LAST=${LAST//-/_}${WORD#"$LAST"}  # train.py takes --w-bits for --w_bits
+    case $LAST in
+        __w_bits=*) BITS=${WORD#*=} ;;
+        __model | __model=* | __input_model_filename | __input_model_filename=*)
             echo "1_run_train.sh: $WORD: name the model in front, MODEL=… bash 1_run_train.sh: its size decides" >&2
             exit 2
             ;;
     esac
-    LAST=$WORD
 done
 if [ "$BITS" = 0 ]; then BITS=1.58; fi
 NAME=$(basename "$MODEL")-${BITS}bit

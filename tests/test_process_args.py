@@ -224,6 +224,7 @@ def test_several_bit_widths():
         (["--device", "meta"], "--device meta is not available here"),
         (["--nonsense", "3"], "unknown arguments: --nonsense 3"),
         (["stray"], "unknown arguments: stray"),
+        (["--w_b", "2"], "unknown arguments: --w_b 2"),  # 1_run_train.sh would not see what it is
         (["--qat", "perhaps"], "--qat.*perhaps"),
         (["--bf16", "True", "--fp16", "True"], "fp16.*bf16"),
         (["--evaluation_strategy", "sometimes"], "sometimes is not a valid IntervalStrategy"),

@@ -287,6 +287,14 @@ def test_paths_of_the_shell_scripts_are_the_callers(shell, tmp_path):
     assert value(words, "--local_dir") == str(ROOT / "output")
 
 
+@pytest.mark.parametrize("flags", [["--w_bits", "2"], ["--w_bits=2"], ["--w-bits", "2"], ["--w-bits=2", "--pack"]])
+def test_a_training_is_named_by_its_bits_however_they_are_given(flags, shell, tmp_path):
+    words = shell("1_run_train.sh", 1, 4, 1, *flags, cwd=tmp_path)
+    assert value(words, "--output_dir") == str(ROOT / "output/train/tiny-flux-2bit") and words[-len(flags) :] == flags
+    words = shell("1_run_train.sh", 1, 4, 1, "--seed", "2", cwd=tmp_path)
+    assert value(words, "--output_dir") == str(ROOT / "output/train/tiny-flux-1.58bit")
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_trained_student_is_the_last_row(packed, finished, call, pipeline_folder, tmp_path):
     """Here the student is what the first run quantized to 1.58 bits: it draws that row's pictures again."""

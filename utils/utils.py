@@ -41,7 +41,13 @@ def get_logger(name: str) -> logging.Logger:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's with errors of one line, where its own prints all flags first, and from one of several ranks."""
+    """argparse's with errors of one line, where its own prints all flags first, and from one of several ranks.
+
+    Flags are given whole: 1_run_train.sh and utils/plan.py read some of them too, and would miss `--w_b 2`.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         line = f"{self.prog}: error: {' '.join(message.split())} (see --help)\n"
