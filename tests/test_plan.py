@@ -40,6 +40,8 @@ def gib(*sizes: float) -> list[int]:
         ([80, 80], 1, ["--lora_r=16"], ["--lora_r", "16", "--lora_alpha", "16"], "inside the quantizers, DDP"),
         ([80, 80], 1, ["--lora_r", "wide"], LORA, "inside the quantizers, DDP"),
         ([48, 48], 1, [], LORA, "DDP"),
+        ([80], 1, ["--lora-r", "16"], ["--lora_r", "16", "--lora_alpha", "16"], "inside the quantizers"),
+        ([80] * 4, 1, ["--optim=sgd", "--fsdp=1"], [*WEIGHTS, "--fsdp", "full_shard"], "all weights, --optim sgd"),
     ],
 )
 def test_what_fits_is_chosen_and_flags_override(memory, batch, flags, chosen, reason):
@@ -54,6 +56,9 @@ def test_what_fits_is_chosen_and_flags_override(memory, batch, flags, chosen, re
         ([32], 4, [], "takes 34 GiB a GPU at batch 4; choose a smaller BATCH and a larger ACCUM"),
         ([80], 1, ["--lora_r", "0"], "all weights takes 117 GiB .* a LoRA takes 28: --lora_r 32"),
         ([], 1, [], "cannot be trained without a GPU; run.py --method blockwise"),
+        ([24, 24], 1, ["--ema-decay", "0.99"], "training a LoRA takes 29 GiB a GPU"),
+        ([48], 1, ["--feature_loss", "2"], "training a LoRA takes 50 GiB a GPU"),
+        ([80, 80], 1, ["--fsdp", "full_shard", "--optim", "adamw_torch"], "all weights takes 100 GiB a GPU"),
     ],
 )
 def test_what_does_not_fit_says_what_does(memory, batch, flags, message):
@@ -66,6 +71,21 @@ def test_moments_in_8_bits_that_cannot_be_had_are_named(monkeypatch):
     with pytest.raises(ValueError, match="8 bits need torchao, which is not installed: pip install torchao"):
         choose(FLUX, gib(80, 80), 1)
     assert choose(FLUX, gib(80), 1)[0] == LORA
+
+
+def test_what_is_kept_beside_the_student_counts():
+    """By hand: 4 bytes a trained parameter of averages, 8 of Adam's moments in fp32, 2 of the teacher's parameters."""
+    plain, gib = needs(FLUX, 2, 1), 2**30
+    averaged = needs(FLUX, 2, 1, ["--ema_decay=0.999"])
+    assert averaged["lora"] - plain["lora"] == pytest.approx(4 * FLUX.lora / gib)
+    assert averaged["weights"] - plain["weights"] == pytest.approx(4 * FLUX.parameters / 2 / gib)
+    adam = needs(FLUX, 2, 1, ["--optim", "adamw_torch_fused"])
+    assert adam["lora"] == plain["lora"]
+    assert adam["weights"] - plain["weights"] == pytest.approx(6 * FLUX.parameters / 2 / gib)
+    for flags in (["--feature_loss", "6"], ["--visit-share", "0.3"]):
+        watched = needs(FLUX, 2, 1, flags)
+        assert all(watched[way] - plain[way] == pytest.approx(2 * FLUX.parameters / gib) for way in plain)
+    assert needs(FLUX, 2, 1, ["--feature_loss", "0", "--visit_share", "none", "--ema_decay", "0"]) == plain
 
 
 def test_small_models_are_left_as_they_are():

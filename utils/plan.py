@@ -21,6 +21,7 @@ import torch
 
 from models.families import transformer_class
 from utils.process_args import LARGE
+from utils.trainer import moment_bytes
 from utils.utils import run_script
 
 GIB = 2**30
@@ -29,6 +30,7 @@ SPREAD = 5.0  # GiB under FSDP2: blocks that travel whole, NCCL; 66.0 in all on 
 RANK = 32
 WEIGHTS = ("--optim", "adamw_torch_8bit")
 FSDP = ("--fsdp", "full_shard")
+WATCHED = ("--feature_loss", "--visit_share")  # flags for which the teacher stays on the GPU, in bf16
 
 
 @dataclass(frozen=True)
@@ -52,19 +54,36 @@ def size_of(model: str, rank: int = RANK) -> Size:
     return Size(transformer.num_parameters(), lora)
 
 
-def needs(size: Size, gpus: int, batch: int) -> dict[str, float]:
-    """GiB on each GPU by way of training: a LoRA on every GPU, or all weights shared by them."""
-    rest = PICTURE * batch
-    return {
-        "lora": (2 * size.parameters + 16 * size.lora) / GIB + rest,
-        "weights": 10 * size.parameters / gpus / GIB + BLOCK + rest + SPREAD * (gpus > 1),
-    }
-
-
 def flag_values(flags: Sequence[str]) -> dict[str, str]:
     """What follows each of the user's flags."""
     words = [part for flag in flags for part in flag.split("=", 1)]
-    return dict(zip(words, [*words[1:], ""], strict=False))
+    names = [f"--{word[2:].replace('-', '_')}" if word.startswith("--") else word for word in words]  # --lora-r too
+    return dict(zip(names, [*words[1:], ""], strict=False))
+
+
+def needs(size: Size, gpus: int, batch: int, flags: Sequence[str] = ()) -> dict[str, float]:
+    """GiB on each GPU by way of training: a LoRA on every GPU, or all weights shared by them.
+
+    Of the user's flags count those of another optimizer, of averaged weights, and of a teacher that stays beside the
+    student.
+    """
+    given = flag_values(flags)
+    adam, small = [moment_bytes(given["--optim"])] * 2 if "--optim" in given else (8, 2)
+    own = 8 + 4 * is_set(given, "--ema_decay")  # bytes a trained parameter: weight and gradient, and their average
+    teacher = 2 * size.parameters * any(is_set(given, name) for name in WATCHED)
+    rest = teacher / GIB + PICTURE * batch
+    return {
+        "lora": (2 * size.parameters + (own + adam) * size.lora) / GIB + rest,
+        "weights": (own + small) * size.parameters / gpus / GIB + BLOCK + rest + SPREAD * (gpus > 1),
+    }
+
+
+def is_set(given: dict[str, str], name: str) -> bool:
+    """Whether a flag has a number other than 0; train.py says what is wrong with others."""
+    try:
+        return float(given.get(name, 0)) != 0
+    except ValueError:
+        return False
 
 
 def asked_rank(flags: Sequence[str]) -> int:
@@ -92,14 +111,16 @@ def choose(size: Size, memory: Sequence[int], batch: int, flags: Sequence[str] =
     if not memory:
         raise ValueError(f"{billions} cannot be trained without a GPU; run.py --method blockwise needs one of 24 GB")
     gpus, smallest = len(memory), min(memory) / GIB
-    need, where = needs(size, gpus, batch), f"{gpus} × {smallest:.0f} GiB"
+    need, where = needs(size, gpus, batch, flags), f"{gpus} × {smallest:.0f} GiB"
     way = asked(flags) or ("weights" if need["weights"] <= SPARE * smallest else "lora")
     if need[way] > SPARE * smallest:
         raise ValueError(
             f"{billions} on {where}: training {'a LoRA' if way == 'lora' else 'all weights'} takes {need[way]:.0f} GiB "
             f"a GPU at batch {batch}; {_instead(need, way, smallest, batch)}"
         )
-    name = {"lora": "a LoRA inside the quantizers", "weights": "all weights, moments in 8 bits"}[way]
+    optim = flag_values(flags).get("--optim")
+    moments = f"--optim {optim}" if optim else "moments in 8 bits"
+    name = {"lora": "a LoRA inside the quantizers", "weights": f"all weights, {moments}"}[way]
     if gpus > 1:
         name += ", DDP" if way == "lora" else ", spread by FSDP2"
     reason = f"{billions} on {where}: {name}; takes {need[way]:.0f} GiB a GPU"
@@ -107,7 +128,7 @@ def choose(size: Size, memory: Sequence[int], batch: int, flags: Sequence[str] =
         reason += f", all weights would take {need['weights']:.0f}"
         rank = str(asked_rank(flags))  # at the learning rates that train.py has for the width
         return ["--lora_r", rank, "--lora_alpha", rank], reason
-    if "--optim" not in flags and importlib.util.find_spec("torchao") is None:
+    if optim is None and importlib.util.find_spec("torchao") is None:
         raise ValueError(f"{reason}, but moments in 8 bits need torchao, which is not installed: pip install torchao")
     return [*WEIGHTS, *(FSDP if gpus > 1 else ())], reason
 
