@@ -985,9 +985,7 @@ def test_wrong_numbers_end_the_shell_script_in_one_line(arguments, wrong, tmp_pa
     assert result.stderr == f"1_run_train.sh: {expected}\n"
 
 
-@pytest.mark.parametrize(
-    "flag", ["--model", "--input_model_filename=assets/tiny-flux", "--input-model-filename"]
-)
+@pytest.mark.parametrize("flag", ["--model", "--input_model_filename=assets/tiny-flux", "--input-model-filename"])
 def test_a_model_among_the_flags_ends_the_shell_script_in_one_line(flag, tmp_path):
     result = shell(1, 1, 1, flag, "assets/tiny-flux", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")

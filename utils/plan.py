@@ -68,13 +68,16 @@ def needs(size: Size, gpus: int, batch: int, flags: Sequence[str] = ()) -> dict[
     student.
     """
     given = flag_values(flags)
-    adam, small = [moment_bytes(given["--optim"])] * 2 if "--optim" in given else (8, 2)
-    own = 8 + 4 * is_set(given, "--ema_decay")  # bytes a trained parameter: weight and gradient, and their average
+    # Bytes a trained parameter: weight and gradient, the average of the weights; moments
+    own = 8 + 4 * is_set(given, "--ema_decay")
+    moments = {"lora": 8.0, "weights": 2.0}
+    if "--optim" in given:
+        moments = dict.fromkeys(moments, moment_bytes(given["--optim"]))
     teacher = 2 * size.parameters * any(is_set(given, name) for name in WATCHED)
     rest = teacher / GIB + PICTURE * batch
     return {
-        "lora": (2 * size.parameters + (own + adam) * size.lora) / GIB + rest,
-        "weights": (own + small) * size.parameters / gpus / GIB + BLOCK + rest + SPREAD * (gpus > 1),
+        "lora": (2 * size.parameters + (own + moments["lora"]) * size.lora) / GIB + rest,
+        "weights": (own + moments["weights"]) * size.parameters / gpus / GIB + BLOCK + rest + SPREAD * (gpus > 1),
     }
 
 

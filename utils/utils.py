@@ -46,8 +46,8 @@ class ArgumentParser(argparse.ArgumentParser):
     Flags are given whole: 1_run_train.sh and utils/plan.py read some of them too, and would miss `--w_b 2`.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+    def __init__(self, *args, allow_abbrev: bool = False, **kwargs):
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         line = f"{self.prog}: error: {' '.join(message.split())} (see --help)\n"
