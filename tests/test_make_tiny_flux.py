@@ -202,7 +202,7 @@ def test_a_wider_one_is_made_from_a_narrow_one_and_keeps_what_it_draws(make, nar
     assert training["unseen_loss_as_widened"] != training["loss_as_widened"]  # of other scenes
     assert training["copies_differ"] < 0.01
     card = (folder / "README.md").read_text()
-    assert re.search(r"--width 64 --examples \d+ --batch_size \d+ --widened_steps 3\n", card)
+    assert re.search(r"--width 64 --examples \d+ --batch_size \d+ --widened_steps 3 --widened_rate 0\.0\n", card)
     assert f"Widened from {narrow} to 64 channels" in card
     prompts, pictures = scenes.eval_prompts(2), []
     for source in (narrow, folder):

@@ -70,7 +70,7 @@ EMPTY_PROMPT_SHARE = 0.1
 GUIDANCE_RANGE = (1.0, 5.0)
 KL_WEIGHT = 4e-3
 UNSEEN = 8192  # scenes by whose loss a wider one is judged, too
-WIDENED_BY = ("width", "examples", "batch_size", "widened_steps")  # flags that its card names
+WIDENED_BY = ("width", "examples", "batch_size", "widened_steps", "widened_rate")  # flags that its card names
 EMA_DECAY = 0.999
 
 
