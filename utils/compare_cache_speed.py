@@ -36,6 +36,7 @@ from utils.sampling import initial_noise, load_pipeline, native_size, sample_lat
 from utils.teacher import Teacher, TeacherSettings, prompt_seeds
 from utils.utils import (
     DTYPES,
+    ArgumentParser,
     check_counts,
     check_resolution,
     device_name,
@@ -113,7 +114,7 @@ def last_latents(cache: TeacherCache, numbers: list[int]) -> Tensor:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="cache_speed.json goes here")
     parser.add_argument("--model", default="assets/tiny-flux", help="a full-precision pipeline's folder or hub id")
     parser.add_argument("--images", type=int, default=4, help="to draw each way; whole batches")

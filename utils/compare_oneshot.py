@@ -19,7 +19,7 @@ from utils.folders import write_json, write_text
 from utils.oneshot import INGREDIENTS, METHODS
 from utils.processes import quantize_and_judge, spread
 from utils.scenes import CATEGORIES
-from utils.utils import get_logger, run_script
+from utils.utils import ArgumentParser, get_logger, run_script
 
 log = get_logger("oneshot")
 
@@ -86,7 +86,7 @@ def table(results: list[dict]) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("output/oneshot_table"))
     parser.add_argument("--model", default="assets/tiny-flux", help="the teacher")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), metavar="METHOD")

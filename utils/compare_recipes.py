@@ -32,7 +32,7 @@ import torch
 from utils.folders import write_json, write_text
 from utils.processes import run_logged, spread, visible_gpus
 from utils.scenes import CATEGORIES
-from utils.utils import get_logger, run_script
+from utils.utils import ArgumentParser, get_logger, run_script
 
 log = get_logger("recipes")
 PLAIN = (
@@ -53,13 +53,13 @@ def at(rate: str) -> list[str]:
     return ["--learning_rate", rate, "--clip_learning_rate", rate]
 
 
-def frozen(early: int, power: str, share: int, features: str = "0") -> tuple[str, list[str]]:
+def frozen(early: int, power: str, share: int, features: str = "0", rate: str = "5e-4") -> tuple[str, list[str]]:
     """A recipe in which the codes stay for the last `share` % of the steps."""
-    name = f"full weights, lr 5e-4, {early} % early, error^{power}, codes frozen for the last {share} %"
+    name = f"full weights, lr {rate}, {early} % early, error^{power}, codes frozen for the last {share} %"
     flags = ["--early_share", str(early / 100), "--loss_power", power, "--freeze_codes", str(share / 100)]
     if features != "0":
         name += f", blocks' outputs × {features}"
-    return name, [*PLAIN, *flags, "--feature_loss", features]
+    return name, [*PLAIN, *at(rate), *flags, "--feature_loss", features]
 
 
 def by_shares(power: str) -> tuple[str, list[str]]:
@@ -115,13 +115,11 @@ RECIPES = {  # name: (what it is, flags of train.py, none left to the defaults)
     "frozen10": frozen(97, "0.25", 10),
     "frozen20": frozen(97, "0.25", 20),
     "frozen10_90": frozen(90, "0.25", 10),
-    "frozen10_90_fast": (
-        "full weights, lr 1e-3, 90 % early, error^0.25, codes frozen for the last 10 %",
-        [*frozen(90, "0.25", 10)[1], *at("1e-3")],
-    ),
+    "frozen10_90_fast": frozen(90, "0.25", 10, rate="1e-3"),
     "frozen10_80": frozen(80, "0.25", 10),
     "frozen10_70": frozen(70, "0.25", 10),
     "frozen10_80_tenth": frozen(80, "0.1", 10),
+    "frozen10_80_tenth_fast": frozen(80, "0.1", 10, rate="1e-3"),
     "by_shares": by_shares("0.25"),
     "by_shares_tenth": by_shares("0.1"),
     "voted": last(vote="0.05"),
@@ -233,7 +231,7 @@ def write_results(results: dict[Cell, dict], args: argparse.Namespace) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("output/recipes"))
     parser.add_argument("--model", default="assets/tiny-flux", help="the teacher")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME",

@@ -29,7 +29,7 @@ from utils.folders import write_json
 from utils.pipelines import Flux1
 from utils.random_flux import CONFIGS, is_klein
 from utils.trainer import choose_parameters
-from utils.utils import device_name, empty_cache, get_logger, pick_device, run_script
+from utils.utils import ArgumentParser, device_name, empty_cache, get_logger, pick_device, run_script
 
 log = get_logger("step")
 TEXT_TOKENS = 512
@@ -133,7 +133,7 @@ def measure(model: nn.Module, config: dict, size: int, args: argparse.Namespace)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="training_step.json goes here")
     names = [name for name in CONFIGS if not is_klein(name)]
     parser.add_argument("--config", choices=names, default="flux-dev", help="whose shape")

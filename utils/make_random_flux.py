@@ -28,13 +28,13 @@ from utils.random_flux import (
     write_rest,
     write_transformer,
 )
-from utils.utils import get_logger, pick_device, run_script
+from utils.utils import ArgumentParser, get_logger, pick_device, run_script
 
 log = get_logger("random")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="must not hold anything yet")
     parser.add_argument("--config", choices=CONFIGS, default="flux-dev", help="whose shape")
     parser.add_argument("--whole", action="store_true", help="text encoders, autoencoder, scheduler and tokenizers too")

@@ -49,7 +49,7 @@ from utils.folders import whole_folder, write_json
 from utils.metrics import psnr, scene_score
 from utils.sampling import generate_images
 from utils.tokenizers import TEXT_LENGTH, make_tokenizers
-from utils.utils import device_name, from_root, pick_device, run_script
+from utils.utils import ArgumentParser, device_name, from_root, pick_device, run_script
 from utils.widen import check_width, copies_differ, widen, width_of
 
 # Counting, binding and above all relations are learned last: they are drawn more often.
@@ -710,7 +710,7 @@ def make_output(folder: Path, args: argparse.Namespace, guided: Path, vae: Autoe
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="folder of the finished pipeline; default: assets/tiny-flux, with "
                         "--width output/tiny-flux-WIDTH")  # fmt: skip
     parser.add_argument("--work_dir", type=Path, help="finished stages and states; default: output/make_tiny_flux, "

@@ -45,7 +45,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils.utils import ROOT, get_logger, run_script
+from utils.utils import ROOT, ArgumentParser, get_logger, run_script
 
 log = get_logger("rehearsal")
 SAMPLE_SECONDS = 0.2  # between two looks at memory and disk
@@ -746,7 +746,7 @@ def rehearse(steps: list[Step], stage: Stage, play: Callable[..., dict] = play) 
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the records and of what the steps write")
     parser.add_argument("--model", type=Path, help="the pipeline, made where there is none; default: OUTPUT/model")
     parser.add_argument("--scale", choices=SCALES, default="flux",
