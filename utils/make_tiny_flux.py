@@ -15,8 +15,9 @@ Five stages, each resumed where an earlier call left off:
 5. score        the scene score on the evaluation prompts, written into the model card.
 
 A wider one keeps text encoders and autoencoder. Its transformer starts as the narrow one's function (utils/widen.py),
-and one stage replaces 3 and 4: trained on noise - z + (g - 1) (v_prompt - v_empty), it learns the data at guidance g
-at once, the difference being that of the narrow model, which stays as it is (model guidance, arXiv 2502.12154).
+and one stage replaces 3 and 4: trained on noise - z + v(g) - v(1), it learns the data at guidance g at once, v being
+the narrow model, which stays as it is. What guidance adds is not v_prompt - v_empty: the narrow model has not seen the
+empty prompt since stage 4, and its answer to it is far off.
 
 The architecture is FLUX.1-dev's with small numbers; every part is diffusers' or transformers' own class.
 """
@@ -500,6 +501,17 @@ def told_and_free(teacher: FluxTransformer2DModel, data: Latents, noised, timest
     return both.chunk(2)
 
 
+@torch.no_grad()
+def guidance_adds(narrow: FluxTransformer2DModel, data: Latents, noised, timestep, embeds, pooled, scale) -> Tensor:
+    """What guidance `scale` [B] changes in the velocity [B, L, C] of a guidance-distilled model."""
+    both = velocity(
+        narrow, data, noised.repeat(2, 1, 1), timestep.repeat(2), embeds.repeat(2, 1, 1), pooled.repeat(2, 1),
+        torch.cat([scale, torch.ones_like(scale)]),
+    )  # fmt: skip
+    guided, plain = both.chunk(2)
+    return guided - plain
+
+
 def make_widened(
     folder: Path,
     args: argparse.Namespace,
@@ -520,12 +532,8 @@ def make_widened(
 
     def loss_fn(data: Latents = data) -> Tensor:
         noised, target, timestep, embeds, pooled = data.batch()
-        empty = torch.rand(args.batch_size, device=args.device) < EMPTY_PROMPT_SHARE
-        embeds = torch.where(empty.view(-1, 1, 1), data.no_embeds, embeds)
-        pooled = torch.where(empty.view(-1, 1), data.no_pooled, pooled)
         scale = draw_guidance(args)
-        told, free = told_and_free(narrow, data, noised, timestep, embeds, pooled)
-        target = target + (scale - 1).view(-1, 1, 1) * (told - free)
+        target = target + guidance_adds(narrow, data, noised, timestep, embeds, pooled, scale)
         return F.mse_loss(velocity(wide, data, noised, timestep, embeds, pooled, scale), target)
 
     def note_losses(when: str) -> None:
