@@ -736,7 +736,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--flow_steps", type=int, default=26_000)
     parser.add_argument("--guidance_steps", type=int, default=6_000)
     parser.add_argument("--widened_steps", type=int, default=3000)
-    parser.add_argument("--widened_rate", type=float, default=6e-4, help="learning rate, times the narrow model's "
+    parser.add_argument("--widened_rate", type=float, default=2e-4, help="learning rate, times the narrow model's "
                         "width over --width")  # fmt: skip
     parser.add_argument("--save_every", type=int, default=3000, help="steps between saved states and interim scores")
     parser.add_argument("--eval_prompts", type=int, default=1200, help="evaluation prompts for the final score")
