@@ -1,7 +1,7 @@
 """Train assets/tiny-flux: a complete FluxPipeline in miniature, from scratch, on drawn scenes.
 
     python -m utils.make_tiny_flux --output assets/tiny-flux        # one GPU, well under an hour
-    python -m utils.make_tiny_flux --width 512                      # a wider one, from assets/tiny-flux
+    python -m utils.make_tiny_flux --width 512 --examples 800000 --batch_size 256 --widened_steps 8000  # from it, wider
 
 Five stages, each resumed where an earlier call left off:
 
@@ -681,7 +681,7 @@ WIDENED = """Widened from {narrow} to {width} channels without changing what it 
 {widened_steps} steps of
 batch {batch_size}: {widened_seconds:.0f} s on {widened_on}; loss on training scenes {loss_as_widened:.4f} before and
 {loss_as_trained:.4f} after, on unseen ones {unseen_loss_as_widened:.4f} and {unseen_loss_as_trained:.4f}. \
-{copies_differ:.0%} of the way from copied channels to independent ones."""
+{copies_differ:.1%} of the way from copied channels to independent ones."""
 
 
 def make_output(folder: Path, args: argparse.Namespace, guided: Path, vae: AutoencoderKL, text: Text) -> float:

@@ -9,7 +9,7 @@ all in one direction, that grows with the width ("width": e = 1, μP's rule for 
 2203.03466). On random weights of 256 to 1,024 channels `python -m utils.compare_rates` found e = 1.1 for weights, 0.8
 for a LoRA inside the quantizer and 1.0 for step sizes. The latter two get e = 1/2, the same share at every width: at
 3,072 channels less than those exponents would give. On tiny-flux widened to 512 and 1,024 channels `python -m
-utils.compare_widths` found e = 1.0 for weights.
+utils.compare_widths` found e = 0.9 for weights.
 """
 
 import math
