@@ -234,7 +234,7 @@ def test_mse_start_at_zero_and_two_bits_is_exact():
         assert found == pytest.approx(min(errors), rel=1e-9)
 
 
-# README's table: error of the "mse" and of the "max" start.
+# STUDY.md 8's table: error of the "mse" and of the "max" start.
 @pytest.mark.parametrize(
     ("bits", "mse", "peak"),
     [(0, 0.190, 0.492), (1, 0.363, 0.363), (2, 0.119, 0.298), (3, 0.041, 0.132), (4, 0.012, 0.024), (8, 7e-5, 7e-5)],
