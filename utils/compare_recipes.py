@@ -116,7 +116,6 @@ RECIPES = {  # name: (what it is, flags of train.py, none left to the defaults)
     "frozen20": frozen(97, "0.25", 20),
     "frozen10_90": frozen(90, "0.25", 10),
     "frozen10_90_fast": frozen(90, "0.25", 10, rate="1e-3"),
-    "frozen10_90_tenth": frozen(90, "0.1", 10),
     "frozen10_80": frozen(80, "0.25", 10),
     "frozen10_70": frozen(70, "0.25", 10),
     "frozen10_80_tenth": frozen(80, "0.1", 10),
