@@ -10,7 +10,8 @@ Without the noise n, rows would be k equal parts, which quantize as the narrow r
 in training: a ladder of one rung. With it the weights' variance is that of the narrow row over k, as in a layer that
 starts from variance 1/inputs; no two weights are equal, and copies drift apart with the first step, since the layers
 after them weigh them differently. (A random rotation would also do away with equal weights, but AdaLN scales, shifts
-and gates single channels, which rotations do not commute with.) `copies_differ` says how far training has come.
+and gates single channels, which rotations do not commute with.) `copies_differ` says how far training has come; until
+then, a quantizer's errors average out over copies, which flatters what a wider model makes of it (STUDY.md 9).
 """
 
 import torch
